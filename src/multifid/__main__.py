@@ -1,0 +1,3 @@
+from multifid.cli import main
+
+main()

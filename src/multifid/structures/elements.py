@@ -1,0 +1,17 @@
+"""Atomic numbers and symbols."""
+
+from ase.data import chemical_symbols
+
+SYMBOLS: tuple[str, ...] = tuple(chemical_symbols[:119])  # SYMBOLS[Z]; SYMBOLS[0] is no element
+MAX_Z = 118
+NUMBERS: dict[str, int] = {symbol: z for z, symbol in enumerate(SYMBOLS) if z > 0}
+
+
+def formula(numbers) -> str:
+    """The formula in Hill order (C, H, then alphabetical), as `C2H6O1` with every count written."""
+    counts: dict[str, int] = {}
+    for z in numbers:
+        counts[SYMBOLS[int(z)]] = counts.get(SYMBOLS[int(z)], 0) + 1
+    first = [s for s in ("C", "H") if "C" in counts and s in counts]
+    rest = sorted(s for s in counts if s not in first)
+    return "".join(f"{s}{counts[s]}" for s in (*first, *rest))

@@ -1,0 +1,63 @@
+"""What a sample is: one labelled structure, and many of them laid end to end. Plain numpy, no torch.
+
+Units everywhere: eV, angstrom, eV/angstrom, eV/angstrom^3 (stress tension-positive), e, multiplicity.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test", "unused")  # the code of a split is its place in this tuple
+
+
+@dataclass(slots=True)
+class Labels:
+    """What one task says of one structure. NaN (or None) = no label."""
+
+    energy: float = float("nan")  # eV, total
+    forces: np.ndarray | None = None  # (atoms, 3) eV/angstrom, minus the gradient of the energy
+    stress: np.ndarray | None = None  # (3, 3) eV/angstrom^3, tension-positive
+
+
+@dataclass(slots=True)
+class Structure:
+    """One labelled atomistic sample, as a reader yields it (already converted to our units)."""
+
+    numbers: np.ndarray  # (atoms,) atomic numbers 1..118
+    positions: np.ndarray  # (atoms, 3) angstrom
+    labels: dict[str, Labels]  # task -> labels
+    relative: str  # structures with the same relative always fall into the same split
+    source_id: str  # enough to find the structure again in the source file
+    cell: np.ndarray | None = None  # (3, 3) angstrom, rows = vectors, zero rows where not periodic
+    pbc: np.ndarray | None = None  # (3,) bool
+    charge: int = 0  # e
+    spin: int = 1  # multiplicity
+    split: str | None = None  # a split published with the data, else None
+
+
+@dataclass(slots=True)
+class PackedLabels:
+    """The labels of one task for packed structures. None = the task has no such label at all; NaN = this one lacks it."""
+
+    energy: np.ndarray  # (structures,) float64 eV, total
+    forces: np.ndarray | None = None  # (atoms, 3) float32 eV/angstrom
+    stress: np.ndarray | None = None  # (structures, 3, 3) float64 eV/angstrom^3
+
+
+@dataclass(slots=True)
+class Packed:
+    """Many structures laid end to end, as a store reads them."""
+
+    numbers: np.ndarray  # (atoms,) uint8
+    positions: np.ndarray  # (atoms, 3) float32 angstrom
+    natoms: np.ndarray  # (structures,) int64
+    cell: np.ndarray  # (structures, 3, 3) float64 angstrom
+    pbc: np.ndarray  # (structures, 3) bool
+    charge: np.ndarray  # (structures,) int8
+    spin: np.ndarray  # (structures,) uint8
+    labels: dict[str, PackedLabels] = field(default_factory=dict)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(structures + 1,) int64: first atom of each structure."""
+        return np.concatenate([[0], np.cumsum(self.natoms, dtype=np.int64)])

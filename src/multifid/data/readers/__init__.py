@@ -1,0 +1,64 @@
+"""Raw files to structures: one file per published format, one entry each in `READERS`.
+
+A reader is a function `read(path, options, progress)` that streams one file: it yields a `Structure` (in our units), a
+`Skip` for a record that cannot be used (never an exception: one bad record must not cost the file), or an
+`IsolatedAtom`. It raises `ValueError` naming the file where the file as a whole is not what it should be. Memory does
+not grow with the file. `progress` is called now and then with the fraction of the file done, 0..1.
+
+Beside `read`, a reader's module says what prepare writes into the manifest:
+
+    TASKS     task (label set) -> LabelSet, for the default options; the first is the default
+    RELATIVE  what makes structures relatives (they share a split): "formula", "material", ...
+    Options   pydantic model of what the user may choose, each field with a description
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from multifid.structures.structure import Structure
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """What the labels of a task are, for the manifest."""
+
+    level_of_theory: str
+    energy_kind: str  # e.g. "total", "total, uncorrected (VASP)"
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A record that is not stored, and why. Counted by `reason`, listed by `where`."""
+
+    reason: str  # a short constant phrase: "forces of another length than the atoms", "energy is NaN"
+    where: str  # source_id of the record
+
+
+@dataclass(frozen=True, slots=True)
+class IsolatedAtom:
+    """The energy of a free atom: overrides the fitted reference energy of its element; no structure of the store."""
+
+    task: str
+    number: int
+    energy: float  # eV
+
+
+Record = Structure | Skip | IsolatedAtom
+Read = Callable[[Path, object, Progress], Iterator[Record]]
+
+READERS: dict[str, str] = {
+    "ani1x": "multifid.data.readers.ani1x",
+    "extxyz": "multifid.data.readers.extxyz",
+}
+
+
+def reader(name: str) -> ModuleType:
+    """The module of a format; imported only when asked for. ValueError names the formats there are."""
+    if name not in READERS:
+        raise ValueError(f"unknown format {name!r}: known are {', '.join(READERS)}")
+    return import_module(READERS[name])

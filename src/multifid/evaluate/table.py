@@ -1,0 +1,229 @@
+"""The paper's two tables: energy MAE (eV/atom) and forces MAE (eV/angstrom), models as rows and datasets as columns.
+
+All functions take the rows of `evaluation.json` and return text; only `write_tables` touches the disk. Files keep the
+units of the paper (eV); the table for the terminal is in meV.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from multifid.evaluate.matrix import (
+    BASELINE,
+    GEOMETRIC_MEAN,
+    QUANTITIES,
+    REFERENCES,
+    TWO_LEVEL,
+    UNITS,
+    Estimate,
+    Matrix,
+    Row,
+    matrix,
+    own_model,
+)
+
+_TITLES = {"energy": "Table 1. Energy MAE", "forces": "Table 2. Forces MAE, by component"}
+_NONE = "–"
+
+
+def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
+    """Write tables.md, table-energy.csv, table-forces.csv and tables.json, each by temporary file and rename."""
+    files = {
+        "tables.md": markdown(rows),
+        **{f"table-{quantity}.csv": csv_table(rows, quantity) for quantity in QUANTITIES},
+        "tables.json": json.dumps(tables(rows), indent=2, allow_nan=False) + "\n",
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        temporary = directory / f".{name}.part"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, directory / name)
+    return [directory / name for name in files]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Both tables, the ratios of the study and the footnotes, as Markdown. The two best of each column are bold."""
+    parts = []
+    for quantity in QUANTITIES:
+        m = matrix(rows, quantity)
+        if m.cells:
+            parts += [f"**{_TITLES[quantity]} ({UNITS[quantity]})**", _markdown_matrix(m, _unseen(rows))]
+    compared = ratios(rows)
+    if compared:
+        parts += ["**How the models compare (ratio of errors)**", _markdown_ratios(compared, _datasets(rows))]
+    parts.append("\n".join(_footnotes(rows)))
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_table(rows: Sequence[Row], quantity: str) -> str:
+    """One table as CSV in eV/atom or eV/angstrom, full precision; empty = no value.
+
+    With several seeds each column is followed by its spread.
+    """
+    m = matrix(rows, quantity)
+    columns = m.columns
+    spread = any(e is not None and e.spread is not None for e in (m.estimate(x, d) for x in m.models for d in columns))
+    names = [name for c in columns for name in ([c, f"{c} spread"] if spread else [c])]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", *names])
+    for model in m.models:
+        cells: list[float | str] = []
+        for estimate in (m.estimate(model, c) for c in columns):
+            pair = (None, None) if estimate is None else (estimate.mean, estimate.spread)
+            cells += ["" if x is None else x for x in (pair if spread else pair[:1])]
+        writer.writerow([model, *cells])
+    return text.getvalue()
+
+
+def tables(rows: Sequence[Row]) -> dict:
+    """Both tables, the ratios and the rows they come from, for JSON. null = no value (or one that is not finite)."""
+    out: dict = {"datasets": {d: _counts(rows, d) for d in _datasets(rows)}}
+    for quantity in QUANTITIES:
+        m = matrix(rows, quantity)
+        columns = m.columns
+        models = {model: {c: _plain(m.estimate(model, c)) for c in columns} for model in m.models}
+        out[quantity] = {"unit": UNITS[quantity].replace("Å", "angstrom"), "mae": models}
+    out["ratios"] = {
+        name: {q: {c: _plain(e) for c, e in columns.items()} for q, columns in quantities.items()}
+        for name, quantities in ratios(rows).items()
+    }
+    out["rows"] = [{k: _finite(v) for k, v in row.items()} for row in rows]
+    return out
+
+
+def ratios(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Estimate | None]]]:
+    """Comparison -> quantity -> dataset (and the geometric mean over them) -> ratio of errors.
+
+    The two-level model over the one-level baseline; the two-level model over each dataset's own model; "reference
+    energies and zero forces" over each dataset's own model. Comparisons whose models are not in the rows are left out.
+    """
+    names = {row["model"] for row in rows}
+    matrices = {quantity: matrix(rows, quantity) for quantity in QUANTITIES}
+    own = {quantity: [own_model(d) for d in m.datasets] for quantity, m in matrices.items()}
+    has_own = any(own_model(d) in names for d in _datasets(rows))
+    out: dict[str, dict[str, dict[str, Estimate | None]]] = {}
+    if {TWO_LEVEL, BASELINE} <= names:
+        out[f"{TWO_LEVEL} / {BASELINE}"] = {
+            q: m.ratio([TWO_LEVEL] * len(m.datasets), [BASELINE] * len(m.datasets)) for q, m in matrices.items()
+        }
+    if TWO_LEVEL in names and has_own:
+        out[f"{TWO_LEVEL} / own model"] = {
+            q: m.ratio([TWO_LEVEL] * len(m.datasets), own[q]) for q, m in matrices.items()
+        }
+    if REFERENCES in names and has_own:
+        out[f"{REFERENCES} / own model"] = {
+            q: m.ratio([REFERENCES] * len(m.datasets), own[q]) for q, m in matrices.items()
+        }
+    return out
+
+
+def rich_table(rows: Sequence[Row], quantity: str) -> Table:
+    """One table for the terminal, in meV/atom or meV/angstrom."""
+    m = matrix(rows, quantity)
+    columns = m.columns
+    unseen = _unseen(rows)
+    table = Table(title=f"{quantity.capitalize()} MAE (m{UNITS[quantity]})", caption="\n".join(_footnotes(rows)))
+    table.add_column("model", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    decimals = _decimals(m, 1000.0)
+    for model in m.models:
+        cells = [_cell(m, model, c, unseen, decimals, bold=("[bold]", "[/bold]"), factor=1000.0) for c in columns]
+        table.add_row(model, *cells)
+    return table
+
+
+def _markdown_matrix(m: Matrix, unseen: dict[tuple[str, str], int]) -> str:
+    columns = m.columns
+    decimals = _decimals(m)
+    lines = [_line(["model", *columns]), _line(["---", *["---:"] * len(columns)])]
+    for model in m.models:
+        lines.append(_line([model, *(_cell(m, model, c, unseen, decimals) for c in columns)]))
+    return "\n".join(lines)
+
+
+def _markdown_ratios(compared: dict[str, dict[str, dict[str, Estimate | None]]], datasets: Sequence[str]) -> str:
+    columns = [*datasets, GEOMETRIC_MEAN]
+    lines = [_line(["ratio", "of", *columns]), _line(["---", "---", *["---:"] * len(columns)])]
+    for name, quantities in compared.items():
+        for quantity, values in quantities.items():
+            lines.append(_line([name, quantity, *(_text(values.get(c), 2) for c in columns)]))
+    return "\n".join(lines)
+
+
+def _cell(
+    m: Matrix,
+    model: str,
+    column: str,
+    unseen: dict[tuple[str, str], int],
+    decimals: int,
+    bold: tuple[str, str] = ("**", "**"),
+    factor: float = 1.0,
+) -> str:
+    text = _text(m.estimate(model, column), decimals, factor)
+    if text != _NONE and model in m.best(column):
+        text = text.join(bold)
+    return text + (" †" if text != _NONE and unseen.get((model, column)) else "")
+
+
+def _text(estimate: Estimate | None, decimals: int, factor: float = 1.0) -> str:
+    if estimate is None:
+        return _NONE
+    text = f"{estimate.mean * factor:.{decimals}f}"
+    return text if estimate.spread is None else f"{text} ± {estimate.spread * factor:.{decimals}f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _decimals(m: Matrix, factor: float = 1.0) -> int:
+    """As many for the whole table that its smallest number has three digits, but no more than five."""
+    values = [v * factor for cell in m.cells.values() for v in cell.values() if math.isfinite(v) and v > 0.0]
+    return min(5, max(0, 2 - math.floor(math.log10(min(values))))) if values else 0
+
+
+def _footnotes(rows: Sequence[Row]) -> list[str]:
+    datasets = _datasets(rows)
+    seeds = max((sum(r["model"] == row["model"] and r["data"] == row["data"] for r in rows) for row in rows), default=0)
+    counted = ", ".join(f"{d} {_counts(rows, d)['structures']}" for d in datasets)
+    notes = [f"Split {', '.join(sorted({str(r['split']) for r in rows}))}; structures: {counted}."]
+    if seeds > 1:
+        notes.append(f"Mean ± sample standard deviation over up to {seeds} seeds.")
+    unseen = _unseen(rows)
+    if unseen:
+        listed = ", ".join(
+            f"{model} on {data} {n} of {_counts(rows, data)['structures']}" for (model, data), n in unseen.items()
+        )
+        notes.append(f"† With structures that hold an element the model has not seen in training: {listed}.")
+    return notes
+
+
+def _datasets(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["data"] for row in rows))
+
+
+def _counts(rows: Sequence[Row], data: str) -> dict[str, int]:
+    row = next(row for row in rows if row["data"] == data)
+    return {"structures": row["structures"], "atoms": row["atoms"]}
+
+
+def _unseen(rows: Sequence[Row]) -> dict[tuple[str, str], int]:
+    return {(row["model"], row["data"]): n for row in rows if (n := row.get("unseen_structures") or 0)}
+
+
+def _plain(estimate: Estimate | None) -> dict | None:
+    if estimate is None:
+        return None
+    return {"mean": _finite(estimate.mean), "spread": _finite(estimate.spread), "seeds": estimate.seeds}
+
+
+def _finite(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value

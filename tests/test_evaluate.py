@@ -5,14 +5,17 @@ import io
 import json
 import math
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from multifid.evaluate import figures, periodic_table, table
 from multifid.evaluate import matrix as matrices
-from multifid.evaluate import table
 from multifid.evaluate.metrics import Errors
 from multifid.structures.batch import Targets
+from multifid.structures.elements import SYMBOLS
 
 torch.set_num_threads(1)
 
@@ -227,8 +230,90 @@ def test_a_model_whose_errors_are_not_finite_is_never_the_best_and_json_stays_js
 
 
 def test_the_terminal_reads_in_mev():
-    from rich.console import Console
-
     console = Console(width=200, file=io.StringIO())
     console.print(table.rich_table(_rows(), "energy"))
     assert "meV/atom" in console.file.getvalue() and "2000.0" in console.file.getvalue()
+
+
+def _texts(axes):
+    return [t.get_text() for t in axes.texts]
+
+
+def test_the_matrix_figure_prints_every_number():
+    energy, forces, *_ = figures.error_matrix(_rows()).axes
+    shown = [float(t) for t in _texts(energy)]
+    models = matrices.matrix(_rows(), "energy").models
+    expected = [1000 * x for m in models for x in (*ENERGY[m], math.prod(ENERGY[m]) ** (1 / 3))]
+    assert shown == pytest.approx(expected, rel=6e-3)  # three digits
+    assert len(_texts(forces)) == len(models) * 3 and "meV/Å" in forces.get_title()
+
+
+def test_parity_draws_at_most_the_limit_but_states_the_error_of_all():
+    rng = np.random.default_rng(0)
+    label, error = rng.normal(size=5000), rng.normal(size=5000)
+    nothing = np.full(3, np.nan)
+    figure = figures.parity({"a": figures.Parity(label + error, label, nothing, nothing)}, limit=700)
+    energy, forces = figure.axes
+    assert energy.collections[0].get_array().sum() == 700
+    assert _texts(energy) == [f"MAE {1000 * np.abs(error).mean():.3g} meV/atom"]
+    assert _texts(forces) == ["no labels"]
+
+
+def test_convergence_has_a_column_per_task_and_a_curve_per_model():
+    def records(tasks):
+        return [
+            {
+                "step": s,
+                "epoch": s // 5,
+                "split": split,
+                "task": t,
+                "loss": 1 / s,
+                "energy_mae": 2 / s,
+                "forces_mae": None,
+            }
+            for s in range(1, 11)
+            for t in tasks
+            for split in ("train", "validation")
+        ]
+
+    figure = figures.convergence({"both": records(["a", "b"]), "one": records(["b"])})
+    assert len(figure.axes) == 6
+    loss_a, loss_b, energy_a = figure.axes[:3]
+    assert (loss_a.get_title(), loss_b.get_title()) == ("a", "b")
+    assert [len(axes.get_lines()) for axes in figure.axes] == [1, 2, 1, 2, 0, 0]
+    assert energy_a.get_lines()[0].get_ydata() == pytest.approx([2000 / s for s in range(1, 11)])
+    with pytest.raises(ValueError, match="no record of split 'test'"):
+        figures.convergence({"both": records(["a"])}, split="test")
+
+
+def test_every_element_has_a_place_of_its_own_in_the_periodic_table():
+    assert len({periodic_table.place(z) for z in range(1, 119)}) == 118
+    groups = {1: (1, 3, 11, 19, 37, 55, 87), 2: (4, 12, 20, 38, 56, 88), 8: (26, 44, 76, 108), 11: (29, 47, 79, 111)}
+    groups |= {
+        3: (21, 39, 71, 103),
+        14: (6, 14, 32, 50, 82, 114),
+        17: (9, 17, 35, 53, 85, 117),
+        18: (2, 10, 18, 36, 54, 86),
+    }
+    for column, elements in groups.items():
+        assert {periodic_table.place(z)[1] for z in elements} == {column}
+    assert [periodic_table.place(z)[0] for z in (1, 2, 3, 18, 19, 54, 55, 118)] == [1, 1, 2, 3, 4, 5, 6, 7]
+    assert {periodic_table.place(z)[0] for z in range(57, 71)} == {8.35}
+    assert {periodic_table.place(z)[0] for z in range(89, 103)} == {9.35}
+    with pytest.raises(ValueError, match="119"):
+        periodic_table.place(119)
+
+
+def test_the_periodic_table_counts_all_and_each(tmp_path):
+    figure = periodic_table.periodic_tables({"molecules": {1: 3, 6: 1}, "crystals": {6: 4, 92: 12_345}})
+    tables = [a for a in figure.axes if len(a.patches) == 118]
+    captions = [next(t for t in _texts(a) if "elements" in t) for a in tables]
+    assert captions == ["3 elements, 12,353 atoms", "2 elements, 4 atoms", "2 elements, 12,349 atoms"]
+    assert {"12.3k", "5", "3"} <= set(_texts(tables[0]))
+    colour = {s: p.get_facecolor() for s, p in zip(SYMBOLS[1:], tables[1].patches, strict=True)}
+    assert len(set(colour.values())) == 3 and colour["U"] == colour["He"] != colour["C"]
+    figures.save(figure, tmp_path / "elements.png")
+    assert matplotlib.image.imread(tmp_path / "elements.png").shape[1] == 1600
+    assert [p.name for p in tmp_path.iterdir()] == ["elements.png"]
+    with pytest.raises(ValueError, match="no atoms"):
+        periodic_table.periodic_tables({"empty": {}})

@@ -1,8 +1,8 @@
 """Which atoms see which: every pair within the cutoff, periodic images included, for many structures laid end to end.
 
-Small molecules go through one numpy operation for all of them: all pairs of each structure as one ragged list, distances
-from explicit differences (a matrix-product distance loses 4e-3 angstrom in float32). Periodic structures, and molecules
-so large that most of their pairs lie beyond the cutoff, go one by one through vesin's cell lists.
+Small molecules go through one numpy operation for all of them: all pairs of each structure as one ragged list,
+distances from explicit differences (a matrix-product distance loses 4e-3 angstrom in float32). Periodic structures, and
+molecules so large that most of their pairs lie beyond the cutoff, go one by one through vesin's cell lists.
 """
 
 import numpy as np
@@ -122,6 +122,6 @@ def _refuse_coincident(packed: Packed, i: int, j: int) -> None:
     s = int(np.searchsorted(packed.offsets, i, side="right")) - 1
     first = int(packed.offsets[s])
     raise ValueError(
-        f"structure {s}: atoms {i - first} and {j - first} coincide (closer than {COINCIDENT} angstrom, periodic images "
-        "included); each atom must have a place of its own"
+        f"structure {s}: atoms {i - first} and {j - first} coincide (closer than {COINCIDENT} angstrom, periodic "
+        "images included); each atom must have a place of its own"
     )

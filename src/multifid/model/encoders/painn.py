@@ -1,0 +1,83 @@
+"""PaiNN, the polarizable atom interaction network (Schütt, Unke, Gastegger 2021, arXiv 2102.03150).
+
+Scalars s_i (H) and H vectors v_i per atom. One layer is a message block and an update block, with r_ij the vector from
+i to j, W(|r_ij|) a linear map of its radial basis times the cutoff envelope, and U, V linear maps over channels:
+
+    [a, b, c]_ij = phi(s_j) * W(|r_ij|)                                        paper eq. 7 and 8
+    s_i += 1/M sum_j a_ij,    v_i += 1/M sum_j (b_ij v_j + c_ij r_ij / |r_ij|)
+    [a, b, c]_i  = a(s_i, |V v_i|)                                             paper eq. 9 and 10
+    s_i += a_i + b_i <U v_i, V v_i>,    v_i += c_i U v_i
+"""
+
+import torch
+from torch import Tensor, nn
+
+from multifid.model.layers import (
+    MLP,
+    LayerNorm,
+    Linear,
+    NodeEmbedding,
+    NodeFeatures,
+    RadialBasis,
+    envelope,
+    sum_over,
+)
+from multifid.structures.batch import Batch, edge_vectors
+
+TYPICAL_NEIGHBORS = 16.0  # M is its square root: a constant, for continuity at the cutoff
+SMALLEST_NORM = 1e-4  # added under the root of |V v|: the gradient of a length is undefined at zero, where v starts
+
+
+class PaiNN(nn.Module):
+    """Scalars of width `hidden` and as many vector channels per atom after `layers` layers."""
+
+    def __init__(self, layers: int, hidden: int, vectors: int | None, radial: int, cutoff: float):
+        super().__init__()
+        if vectors not in (None, hidden):
+            raise ValueError(
+                f"painn has as many vector channels as hidden units ({hidden}), got vectors: {vectors}; leave it out"
+            )
+        self.hidden = self.vectors = hidden
+        self.cutoff = cutoff
+        self.embedding = NodeEmbedding(hidden)
+        self.radial = RadialBasis(radial, cutoff)
+        self.layers = nn.ModuleList(PaiNNLayer(hidden, radial) for _ in range(layers))
+
+    def forward(self, batch: Batch) -> NodeFeatures:
+        s = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
+        v = batch.positions.new_zeros((len(s), self.vectors, 3))
+        i, j = batch.edges
+        r = edge_vectors(batch)
+        d = torch.linalg.vector_norm(r, dim=1)
+        direction = r / d[:, None]
+        basis, u = self.radial(d), envelope(d, self.cutoff)
+        for layer in self.layers:
+            s, v = layer(s, v, i, j, direction, basis, u)
+        return NodeFeatures(s, v)
+
+
+class PaiNNLayer(nn.Module):
+    """Message block and update block; the equations stand at the head of this file."""
+
+    def __init__(self, hidden: int, radial: int):
+        super().__init__()
+        self.norm = LayerNorm(hidden)
+        self.phi = MLP([hidden, hidden, 3 * hidden])
+        self.filter = Linear(radial, 3 * hidden)
+        self.mix = Linear(hidden, 2 * hidden, bias=False)  # U and V: over channels, so that vectors stay vectors
+        self.update = MLP([2 * hidden, hidden, 3 * hidden])
+
+    def forward(
+        self, s: Tensor, v: Tensor, i: Tensor, j: Tensor, direction: Tensor, basis: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """s (N, H), v (N, H, 3), receivers i and senders j (E,), direction (E, 3), basis (E, R), envelope u (E, 1)."""
+        message = self.phi(self.norm(s)).index_select(0, j) * (self.filter(basis) * u)
+        a, b, c = message.chunk(3, dim=1)
+        moved = b[:, :, None] * v.index_select(0, j) + c[:, :, None] * direction[:, None, :]
+        s = s + sum_over(a, i, len(s)) / TYPICAL_NEIGHBORS**0.5
+        v = v + sum_over(moved, i, len(s)) / TYPICAL_NEIGHBORS**0.5
+
+        uv, vv = self.mix(v.transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)  # (N, H, 3) each
+        length = (vv.square().sum(dim=2) + SMALLEST_NORM).sqrt()
+        a, b, c = self.update(torch.cat([self.norm(s), length], dim=1)).chunk(3, dim=1)
+        return s + a + b * (uv * vv).sum(dim=2), v + c[:, :, None] * uv

@@ -1,0 +1,148 @@
+"""Building blocks that all encoders and branches share, and the drawing of their weights.
+
+No block draws weights when it is built: `draw_weights` does, from one generator, so that a part of the model starts
+from the same numbers whatever else is built beside it and whatever the global random state is.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from multifid.structures.elements import MAX_Z
+
+LARGEST_CHARGE = 15  # e: beyond, a structure is embedded as a neutral one
+LARGEST_SPIN = 31  # multiplicity: beyond, as a singlet
+
+
+@dataclass(slots=True)
+class NodeFeatures:
+    """What an encoder says of each atom."""
+
+    scalars: Tensor  # (N, H): unchanged by translation, rotation, reflection
+    vectors: Tensor  # (N, C, 3): turn with the structure
+
+
+class Linear(nn.Linear):
+    """A linear map; weights are drawn from U(-a, a) with variance gain^2 / inputs, the bias is zero."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, gain: float = 1.0):
+        self.gain = gain
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Left to `draw`."""
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        bound = self.gain * math.sqrt(3.0 / self.in_features)
+        self.weight.uniform_(-bound, bound, generator=generator)
+        if self.bias is not None:
+            self.bias.zero_()
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors with unit-normal entries, or, with a `neutral` row that stays zero for good, all zero."""
+
+    def __init__(self, rows: int, width: int, neutral: int | None = None):
+        super().__init__(rows, width, padding_idx=neutral)
+
+    def reset_parameters(self) -> None:
+        """Left to `draw`."""
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        if self.padding_idx is None:
+            self.weight.normal_(generator=generator)
+        else:
+            self.weight.zero_()
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalisation over the last dimension, starting with weight one and bias zero."""
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        self.reset_parameters()
+
+
+class MLP(nn.Module):
+    """Linear maps with SiLU between them; `last_gain` scales the drawn weights of the last map."""
+
+    def __init__(self, widths: list[int], last_gain: float = 1.0):
+        super().__init__()
+        gains = [SILU_GAIN] * (len(widths) - 2) + [last_gain]
+        self.maps = nn.ModuleList(
+            Linear(a, b, gain=gain) for a, b, gain in zip(widths[:-1], widths[1:], gains, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k, linear in enumerate(self.maps):
+            x = linear(silu(x) if k else x)
+        return x
+
+
+SILU_GAIN = 1.6766  # 1 / sqrt(E[silu(x)^2]) for unit-normal x: keeps the variance through layers of SiLU
+
+
+def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw every parameter of the module from the generator, in the order in which its blocks were built."""
+    drawn = 0
+    for block in module.modules():
+        if isinstance(block, Linear | Embedding | LayerNorm):
+            block.draw(generator)
+            drawn += len(list(block.parameters()))
+    assert drawn == len(list(module.parameters())), "a parameter lives outside the blocks that know how to draw it"
+
+
+class NodeEmbedding(nn.Module):
+    """What an atom is before it sees its neighbours: its element, and the charge and spin of its structure.
+
+    Neutral singlets add nothing, and a charge or spin that training never showed acts as they do.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.element = Embedding(MAX_Z + 1, width)
+        self.charge = Embedding(2 * LARGEST_CHARGE + 1, width, neutral=LARGEST_CHARGE)
+        self.spin = Embedding(LARGEST_SPIN + 1, width, neutral=1)
+
+    def forward(self, numbers: Tensor, charge: Tensor, spin: Tensor, structure: Tensor) -> Tensor:
+        """numbers (N,), charge (S,), spin (S,), structure (N,) -> (N, width)."""
+        charge_row = torch.where(charge.abs() <= LARGEST_CHARGE, charge + LARGEST_CHARGE, LARGEST_CHARGE)
+        spin_row = torch.where((spin >= 0) & (spin <= LARGEST_SPIN), spin, 1)
+        of_structure = self.charge(charge_row) + self.spin(spin_row)  # (S, width)
+        return self.element(numbers) + of_structure.index_select(0, structure)
+
+
+class RadialBasis(nn.Module):
+    """Bessel functions of the distance, sqrt(2 / c) sin(n pi d / c) / d (Gasteiger et al. 2020, eq. 7), n = 1..size.
+
+    Multiplied by c / sqrt(2) so that the values stay near one whatever the cutoff.
+    """
+
+    def __init__(self, size: int, cutoff: float):
+        super().__init__()
+        self.cutoff = cutoff
+        self.register_buffer("waves", torch.arange(1, size + 1) * math.pi, persistent=False)
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """(E,) angstrom -> (E, size)."""
+        x = (distance / self.cutoff)[:, None]
+        return torch.sin(self.waves * x) / x  # type: ignore[operator]
+
+
+def envelope(distance: Tensor, cutoff: float) -> Tensor:
+    """A polynomial that falls from 1 at 0 to 0 at the cutoff, where two derivatives vanish too; (E,) -> (E, 1).
+
+    u(x) = 1 - (p + 1)(p + 2)/2 x^p + p(p + 2) x^(p + 1) - p(p + 1)/2 x^(p + 2) at p = 6 (Gasteiger et al. 2020, eq. 8).
+    """
+    x = (distance / cutoff).clamp(max=1.0)[:, None]
+    return 1.0 - x**6 * (28.0 - 48.0 * x + 21.0 * x**2)
+
+
+def sum_over(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """out[k] = sum of values[e] where index[e] == k: (E, ...) -> (size, ...)."""
+    return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)

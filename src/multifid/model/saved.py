@@ -1,0 +1,100 @@
+"""model.safetensors and model.json: a potential on disk, whatever it was trained with.
+
+Tensor names are `encoder.*` and `branches.<branch>.*`; the description says how to build the potential again and what
+its branches know (tasks, elements, reference energies, scales).
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import multifid
+from multifid.model.potential import ModelConfig, Potential
+
+SCHEMA = 1
+Description = dict[str, Any]
+
+
+def describe(
+    config: ModelConfig, branch_of: dict[str, str], tasks: dict[str, Any], trained: dict[str, Any]
+) -> Description:
+    """The content of model.json."""
+    return {
+        "schema": SCHEMA,
+        "multifid": multifid.__version__,
+        "architecture": config.model_dump(mode="json"),
+        "cutoff": config.cutoff,
+        "branches": sorted(set(branch_of.values())),
+        "tasks": {t: {"branch": branch_of[t], **tasks[t]} for t in tasks},
+        "trained": trained,
+    }
+
+
+def save_weights(path: Path, potential: Potential) -> None:
+    """All weights under their names, committed by rename."""
+    part = path.with_suffix(".part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in potential.state_dict().items()}, part)
+    os.replace(part, path)
+
+
+def save_description(path: Path, description: Description) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(part, path)
+
+
+def load_description(run: Path) -> Description:
+    """model.json of a run. ValueError where it is missing or of another schema."""
+    path = run / "model.json"
+    if not path.exists():
+        raise ValueError(f"{path}: not found; is {run} the directory of a trained run?")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if description.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema {description.get('schema')!r}, this version reads {SCHEMA}")
+    return description
+
+
+def load_potential(run: Path, weights: str = "model.safetensors") -> tuple[Potential, Description]:
+    """The potential of a run, in evaluation mode on the CPU, and its description."""
+    description = load_description(run)
+    branch_of = {t: about["branch"] for t, about in description["tasks"].items()}
+    config = ModelConfig.model_validate(description["architecture"])
+    potential = Potential(config, description["branches"], branch_of, seed=0)
+    try:
+        tensors = load_file(run / weights)
+    except Exception as error:  # safetensors raises its own class, OSError or ValueError, by kind of damage
+        raise ValueError(f"{run / weights}: cannot be read as safetensors ({error})") from error
+    try:
+        potential.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{run / weights}: does not fit {run / 'model.json'} ({error})") from error
+    return potential.eval(), description
+
+
+def start_from(potential: Potential, run: Path) -> list[str]:
+    """Copy the weights of another run into a potential: the encoder, and what its branches have in common by name.
+
+    Returns the names of the parameters that keep their fresh weights. ValueError if the encoders differ.
+    """
+    path = run / "model.safetensors"
+    if not path.exists():
+        raise ValueError(f"init: {path} not found; is {run} the directory of a trained run?")
+    given = load_file(path)
+    fresh = []
+    with torch.no_grad():
+        for name, parameter in potential.state_dict().items():
+            same = name in given and given[name].shape == parameter.shape
+            if same:
+                parameter.copy_(given[name])
+            elif name.startswith("encoder."):
+                raise ValueError(f"init: the encoder of {run} is another: {name} is {tuple(parameter.shape)} here")
+            else:
+                fresh.append(name)
+    return fresh

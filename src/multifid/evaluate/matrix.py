@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 REFERENCES = "References"  # predicts the reference energies and zero forces
 BASELINE = "GFM-Baseline-All"  # one branch for all datasets
@@ -17,7 +18,7 @@ UNITS = {"energy": "eV/atom", "forces": "eV/Å"}
 GEOMETRIC_MEAN = "geometric mean"
 
 Cell = dict[object, float]  # seed -> value
-Row = dict
+Row = dict[str, Any]  # model, data, split, structures, unseen_structures, atoms, energy_mae, ...; None where no label
 
 
 def own_model(data: str) -> str:

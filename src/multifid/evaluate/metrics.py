@@ -17,13 +17,12 @@ import math
 import torch
 from torch import Tensor
 
+from multifid.evaluate.matrix import Row
 from multifid.structures.batch import Targets
 
 QUANTITIES = ("energy", "forces", "stress")
 _COUNTERS = 3  # structures, structures with an unseen element, atoms
 _SIZE = _COUNTERS + 3 * len(QUANTITIES)  # then (count, sum |e|, sum e^2) of each quantity
-
-Row = dict[str, str | int | float | None]
 
 
 class Errors:

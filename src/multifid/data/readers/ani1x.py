@@ -1,0 +1,140 @@
+"""ANI-1x (HDF5): one group per formula, several fidelities of one geometry, NaN = missing, per conformer and per key.
+
+Units in the file: hartree, angstrom, hartree/angstrom; forces are forces. The release has 4,956,005 conformers of
+H, C, N, O and no split (Smith et al., Scientific Data 7, 134 (2020), doi 10.1038/s41597-020-0473-z).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from multifid.data.readers import LabelSet, Progress, Record, Skip
+from multifid.structures.elements import MAX_Z, formula
+from multifid.structures.structure import Labels, Structure
+
+HARTREE = 27.211386245988  # eV, CODATA 2018
+CHUNK = 4096  # conformers read at once
+
+# fidelity -> (keys whose sum is the total energy, key of the forces, level of theory). All methods but DFT come
+# without forces; the file stores their correlation energies apart from the Hartree-Fock energy.
+FIDELITIES: dict[str, tuple[tuple[str, ...], str | None, str]] = {
+    "wb97x_dz": (("wb97x_dz.energy",), "wb97x_dz.forces", "wB97X/6-31G(d)"),
+    "wb97x_tz": (("wb97x_tz.energy",), "wb97x_tz.forces", "wB97X/def2-TZVPP"),
+    "ccsd_t_cbs": (("ccsd(t)_cbs.energy",), None, "CCSD(T)*/CBS"),
+    "hf_dz": (("hf_dz.energy",), None, "HF/cc-pVDZ"),
+    "hf_tz": (("hf_tz.energy",), None, "HF/cc-pVTZ"),
+    "hf_qz": (("hf_qz.energy",), None, "HF/cc-pVQZ"),
+    "mp2_dz": (("hf_dz.energy", "mp2_dz.corr_energy"), None, "MP2/cc-pVDZ"),
+    "mp2_tz": (("hf_tz.energy", "mp2_tz.corr_energy"), None, "MP2/cc-pVTZ"),
+    "mp2_qz": (("hf_qz.energy", "mp2_qz.corr_energy"), None, "MP2/cc-pVQZ"),
+    "npno_ccsd_t_dz": (("hf_dz.energy", "npno_ccsd(t)_dz.corr_energy"), None, "NPNO-CCSD(T)/cc-pVDZ"),
+    "npno_ccsd_t_tz": (("hf_tz.energy", "npno_ccsd(t)_tz.corr_energy"), None, "NPNO-CCSD(T)/cc-pVTZ"),
+    "tpno_ccsd_t_dz": (("hf_dz.energy", "tpno_ccsd(t)_dz.corr_energy"), None, "TightPNO-CCSD(T)/cc-pVDZ"),
+}
+DEFAULT = "wb97x_dz"
+
+# Alone, the fidelity that everybody trains on is called by the name of the dataset.
+TASKS = {
+    "ani1x": LabelSet(FIDELITIES[DEFAULT][2], "total"),
+    **{name: LabelSet(level, "total") for name, (_, _, level) in FIDELITIES.items()},
+}
+RELATIVE = "formula"
+
+
+class Options(BaseModel):
+    """What to read from an ANI-1x file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fidelities: tuple[str, ...] = Field(
+        (DEFAULT,), description=f"the label sets to read, of {', '.join(FIDELITIES)}; each becomes a task of the store"
+    )
+
+    @field_validator("fidelities")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in value if name not in FIDELITIES]:
+            raise ValueError(f"unknown fidelity {', '.join(unknown)}: known are {', '.join(FIDELITIES)}")
+        if not value or len(set(value)) != len(value):
+            raise ValueError("fidelities must be a list of different names, at least one")
+        return value
+
+
+def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
+    """Stream the conformers of one file; a conformer without any label that was asked for is a Skip."""
+    asked = {("ani1x" if options.fidelities == (DEFAULT,) else name): FIDELITIES[name] for name in options.fidelities}
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is not an HDF5 file that can be read: {error}") from error
+    with file:
+        groups = [name for name in file if isinstance(file[name], h5py.Group)]
+        _check(path, file, groups, asked)
+        for i, name in enumerate(groups):
+            yield from _group(path, file[name], name, asked)
+            progress((i + 1) / len(groups))
+
+
+def _check(path: Path, file: h5py.File, groups: list[str], asked: dict) -> None:
+    """The file as a whole must be ANI-1x's: groups with coordinates, and the keys that were asked for, somewhere."""
+    if not any("coordinates" in file[name] and "atomic_numbers" in file[name] for name in groups):
+        raise ValueError(f"{path} is not an ANI-1x file: no group has `atomic_numbers` and `coordinates`")
+    for task, (energies, _, _) in asked.items():
+        if not any(all(key in file[name] for key in energies) for name in groups):
+            raise ValueError(f"{path} has no labels {task}: no group has {' and '.join(map(repr, energies))}")
+
+
+def _group(path: Path, group: h5py.Group, name: str, asked: dict) -> Iterator[Record]:
+    if "coordinates" not in group or "atomic_numbers" not in group:
+        yield Skip("group without atomic_numbers or coordinates", name)
+        return
+    try:
+        numbers = np.asarray(group["atomic_numbers"])
+        count = group["coordinates"].shape[0]
+        shapes = {"coordinates": (count, len(numbers), 3)}
+        for energies, forces, _ in asked.values():
+            shapes |= {key: (count,) for key in energies if key in group}
+            if forces is not None and forces in group:
+                shapes[forces] = (count, len(numbers), 3)
+        if wrong := [key for key, shape in shapes.items() if group[key].shape != shape]:
+            yield from (Skip(f"{wrong[0]} of another shape than the atoms", f"{name}/{i}") for i in range(count))
+            return
+        if numbers.size and not 1 <= numbers.min() <= numbers.max() <= MAX_Z:
+            yield from (Skip("unknown atomic number", f"{name}/{i}") for i in range(count))
+            return
+        for start in range(0, count, CHUNK):
+            yield from _conformers(group, name, numbers, slice(start, min(start + CHUNK, count)), asked)
+    except OSError as error:  # a damaged chunk: HDF5 cannot go on behind it
+        raise ValueError(f"{path}: group {name} cannot be read: {error}") from error
+
+
+def _conformers(group: h5py.Group, name: str, numbers: np.ndarray, rows: slice, asked: dict) -> Iterator[Record]:
+    positions = group["coordinates"][rows]
+    relative = formula(numbers)
+    read = {task: _labels(group, rows, energies, forces) for task, (energies, forces, _) in asked.items()}
+    for i in range(len(positions)):
+        where = f"{name}/{rows.start + i}"
+        labels = {}
+        for task, (energy, forces) in read.items():
+            has_forces = forces is not None and not np.isnan(forces[i]).all()
+            if has_forces or not np.isnan(energy[i]):
+                labels[task] = Labels(float(energy[i]), forces[i] if has_forces and forces is not None else None)
+        if labels:
+            yield Structure(numbers, positions[i], labels, relative, where)
+        else:
+            yield Skip(f"no label of {' or '.join(asked)}", where)
+
+
+def _labels(
+    group: h5py.Group, rows: slice, energies: tuple[str, ...], forces: str | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Energies (conformers,) in eV, NaN where any part is missing, and forces (conformers, atoms, 3) in eV/angstrom."""
+    energy = np.zeros(rows.stop - rows.start)
+    for key in energies:
+        energy += group[key][rows].astype(np.float64) if key in group else np.nan
+    if forces is None or forces not in group:
+        return energy * HARTREE, None
+    return energy * HARTREE, group[forces][rows].astype(np.float64) * HARTREE

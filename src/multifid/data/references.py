@@ -1,0 +1,178 @@
+"""Reference energies: what each element contributes to a total energy, fitted per task on the train split.
+
+Min-norm least squares of energy per atom on composition: rows x_s = n_s / N_s (fractions), targets y_s = E_s / N_s,
+
+    minimise  sum_s (y_s - x_s . e)^2,   e in the row space of X.
+
+Totals reach 1e6 eV where 1e-9 eV matter, so neither normal equations nor a single pass will do. A first fit is rounded
+to multiples of 2^-10 eV; with it the products n_sZ e_Z and their sums are exact in float64, so the residual energies of
+the second fit are exact and small, and what it adds is exact to rounding of the sum. Both passes stream: chunks of rows
+are folded into one triangular factor (QR), whose size is the number of elements.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from multifid.structures.elements import MAX_Z
+
+COARSE = 2.0**10  # first fit: multiples of 1 / COARSE eV
+FINE = 2.0**32  # reference energy of a structure: multiples of 1 / FINE = 2.3e-10 eV, see `align`
+RANK_TOLERANCE = 1e-10  # singular values below this part of the largest one are zero
+SHARE = 1e-7  # an element with a smaller part in the null space is determined
+
+Chunks = Iterable[tuple[np.ndarray, np.ndarray]]  # (counts (S, elements), total energies (S,) eV), iterated repeatedly
+
+
+@dataclass(frozen=True)
+class References:
+    """Reference energies of one task.
+
+    energies: Z -> eV. undetermined: groups of elements whose energies the data do not determine separately (only
+    combinations of them). rank: number of determined directions. residual: RMS of the fit, meV/atom.
+    """
+
+    energies: dict[int, float]
+    undetermined: list[list[int]]
+    rank: int
+    residual: float
+
+    @property
+    def table(self) -> np.ndarray:
+        """(119,) float64 eV by atomic number; NaN where an element has no reference energy."""
+        table = np.full(MAX_Z + 1, np.nan)
+        table[list(self.energies)] = list(self.energies.values())
+        return table
+
+    def total(self, numbers: np.ndarray, natoms: np.ndarray) -> np.ndarray:
+        """(structures,) float64 eV: the reference energy of each structure.
+
+        numbers (atoms,) of all structures laid end to end, natoms (structures,). It depends on the composition alone,
+        to the last bit: not on the order of atoms nor on the other structures. NaN where an element has no reference.
+        """
+        table = self.table
+        present = np.unique(numbers)
+        counts = count_elements(numbers, natoms, present)
+        totals = np.zeros(len(natoms))
+        for column, z in enumerate(present):  # a matrix product could sum in another order in another batch
+            count = counts[:, column]
+            totals += np.where(count > 0, count * table[z], 0.0)
+        return np.round(totals * FINE) / FINE
+
+    def align(self, energy: np.ndarray, numbers: np.ndarray, natoms: np.ndarray) -> np.ndarray:
+        """Total energies minus reference energies, (structures,) eV; NaN where an element has no reference energy.
+
+        `restore(align(e)) == e` bit for bit wherever |e - reference| <= |e| < 2^21 eV: the reference is a multiple of
+        2^-32 eV, so the difference is exact. Where the aligned energy is larger than the total, the round trip is
+        good to half a unit in the last place of the aligned energy.
+        """
+        return np.asarray(energy, np.float64) - self.total(numbers, natoms)
+
+    def restore(self, aligned: np.ndarray, numbers: np.ndarray, natoms: np.ndarray) -> np.ndarray:
+        """Total energies from aligned ones, (structures,) eV."""
+        return np.asarray(aligned, np.float64) + self.total(numbers, natoms)
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The keys references, undetermined, rank and residual of a task in the manifest."""
+        return {
+            "references": {str(z): e for z, e in sorted(self.energies.items())},
+            "undetermined": self.undetermined,
+            "rank": self.rank,
+            "residual": self.residual,
+        }
+
+    @classmethod
+    def from_manifest(cls, task: dict[str, Any]) -> "References":
+        """The inverse of `to_manifest`; other keys of the task are ignored."""
+        energies = {int(z): float(e) for z, e in task["references"].items()}
+        return cls(energies, [list(group) for group in task["undetermined"]], task["rank"], task["residual"])
+
+
+def count_elements(numbers: np.ndarray, natoms: np.ndarray, elements: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(structures, elements) float64: how many atoms of each of `elements` a structure has. Others are not counted."""
+    column = np.full(MAX_Z + 1, -1)
+    column[np.asarray(elements, int)] = np.arange(len(elements))
+    columns = column[numbers]
+    structure = np.repeat(np.arange(len(natoms)), natoms)
+    known = columns >= 0
+    flat = np.bincount(structure[known] * len(elements) + columns[known], minlength=len(natoms) * len(elements))
+    return flat.reshape(len(natoms), len(elements)).astype(np.float64)
+
+
+def fit(chunks: Chunks, elements: Sequence[int], isolated: dict[int, float] | None = None) -> References:
+    """Fit reference energies; isolated-atom energies (Z -> eV) are taken as they are and the others fitted to the rest.
+
+    chunks: counts of `elements` and finite total energies in eV, structure by structure; iterated twice. Elements that
+    occur in no structure get no energy.
+    """
+    given = dict(isolated or {})
+    fixed = np.array([z in given for z in elements], bool)
+    known = np.array([given.get(z, 0.0) for z in elements], np.float64)
+    seen = np.zeros(len(elements), bool)
+    coarse = np.round(known * COARSE) / COARSE
+    first, _ = _triangle(_rows(chunks, coarse, known - coarse, ~fixed, seen))
+    coarse[~fixed] = np.round(_solve(first)[0] * COARSE) / COARSE
+    factor, rows = _triangle(_rows(chunks, coarse, np.where(fixed, known - coarse, 0.0), ~fixed, seen))
+    solution, null = _solve(factor)
+    residual = np.linalg.norm(factor[:, -1] - factor[:, :-1] @ solution) / np.sqrt(max(rows, 1))
+    free = coarse[~fixed] + solution
+    energies = known.copy()
+    energies[~fixed] = free - null @ (null.T @ free)  # min-norm: rounding left a trace outside the row space
+    names = np.asarray(elements, int)
+    return References(
+        energies={int(z): float(energies[k]) for k, z in enumerate(names) if seen[k]},
+        undetermined=_groups(names[~fixed], null, seen[~fixed]),
+        rank=int((seen & fixed).sum() + (~fixed).sum() - null.shape[1]),
+        residual=float(1000 * residual),
+    )
+
+
+def _rows(chunks: Chunks, coarse: np.ndarray, rest: np.ndarray, free: np.ndarray, seen: np.ndarray):
+    """Blocks [x | y] of the least-squares problem in the free elements; marks the elements that occur in `seen`."""
+    for counts, energies in chunks:
+        if len(energies) == 0:
+            continue
+        seen |= counts.any(axis=0)
+        atoms = counts.sum(axis=1)
+        left = (energies - counts @ coarse) - counts @ rest  # the first difference is exact
+        yield np.column_stack([counts[:, free], left]) / atoms[:, None]
+
+
+def _triangle(blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, int]:
+    """The triangular factor of all rows of [x | y], and how many rows there were."""
+    factor, rows = None, 0
+    for block in blocks:
+        rows += len(block)
+        stacked = block if factor is None else np.concatenate([factor, block])
+        factor = np.linalg.qr(stacked, mode="r")
+    if factor is None:
+        raise ValueError("no structure of the train split has an energy: there is nothing to fit reference energies to")
+    return factor, rows
+
+
+def _solve(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Min-norm solution (K,) of the triangular system [R | q], and an orthonormal basis of its null space (K, k)."""
+    matrix, right = factor[:, :-1], factor[:, -1]
+    if matrix.shape[1] == 0:
+        return np.zeros(0), np.zeros((0, 0))
+    u, s, vh = np.linalg.svd(matrix, full_matrices=True)
+    rank = int((s > RANK_TOLERANCE * s[0]).sum())
+    solution = vh[:rank].T @ ((u[:, :rank].T @ right) / s[:rank])
+    return solution, vh[rank:].T
+
+
+def _groups(elements: np.ndarray, null: np.ndarray, seen: np.ndarray) -> list[list[int]]:
+    """Elements that the data do not determine separately: connected blocks of the projector onto the null space."""
+    linked = np.abs(null @ null.T) > SHARE if null.shape[1] else np.zeros((len(elements),) * 2, bool)
+    left = [k for k in range(len(elements)) if linked[k, k] and seen[k]]
+    groups = []
+    while left:
+        group, frontier = set(), {left[0]}
+        while frontier:
+            group |= frontier
+            frontier = {j for k in frontier for j in np.flatnonzero(linked[k])} - group
+        groups.append(sorted(int(elements[k]) for k in group))
+        left = [k for k in left if k not in group]
+    return sorted(groups)

@@ -1,0 +1,183 @@
+"""Splits by relatives: structures that say nearly the same (one formula, one material) share a split.
+
+Three rules, the first that speaks decides over a structure:
+
+1. Its file was given for a split (`--train`, `--validation`, `--test`).
+2. A split was published with it. Where a publication knows no validation (or test), it is carved out of its train
+   split by rule 3, in the same proportion to train as `fractions` says.
+3. The remaining structures are divided among the splits that no file was given for: by relatives, in the order of a
+   seeded hash, which neither the order of input nor the names of others enter. Fractions count structures. A relative
+   that a publication has placed (rule 2) is followed. Where there are fewer relatives than splits to fill, each file is
+   cut into contiguous blocks (train first, test last), since neighbouring frames of one trajectory are nearly equal.
+
+A split that would be empty is an error. `unused` (3) is for validation and test structures with an element that the
+train split lacks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from multifid.data.fields import NO_SPLIT
+from multifid.structures.structure import SPLITS
+
+TRAIN, VALIDATION, TEST, UNUSED = range(4)
+DIVIDED = SPLITS[:3]
+
+
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """The split of every structure, and the rule that made it, in words, for the manifest."""
+
+    split: np.ndarray  # (structures,) uint8
+    rule: str
+
+
+def divide(
+    relative: np.ndarray,
+    published: np.ndarray,
+    file: np.ndarray,
+    given: list[str | None],
+    kind: str,
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    seed: int = 0,
+) -> Divided:
+    """Divide structures into train, validation and test.
+
+    relative: (structures,) uint64 hashes. published: (structures,) uint8 codes, 255 = none. file: (structures,) the
+    file of each. given: per file, the split it was given for, or None. kind: what makes relatives ("formula").
+    ValueError where a split would be empty.
+    """
+    _check_fractions(fractions)
+    split = np.full(len(relative), NO_SPLIT, np.uint8)
+    rules = []
+    by_file = np.array([NO_SPLIT if name is None else SPLITS.index(name) for name in given], np.uint8)[file]
+    if (chosen := by_file != NO_SPLIT).any():
+        split[chosen] = by_file[chosen]
+        rules.append("files: " + ", ".join(sorted({name for name in given if name})))
+    if (chosen := (published != NO_SPLIT) & (split == NO_SPLIT)).any():
+        split[chosen] = published[chosen]
+        rules.append("published")
+        _follow(split, relative, chosen)
+    filled = {SPLITS.index(name) for name in given if name}
+    pool = split == NO_SPLIT
+    open_splits = [code for code in range(3) if code not in filled]
+    if not pool.any() and rules[-1:] == ["published"]:
+        missing = [code for code in open_splits if code != TRAIN and not (split == code).any()]
+        pool = chosen & (split == TRAIN) if missing else pool
+        open_splits = [TRAIN, *missing]
+    if pool.any() and open_splits:
+        weights = np.array([fractions[code] for code in open_splits])
+        codes, how = _divide_pool(relative[pool], file[pool], weights / weights.sum(), seed)
+        split[pool] = np.array(open_splits, np.uint8)[codes]
+        rules.append(f"{how} {kind}" if how == "by" else how)
+    elif pool.any():
+        raise ValueError("files are given for train, validation and test: nothing is left for the other inputs")
+    for code, name in enumerate(DIVIDED):
+        if not (split == code).any():
+            raise ValueError(_empty(name, given))
+    return Divided(split, "; ".join(rules))
+
+
+def set_unseen_aside(split: np.ndarray, numbers: np.ndarray, offsets: np.ndarray, chunk: int = 65_536) -> list[int]:
+    """Validation and test structures with an element that the train split lacks become unused, in place.
+
+    numbers (atoms,), offsets (structures + 1,). Returns the elements. ValueError where that empties a split.
+    """
+    trained = np.zeros(256, bool)
+    parts = [slice(a, min(a + chunk, len(split))) for a in range(0, len(split), chunk)]
+
+    def atoms(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        first, last = int(offsets[part.start]), int(offsets[part.stop])
+        return np.asarray(numbers[first:last]), (np.asarray(offsets[part]) - offsets[part.start]).astype(np.int64)
+
+    for part in parts:
+        z, starts = atoms(part)
+        trained[z[np.repeat(split[part] == TRAIN, np.diff([*starts, len(z)]))]] = True
+    unseen = np.zeros(256, bool)
+    for part in parts:
+        z, starts = atoms(part)
+        foreign = np.maximum.reduceat(~trained[z], starts) & (split[part] != UNUSED)
+        unseen[z[np.repeat(foreign, np.diff([*starts, len(z)])) & ~trained[z]]] = True
+        split[part][foreign] = UNUSED
+    for code, name in enumerate(DIVIDED):
+        if not (split == code).any():
+            raise ValueError(f"every {name} structure has an element that the train split lacks: nothing is left of it")
+    return [int(z) for z in np.flatnonzero(unseen)]
+
+
+def _follow(split: np.ndarray, relative: np.ndarray, published: np.ndarray) -> None:
+    """Structures without a split go where a publication has put their relatives."""
+    names, first = np.unique(relative[published], return_index=True)
+    codes = split[published][first]
+    left = np.flatnonzero(split == NO_SPLIT)
+    place = np.minimum(np.searchsorted(names, relative[left]), len(names) - 1)
+    known = names[place] == relative[left]
+    split[left[known]] = codes[place[known]]
+
+
+def _divide_pool(relative: np.ndarray, file: np.ndarray, fractions: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+    """The place of each structure among the splits to fill, and how it was found."""
+    names, inverse, sizes = np.unique(relative, return_inverse=True, return_counts=True)
+    if len(fractions) == 1:
+        return np.zeros(len(relative), np.int64), "the other files"
+    if len(names) >= len(fractions):
+        return _by_relatives(names, sizes, fractions, seed)[inverse], "by"
+    codes = np.empty(len(relative), np.int64)
+    for f in np.unique(file):
+        members = np.flatnonzero(file == f)
+        codes[members] = np.repeat(np.arange(len(fractions)), _counts(len(members), fractions))
+    return codes, "contiguous blocks per file"
+
+
+def _by_relatives(names: np.ndarray, sizes: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:
+    """The place of each relative: laid end to end in hash order, cut where the fractions of all structures end.
+
+    Relatives larger than the smallest split should be come first (into train); a split that stays empty takes the
+    smallest relative of the one that has most relatives.
+    """
+    large = sizes > fractions.min() * sizes.sum()
+    order = np.lexsort((_mix(names, seed), ~large))
+    ends = np.cumsum(sizes[order])
+    middles = (ends - sizes[order] / 2) / ends[-1]
+    codes = np.empty(len(names), np.int64)
+    codes[order] = np.searchsorted(np.cumsum(fractions)[:-1], middles, side="right")
+    for empty in range(len(fractions)):
+        if (codes == empty).any():
+            continue
+        richest = np.bincount(codes, minlength=len(fractions)).argmax()
+        members = np.flatnonzero(codes == richest)
+        codes[members[np.lexsort((_mix(names[members], seed), sizes[members]))[0]]] = empty
+    return codes
+
+
+def _mix(names: np.ndarray, seed: int) -> np.ndarray:
+    """A seeded hash of hashes: the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    with np.errstate(over="ignore"):
+        x = names + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _counts(n: int, fractions: np.ndarray) -> np.ndarray:
+    """n cut by fractions into whole numbers, none of them zero where n is large enough."""
+    bounds = np.round(np.cumsum(fractions) * n).astype(np.int64)
+    counts = np.diff(bounds, prepend=0)
+    while n >= len(fractions) and (counts == 0).any():
+        counts[counts.argmax()] -= 1
+        counts[counts.argmin()] += 1
+    return counts
+
+
+def _check_fractions(fractions: tuple[float, float, float]) -> None:
+    if len(fractions) != 3 or not all(f > 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(
+            f"fractions must be three positive numbers (train, validation, test) that add up to 1, not {fractions}"
+        )
+
+
+def _empty(name: str, given: list[str | None]) -> str:
+    if name in given:
+        return f"the {name} split is empty: the files given for it hold no structure that can be used"
+    return f"the {name} split would be empty: give more structures, or files for it with --{name}"

@@ -1,0 +1,280 @@
+"""Reads a store: memory-mapped fields, gathered without a loop over structures, verified block by block.
+
+Opening compares the manifest with its own checksum, and every file's size and header with the manifest, so that no
+later read can fault. The blocks of a file are compared with `checksums.npy` the first time they are touched
+(`verify="touch"`), all at once (`"open"`), or never (`"off"`). What differs is a ValueError that names file and place.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from multifid.data.fields import (
+    BLOCK,
+    CHECKSUMS,
+    FIELDS,
+    HEADER,
+    LABELS,
+    MANIFEST,
+    SCHEMA,
+    block_checksums,
+    blocks,
+    field,
+    npy_header,
+)
+from multifid.data.writer import manifest_bytes
+from multifid.structures.structure import SPLITS, Packed, PackedLabels
+
+VERIFY = ("touch", "open", "off")
+_KEYS = ("source", "structures", "atoms", "elements", "tasks", "splits", "edges_per_atom", "skipped", "files")
+
+
+class MappedFile:
+    """One array file of an open store: its rows, and which of its blocks have been verified."""
+
+    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...], checksums: np.ndarray, verify: bool) -> None:
+        self.path, self.checksums = path, checksums
+        with path.open("rb") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.rows = np.frombuffer(self.bytes, dtype, math.prod(shape), HEADER).reshape(shape)
+        self.row_bytes = self.rows.itemsize * math.prod(shape[1:])
+        self.verified = np.full(len(checksums), not verify)
+        self.left = len(checksums) if verify else 0
+
+    def touch(self, first: np.ndarray, last: np.ndarray) -> None:
+        """Verify the blocks that hold the rows `first` and `last` (equal-length arrays, inclusive).
+
+        The rows in between must lie in the same blocks: true for the atoms of one structure (see `fields.MAX_ATOMS`).
+        """
+        if self.left == 0:
+            return
+        bytes_of = np.concatenate((first * self.row_bytes, (last + 1) * self.row_bytes - 1)) + HEADER
+        touched = bytes_of // BLOCK
+        new = touched[~self.verified[touched]]
+        for block in np.unique(new):
+            self._verify(int(block))
+
+    def whole(self) -> np.ndarray:
+        """All rows, verified."""
+        if self.left:
+            for block in np.flatnonzero(~self.verified):
+                self._verify(int(block))
+        return self.rows
+
+    def _verify(self, block: int) -> None:
+        start = block * BLOCK
+        with memoryview(self.bytes) as view, view[start : start + BLOCK] as part:
+            found = xxhash.xxh3_64_intdigest(part)
+        if found != int(self.checksums[block]):
+            end = min(start + BLOCK, len(self.bytes))
+            raise ValueError(f"{self.path} is damaged in bytes {start}..{end}: the checksum of block {block} differs")
+        self.verified[block] = True
+        self.left -= 1
+
+
+class Store:
+    """A prepared dataset. `read` returns packed structures in any order; see DESIGN of the store in ARCHITECTURE.md.
+
+    path, manifest (dict), structures, atoms, tasks (label sets, in the order of the manifest), checksum (hexadecimal,
+    of the manifest, which binds all content), natoms, elements (Z -> number of atoms).
+    """
+
+    def __init__(self, path: Path | str, verify: str = "touch") -> None:
+        if verify not in VERIFY:
+            raise ValueError(f"verify must be one of {', '.join(VERIFY)}, not {verify!r}")
+        self.path, self.verify = Path(path), verify
+        self.manifest, self.checksum = _read_manifest(self.path)
+        self.structures: int = self.manifest["structures"]
+        self.atoms: int = self.manifest["atoms"]
+        self.tasks: list[str] = list(self.manifest["tasks"])
+        self.elements: dict[int, int] = {int(z): n for z, n in self.manifest["elements"].items()}
+        self._files = self._open_files()
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[Path, str]]:
+        """A worker process opens the store for itself."""
+        return Store, (self.path, self.verify)
+
+    @property
+    def natoms(self) -> np.ndarray:
+        """(structures,) uint16 atoms of each structure, memory-mapped."""
+        return self.field("natoms")
+
+    def field(self, name: str) -> np.ndarray:
+        """A whole field, memory-mapped and verified: "numbers", "split", "labels/<task>/energy", "index/train".
+
+        KeyError where the store has no such field.
+        """
+        if name not in self._files:
+            raise KeyError(f"{self.path} has no field {name!r}: it has {', '.join(self._files)}")
+        return self._files[name].whole()
+
+    def index(self, split: str) -> np.ndarray:
+        """The structures of a split, ascending, memory-mapped. ValueError for another name than those in SPLITS."""
+        if split not in SPLITS:
+            raise ValueError(f"there is no split {split!r}: splits are {', '.join(SPLITS)}")
+        return self.field(f"index/{split}")
+
+    def source_id(self, i: int) -> str:
+        """Where structure `i` lies in its source file (`source_file`)."""
+        i = int(self._checked(np.array([i]))[0])
+        bounds = self._rows("source_id_offsets", np.array([i, i + 1]))
+        start, end = int(bounds[0]), int(bounds[1])
+        every_block = np.append(np.arange(start, end, BLOCK), end - 1) if end > start else np.zeros(0, np.int64)
+        self._rows("source_id", every_block)
+        return self._files["source_id"].rows[start:end].tobytes().decode() if end > start else ""
+
+    def source_file(self, i: int) -> str:
+        """The name of the source file of structure `i`: files come one after the other in the order of the manifest."""
+        i = int(self._checked(np.array([i]))[0])
+        files = self.manifest["source"]["files"]
+        ends = np.cumsum([file["structures"] for file in files])
+        return files[int(np.searchsorted(ends, i, side="right"))]["name"]
+
+    def read(self, indices: Sequence[int] | np.ndarray, tasks: Sequence[str] | None = None) -> Packed:
+        """The structures at `indices`, in that order, repeats allowed, with the labels of `tasks` (all by default).
+
+        IndexError for an index outside 0..structures-1; KeyError for a task that the store has not.
+        """
+        indices = self._checked(np.asarray(indices))
+        first = self._rows("offsets", indices).astype(np.int64)
+        natoms = self._rows("natoms", indices).astype(np.int64)
+        ends = np.cumsum(natoms)
+        total = int(ends[-1]) if len(ends) else 0
+        atoms = np.repeat(first - ends + natoms, natoms) + np.arange(total)
+        last = first + natoms - 1
+        n = len(indices)
+        return Packed(
+            numbers=self._atom_rows("numbers", atoms, first, last),
+            positions=self._atom_rows("positions", atoms, first, last),
+            natoms=natoms,
+            cell=self._rows("cell", indices) if "cell" in self._files else np.zeros((n, 3, 3)),
+            pbc=self._rows("pbc", indices) if "pbc" in self._files else np.zeros((n, 3), bool),
+            charge=self._rows("charge", indices) if "charge" in self._files else np.zeros(n, np.int8),
+            spin=self._rows("spin", indices) if "spin" in self._files else np.ones(n, np.uint8),
+            labels={t: self._labels(t, indices, atoms, first, last) for t in (self.tasks if tasks is None else tasks)},
+        )
+
+    def _labels(self, task: str, indices: np.ndarray, atoms: np.ndarray, first: np.ndarray, last: np.ndarray):
+        if task not in self.manifest["tasks"]:
+            raise KeyError(f"{self.path} has no labels {task!r}: it has {', '.join(self.tasks)}")
+        energy, forces, stress = (f"labels/{task}/{kind}" for kind in LABELS)
+        return PackedLabels(
+            energy=self._rows(energy, indices) if energy in self._files else np.full(len(indices), np.nan),
+            forces=self._atom_rows(forces, atoms, first, last) if forces in self._files else None,
+            stress=self._rows(stress, indices) if stress in self._files else None,
+        )
+
+    def _rows(self, name: str, indices: np.ndarray) -> np.ndarray:
+        file = self._files[name]
+        file.touch(indices, indices)
+        return file.rows.take(indices, axis=0)
+
+    def _atom_rows(self, name: str, atoms: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        file = self._files[name]
+        file.touch(first, last)
+        return file.rows.take(atoms, axis=0)
+
+    def _checked(self, indices: np.ndarray) -> np.ndarray:
+        if len(indices) == 0:
+            return np.zeros(0, np.int64)
+        if indices.dtype.kind not in "iu":
+            raise IndexError(f"structures are read by integers, not by {indices.dtype}")
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= self.structures:
+            bad = low if low < 0 else high
+            raise IndexError(f"structure {bad} of {self.path}: it has structures 0..{self.structures - 1}")
+        return indices.astype(np.int64, copy=False)
+
+    def _open_files(self) -> dict[str, MappedFile]:
+        checksums = _open_checksums(self.path, self.manifest)
+        opened: dict[str, MappedFile] = {}
+        start = 0
+        for name, entry in sorted(self.manifest["files"].items()):
+            if name == CHECKSUMS:
+                continue
+            path = self.path / name
+            _check_size(path, entry["bytes"])
+            sums = checksums[start : start + blocks(entry["bytes"])]
+            start += len(sums)
+            if entry["dtype"] is None:
+                if self.verify == "open":
+                    _verify_text(path, sums)
+                continue
+            key = name.removesuffix(".npy")
+            shape = tuple(entry["shape"])
+            _check_array(path, key, entry, self.manifest)
+            opened[key] = MappedFile(path, entry["dtype"], shape, sums, self.verify != "off")
+            if self.verify == "open":
+                opened[key].whole()
+        required = {key for key, what in FIELDS.items() if what.absent is None} | {f"index/{s}" for s in SPLITS}
+        if missing := sorted(required - set(opened)):
+            raise ValueError(f"{self.path / MANIFEST} lists no file for {', '.join(missing)}")
+        return opened
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{path} is not a store: it has no {MANIFEST} (`multifid prepare` makes stores)")
+    data = file.read_bytes()
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise ValueError(f"{file} has schema {found!r}; this version of multifid reads schema {SCHEMA}")
+    if manifest_bytes(manifest) != data:
+        raise ValueError(f"{file} is damaged or was edited: it differs from its own checksum; prepare the store again")
+    if missing := [key for key in _KEYS if key not in manifest]:
+        raise ValueError(f"{file} lacks {', '.join(missing)}")
+    return manifest, xxhash.xxh3_64_hexdigest(data)
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    if (found := path.stat().st_size) != size:
+        raise ValueError(f"{path} has {found} bytes where the manifest says {size}: truncated or overwritten")
+
+
+def _check_array(path: Path, key: str, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Size, dtype, shape and header of an array file must all say the same."""
+    what, shape, dtype = field(key), tuple(entry["shape"]), entry["dtype"]
+    structures = manifest["structures"]
+    known = {"structures": structures, "structures + 1": structures + 1, "atoms": manifest["atoms"]}
+    rows = known.get(what.rows, manifest["splits"].get(what.rows, shape[0]))
+    large_index = key.startswith("index/") and dtype == "<u8"
+    if shape != (rows, *what.row) or (dtype != what.dtype and not large_index):
+        raise ValueError(f"{path}: the manifest says {dtype} {shape}, which must be {what.dtype} {(rows, *what.row)}")
+    if entry["bytes"] != HEADER + math.prod(shape) * np.dtype(dtype).itemsize:
+        raise ValueError(f"{path}: {entry['bytes']} bytes do not hold {dtype} {shape}")
+    with path.open("rb") as file:
+        if file.read(HEADER) != npy_header(dtype, shape):
+            raise ValueError(f"{path} is damaged in bytes 0..{HEADER}: its header is not that of {dtype} {shape}")
+
+
+def _open_checksums(store: Path, manifest: dict[str, Any]) -> np.ndarray:
+    path, entry = store / CHECKSUMS, manifest["files"].get(CHECKSUMS)
+    if entry is None:
+        raise ValueError(f"{store / MANIFEST} lists no {CHECKSUMS}")
+    _check_size(path, entry["bytes"])
+    count = sum(blocks(e["bytes"]) for name, e in manifest["files"].items() if name != CHECKSUMS)
+    data = path.read_bytes()
+    if data[:HEADER] != npy_header("<u8", (count,)) or len(data) != HEADER + 8 * count:
+        raise ValueError(f"{path} is damaged in bytes 0..{HEADER}: it must hold {count} checksums")
+    if xxhash.xxh3_64_hexdigest(data[HEADER:]) != manifest["checksums"]:
+        raise ValueError(f"{path} is damaged in bytes {HEADER}..{len(data)}: it differs from the manifest")
+    return np.frombuffer(data, "<u8", offset=HEADER)
+
+
+def _verify_text(path: Path, sums: np.ndarray) -> None:
+    for block, found in enumerate(block_checksums(path)):
+        if found != int(sums[block]):
+            raise ValueError(f"{path} is damaged in block {block} (bytes {block * BLOCK} and up)")

@@ -1,0 +1,39 @@
+"""What a store holds, in one table for people: printed by `prepare`."""
+
+from rich.table import Table
+
+from multifid.data.store import Store
+from multifid.structures.elements import SYMBOLS
+from multifid.structures.structure import SPLITS
+
+
+def summary(store: Store) -> Table:
+    """A table of two columns: counts, splits, labels and reference energies of each task, what was skipped and why."""
+    manifest = store.manifest
+    table = Table(title=str(store.path), show_header=False, title_justify="left")
+    table.add_row("structures, atoms", f"{store.structures:,}, {store.atoms:,}")
+    table.add_row("elements", " ".join(SYMBOLS[z] for z in store.elements))
+    splits = manifest["splits"]
+    table.add_row("splits", ", ".join(f"{name} {splits[name]:,}" for name in SPLITS) + f" ({splits['rule']})")
+    for name, task in manifest["tasks"].items():
+        labels = ", ".join(f"{kind} {count:,}" for kind, count in task["labels"].items() if count)
+        table.add_row(f"task {name}", f"{task['level_of_theory']}, {task['energy_kind']}: {labels}")
+        table.add_row("  references", _references(task))
+        table.add_row("  scale", f"{task['scale']:.4g} {'eV/angstrom' if task['labels']['forces'] else 'eV/atom'}")
+    for what in ("skipped", "dropped_labels"):
+        for reason, count in manifest[what].items():
+            table.add_row(what.replace("_", " "), f"{count:,}: {reason}")
+    edges = manifest["edges_per_atom"]
+    table.add_row(
+        "edges per atom", ", ".join(f"{value:.1f} within {cutoff} angstrom" for cutoff, value in edges.items())
+    )
+    return table
+
+
+def _references(task: dict) -> str:
+    energies = ", ".join(f"{SYMBOLS[int(z)]} {energy:.4f}" for z, energy in task["references"].items())
+    text = f"{energies} eV (rank {task['rank']}, residual {task['residual']:.1f} meV/atom)"
+    if task["undetermined"]:
+        groups = "; ".join(" ".join(SYMBOLS[z] for z in group) for group in task["undetermined"])
+        text += f"\nnot determined separately: {groups}"
+    return text

@@ -1,0 +1,115 @@
+"""The commands. Each imports what it needs when it is called, so that help and prepare start without torch."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Pre-train graph foundation models for atoms on many inconsistent sources of quantum-mechanical data at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="prepared stores")]
+
+
+@app.command()
+def prepare(
+    format: Annotated[str, typer.Argument(help="ani1x qm7x transition1x mptrj alexandria extxyz aselmdb")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="published files; several make one store")],
+    out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
+    task: Annotated[Optional[str], typer.Option(help="name of the task; default: the format's")] = None,
+    limit: Annotated[Optional[int], typer.Option(help="store at most so many structures")] = None,
+    train: Annotated[Optional[list[Path]], typer.Option(help="an input that is all training split")] = None,
+    validation: Annotated[Optional[list[Path]], typer.Option(help="an input that is all validation split")] = None,
+    test: Annotated[Optional[list[Path]], typer.Option(help="an input that is all test split")] = None,
+    fractions: Annotated[str, typer.Option(help="train,validation,test")] = "0.8,0.1,0.1",
+    seed: Annotated[int, typer.Option(help="of the split")] = 0,
+    level_of_theory: Annotated[
+        Optional[str], typer.Option(help="for the manifest, where it is not the format's")
+    ] = None,
+    option: Annotated[Optional[list[str]], typer.Option(help="key=value of the format, as energy=corrected")] = None,
+) -> None:
+    """Turn published files into a store."""
+    from multifid.data.prepare import prepare as run
+
+    parts = tuple(_float(x, "--fractions") for x in fractions.split(","))
+    given = {"train": train or [], "validation": validation or [], "test": test or []}
+    run(
+        format,
+        inputs,
+        out,
+        task=task,
+        limit=limit,
+        files_of_split={split: files for split, files in given.items() if files},
+        fractions=parts,
+        seed=seed,
+        options=dict(_pair(x) for x in option or []),
+        level_of_theory=level_of_theory,
+    )
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run to go on with")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[key=value]...", help="as train.lr=0.001")
+    ] = None,
+) -> None:
+    """Train a model; the same command goes on with a run that was stopped."""
+    from multifid.config import load_config
+    from multifid.train.run import train as run
+
+    path = config / "config.yaml" if config.is_dir() else config
+    run(load_config(path, overrides))
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="trained runs")],
+    data: Annotated[list[str], typer.Option("--data", metavar="[TASK=]STORE", help="what to ask about; repeatable")],
+    split: Annotated[str, typer.Option(help="test | validation | train | all")] = "test",
+    branch: Annotated[Optional[str], typer.Option(help="the branch that answers")] = None,
+) -> None:
+    """Energy and force errors of runs on stores, as a table and RUN/evaluation.json."""
+    from multifid.evaluate.evaluate import data_of, evaluate_run
+    from multifid.evaluate.table import rich_table
+
+    if split not in ("test", "validation", "train", "all"):
+        raise ValueError(f"--split {split!r} must be test, validation, train or all")
+    asked = [d for text in data for d in data_of(text)]
+    rows = [row for run in runs for row in evaluate_run(run, asked, split, branch)]
+    for quantity in ("energy", "forces"):
+        _console().print(rich_table(rows, quantity))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option {text!r} must have the form key=value")
+    return key, value
+
+
+def _float(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{where}: {text!r} is not a number") from None
+
+
+def _console():
+    from rich.console import Console
+
+    return Console()
+
+
+def main() -> None:
+    """Entry point: the user's errors are one message and exit code 1, ours keep their traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"multifid: error: {error}", file=sys.stderr)
+        sys.exit(1)

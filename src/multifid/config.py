@@ -1,0 +1,139 @@
+"""The one config: composed of the rooms' own sections, strict, YAML in, resolved copy out."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from multifid.data.loader import TaskConfig
+from multifid.data.order import SamplingConfig
+from multifid.model.potential import ModelConfig
+from multifid.parallel.layout import ParallelConfig
+from multifid.train.loss import ObjectiveConfig
+from multifid.train.settings import TrainConfig
+
+
+class StudyConfig(BaseModel):
+    """The `study` section: how the comparison is run (only `multifid study` reads it)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seeds: list[int] = Field([0], min_length=1, description="one comparison for each")
+    processes: int = Field(1, gt=0, description="models that train side by side, each with its share of the threads")
+
+
+class Config(BaseModel):
+    """Everything that a run is told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str = Field(description="directory that the run writes into")
+    seed: int = Field(0, ge=0, description="of the weights and of the order of data")
+    init: str | None = Field(None, description="a run whose weights to start from")
+    tasks: dict[str, TaskConfig] = Field(min_length=1, description="name -> store, weight, ...")
+    branches: Literal["per_task", "shared"] = Field("per_task", description="shared: one branch for all tasks")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    study: StudyConfig | None = Field(None, description="only for `multifid study`")
+
+    @field_validator("tasks")
+    @classmethod
+    def _names(cls, tasks: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        for name in tasks:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"task name {name!r} must consist of letters, digits, _ and - only")
+        return dict(sorted(tasks.items()))
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.objective.stress > 0 and self.model.branch.forces != "conservative":
+            raise ValueError("objective.stress > 0 needs model.branch.forces: conservative (only they give a stress)")
+        if self.train.batch is not None and self.train.local_batch is not None:
+            raise ValueError("train.batch and train.local_batch say the same thing twice: give one of them")
+        return self
+
+    def branch_of(self) -> dict[str, str]:
+        """The branch of every task."""
+        return {task: task if self.branches == "per_task" else "shared" for task in self.tasks}
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """A config from YAML with `key.key=value` overrides. ValueError names the key, what was given and what would be right."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold keys and values, holds {type(values).__name__}")
+    for override in overrides or []:
+        _apply(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{source}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} must have the form key=value, as train.lr=0.001")
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.get(parent)
+        if inner is None:
+            inner = values[parent] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
+        values = inner
+    values[last] = yaml.safe_load(text)
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("dict[", "literal[")))
+    if error["type"] != "extra_forbidden":
+        given = "" if isinstance(error.get("input"), dict) else f" (given: {error.get('input')!r})"
+        return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}{given}"
+    near = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(error["loc"][:-1]), n=1, cutoff=0.4)
+    known = ", ".join(_known_keys(error["loc"][:-1]))
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys of the section that a location of a validation error names."""
+    model: Any = Config
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _section(annotation: Any) -> Any:
+    """The config class inside an annotation such as `StudyConfig | None` or `dict[str, TaskConfig]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inside = [_section(a) for a in getattr(annotation, "__args__", ())]
+    return next((a for a in inside if a is not None), None)
+
+
+def dump_config(config: Config) -> str:
+    """YAML that gives the same config again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
+    """Where two dumped configs differ: `train.lr: 0.001 here, 0.002 in the run`."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        keys = dict.fromkeys([*new, *old])
+        return [d for k in keys for d in differences(new.get(k), old.get(k), f"{prefix}.{k}" if prefix else k)]
+    return [] if new == old else [f"{prefix}: {new!r} here, {old!r} in the run"]

@@ -1,0 +1,200 @@
+"""Stores to batches: reads the structures of a step, finds their edges, aligns their labels, and does so ahead of time.
+
+The only file of this room that knows torch.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from multifid.data.references import References
+from multifid.data.store import Store
+from multifid.structures.batch import Batch, Targets
+from multifid.structures.neighbors import neighbor_list
+from multifid.structures.structure import Packed, PackedLabels
+
+T = TypeVar("T")
+
+
+class TaskConfig(BaseModel):
+    """One task: a store, its weight in the objective, and which labels of the store it learns."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: str = Field(description="directory of the prepared store")
+    weight: float = Field(1.0, gt=0.0, description="w_t of the objective, used as given")
+    labels: str | None = Field(None, description="label set of the store; may be left out where it has only one")
+    per_step: float | None = Field(None, gt=0.0, description="structures of this task per step, in place of its share")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A store as a run uses it: which of its label sets are which tasks, and their reference energies."""
+
+    store: Store
+    tasks: dict[str, str]  # task -> label set of the store
+    references: dict[str, References]  # task -> reference energies
+
+    @property
+    def label_sets(self) -> list[str]:
+        return list(dict.fromkeys(self.tasks.values()))
+
+
+def open_sources(tasks: dict[str, TaskConfig], verify: str = "touch") -> list[Source]:
+    """The stores of a config, each opened once. Tasks of one store share a `Source`, in the order of their names."""
+    stores: dict[str, Store] = {}
+    members: dict[str, dict[str, str]] = {}
+    for task in sorted(tasks):
+        store = Store(tasks[task].store, verify=verify)
+        path = str(store.path.resolve())
+        stores.setdefault(path, store)
+        members.setdefault(path, {})[task] = _label_set(task, tasks[task], store)
+    return [
+        Source(
+            stores[p], chosen, {t: References.from_manifest(stores[p].manifest["tasks"][n]) for t, n in chosen.items()}
+        )
+        for p, chosen in members.items()
+    ]
+
+
+def _label_set(task: str, config: TaskConfig, store: Store) -> str:
+    present = list(store.tasks)
+    if config.labels is not None:
+        if config.labels not in present:
+            raise ValueError(f"tasks.{task}.labels: {config.labels!r} is not in {store.path}, which has {present}")
+        return config.labels
+    if task in present:
+        return task
+    if len(present) == 1:
+        return present[0]
+    raise ValueError(f"tasks.{task}.labels must name one of the label sets of {store.path}: {present}")
+
+
+def collate(parts: list[tuple[Source, np.ndarray]], cutoff: float) -> Batch:
+    """Structures of several sources, laid end to end, with their edges and aligned labels, as one batch.
+
+    parts: (source, indices into its store), in the order in which they are laid. Labels: float64 tensors in eV,
+    reference energies subtracted. An empty list of parts gives an empty batch.
+    """
+    packs = [source.store.read(indices, source.label_sets) for source, indices in parts]
+    slices: dict[str, tuple[slice, slice]] = {}
+    targets: dict[str, Targets] = {}
+    structures = atoms = 0
+    for (source, _), pack in zip(parts, packs, strict=True):
+        here = (slice(structures, structures + len(pack.natoms)), slice(atoms, atoms + len(pack.numbers)))
+        structures, atoms = here[0].stop, here[1].stop
+        for task, name in source.tasks.items():
+            slices[task] = here
+            targets[task] = _targets(pack, pack.labels[name], source.references[task])
+    whole = _concatenate(packs)
+    edges, shifts = neighbor_list(whole, cutoff)
+    natoms = torch.from_numpy(whole.natoms.astype(np.int64))
+    return Batch(
+        numbers=torch.from_numpy(whole.numbers.astype(np.int64)),
+        positions=torch.from_numpy(whole.positions.astype(np.float64)),
+        cell=torch.from_numpy(whole.cell.astype(np.float64)),
+        charge=torch.from_numpy(whole.charge.astype(np.int64)),
+        spin=torch.from_numpy(whole.spin.astype(np.int64)),
+        natoms=natoms,
+        structure=torch.repeat_interleave(torch.arange(len(natoms)), natoms),
+        edges=torch.from_numpy(edges.astype(np.int64)),
+        shifts=torch.from_numpy(shifts.astype(np.float64)),
+        slices=slices,
+        targets=targets,
+    )
+
+
+def _targets(pack: Packed, labels: PackedLabels, references: References) -> Targets:
+    def tensor(x: np.ndarray | None) -> torch.Tensor | None:
+        return None if x is None else torch.from_numpy(x.astype(np.float64))
+
+    aligned = references.align(labels.energy, pack.numbers, pack.natoms)
+    return Targets(torch.from_numpy(aligned), tensor(labels.forces), tensor(labels.stress))
+
+
+def _concatenate(packs: list[Packed]) -> Packed:
+    def join(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return np.concatenate([np.zeros(shape, dtype), *(getattr(p, name) for p in packs)])
+
+    return Packed(
+        numbers=join("numbers", (0,), np.uint8),
+        positions=join("positions", (0, 3), np.float32),
+        natoms=join("natoms", (0,), np.int64),
+        cell=join("cell", (0, 3, 3), np.float64),
+        pbc=join("pbc", (0, 3), np.bool_),
+        charge=join("charge", (0,), np.int8),
+        spin=join("spin", (0,), np.uint8),
+    )
+
+
+def edge_costs(source: Source, indices: np.ndarray, cutoff: float) -> np.ndarray:
+    """Estimated edges of structures, from their numbers of atoms only: (n,) float64.
+
+    Nobody builds the neighbour lists of structures that it will not process. In a molecule of n atoms every atom has
+    at most n - 1 neighbours, and in a dense one at most what the cutoff sphere holds; `edges_per_atom` of the manifest
+    (measured on a sample of the store) is the typical number.
+    """
+    natoms = source.store.natoms[indices].astype(np.float64)
+    measured = source.store.manifest["edges_per_atom"]
+    nearest = min(measured, key=lambda c: abs(float(c) - cutoff))
+    per_atom = float(measured[nearest]) * (cutoff / float(nearest)) ** 3
+    if "pbc" in source.store.manifest["files"] or "pbc.npy" in source.store.manifest["files"]:
+        return natoms * per_atom
+    return natoms * np.minimum(natoms - 1, per_atom)
+
+
+def cut(costs: np.ndarray, most: float | None) -> list[slice]:
+    """Consecutive pieces of a list whose costs add up to at most `most` each (single larger items stand alone)."""
+    if most is None or not len(costs):
+        return [slice(0, len(costs))]
+    starts, total = [0], 0.0
+    for i, cost in enumerate(costs):
+        if total + cost > most and i > starts[-1]:
+            starts.append(i)
+            total = 0.0
+        total += float(cost)
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(costs)], strict=True)]
+
+
+def micro_batches(parts: list[tuple[Source, np.ndarray]], cutoff: float, max_edges: int | None) -> list[Batch]:
+    """The structures of a step as one batch, or as several of at most about `max_edges` edges each."""
+    if max_edges is None:
+        return [collate(parts, cutoff)]
+    costs = np.concatenate([np.zeros(0), *(edge_costs(s, i, cutoff) for s, i in parts)])
+    ends = np.cumsum([len(i) for _, i in parts])
+    out = []
+    for piece in cut(costs, max_edges):
+        inside = []
+        for (source, indices), end in zip(parts, ends, strict=True):
+            begin = end - len(indices)
+            chosen = indices[max(piece.start - begin, 0) : max(piece.stop - begin, 0)]
+            if len(chosen):
+                inside.append((source, chosen))
+        out.append(collate(inside, cutoff))
+    return out
+
+
+def ahead(work: Callable[[int], T], start: int, stop: int, workers: int) -> Iterator[T]:
+    """work(start), work(start + 1), ... work(stop - 1), in order, prepared by `workers` threads ahead of the caller.
+
+    Threads and not processes: numpy releases the interpreter in what costs time, and batches need no copying. What is
+    made is a function of the step alone, so their number changes nothing. 0 prepares each batch when it is asked for.
+    """
+    if workers == 0:
+        yield from (work(step) for step in range(start, stop))
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="loader") as pool:
+        pending: list[Future[T]] = []
+        try:
+            for step in range(start, stop):
+                while len(pending) <= workers and step + len(pending) < stop:
+                    pending.append(pool.submit(work, step + len(pending)))
+                yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,101 @@
+"""AdamW, clipping, learning-rate schedules and the moving average of weights, over named parameters."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Named = dict[str, nn.Parameter]
+
+
+def adamw(parameters: Named, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); biases, norms and other vectors are not decayed."""
+    matrices = [p for p in parameters.values() if p.dim() >= 2]
+    vectors = [p for p in parameters.values() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    """First and second moment of a parameter; zeros before the first update."""
+    state = optimizer.state[parameter]
+    if not state:
+        return torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state["exp_avg"], state["exp_avg_sq"]
+
+
+def set_moments(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, first: Tensor, second: Tensor, updates: int
+) -> None:
+    """Put saved moments back, after `updates` updates."""
+    if updates == 0:
+        return
+    optimizer.state[parameter] = {
+        "step": torch.tensor(float(updates), dtype=torch.float32, device=parameter.device),
+        "exp_avg": first.to(parameter.device),
+        "exp_avg_sq": second.to(parameter.device),
+    }
+
+
+def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Sum of the squares of all gradients, float64."""
+    norms = torch._foreach_norm([p.grad for p in parameters])
+    return torch.stack([n.double() for n in norms]).square().sum()
+
+
+class MovingAverage:
+    """Exponential moving average of the weights; in the first updates the average is over fewer."""
+
+    def __init__(self, parameters: Named, decay: float) -> None:
+        self.decay = decay
+        self.parameters = parameters
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and averages; the second call undoes the first."""
+        for name, p in self.parameters.items():
+            held = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name].copy_(held)
+
+
+@dataclass
+class Schedule:
+    """The factor on the learning rate after a number of updates.
+
+    Linear warm-up, then: `cosine` to a hundredth of the rate at the last update; `constant`; `plateau`: times `factor`
+    whenever the validation value has not improved for `patience` epochs.
+    """
+
+    kind: str
+    warmup: int
+    updates: int  # of the whole run
+    factor: float = 0.5
+    patience: int = 5
+    state: dict[str, Any] = field(default_factory=lambda: {"factor": 1.0, "best": math.inf, "bad_epochs": 0})
+
+    def __call__(self, update: int) -> float:
+        if update < self.warmup:
+            return (update + 1) / self.warmup
+        if self.kind == "cosine":
+            done = min(1.0, (update - self.warmup) / max(1, self.updates - self.warmup))
+            return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+        return self.state["factor"] if self.kind == "plateau" else 1.0
+
+    def validated(self, value: float) -> None:
+        """Hear the validation value of an epoch (only `plateau` listens)."""
+        if value < self.state["best"]:
+            self.state.update(best=value, bad_epochs=0)
+            return
+        self.state["bad_epochs"] += 1
+        if self.state["bad_epochs"] > self.patience:
+            self.state.update(factor=self.state["factor"] * self.factor, bad_epochs=0)

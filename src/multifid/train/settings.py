@@ -1,0 +1,48 @@
+"""How long, how fast and how carefully to train."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainConfig(BaseModel):
+    """The `train` section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lr: float = Field(1.0e-3, gt=0.0, description="highest learning rate of AdamW")
+    weight_decay: float = Field(0.01, ge=0.0, description="decoupled decay of matrices; biases are not decayed")
+    clip: float | None = Field(10.0, gt=0.0, description="highest norm of the gradient over encoder and all branches")
+    ema: float | None = Field(0.999, gt=0.0, lt=1.0, description="decay of the moving average of weights; null: off")
+    warmup: int = Field(100, ge=0, description="updates of linear warm-up")
+    schedule: Literal["cosine", "plateau", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    plateau_factor: float = Field(0.5, gt=0.0, lt=1.0, description="schedule plateau: the rate is multiplied by this")
+    plateau_patience: int = Field(5, ge=0, description="schedule plateau: epochs without a better validation value")
+    batch: float | None = Field(None, gt=0.0, description="mean structures per task and step, over all ranks")
+    local_batch: int | None = Field(
+        None, gt=0, description="structures per rank and step; turned into `batch` at the start"
+    )
+    epochs: int = Field(100, gt=0, description="length of the run, where `steps` is null")
+    steps: int | None = Field(None, gt=0, description="length of the run in steps")
+    epoch_steps: int | None = Field(None, gt=0, description="steps of an epoch; null: the longest pass of a task")
+    patience: int | None = Field(
+        10, gt=0, description="epochs without a better validation value before stopping; null: never"
+    )
+    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="bf16: autocast, weights stay in fp32")
+    max_edges: int | None = Field(None, gt=0, description="edges of a micro-batch; larger steps are cut into several")
+    checkpoint_every: int = Field(1000, gt=0, description="steps between checkpoints (one more at every epoch's end)")
+    keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
+    log_every: int = Field(50, gt=0, description="steps between training rows of metrics.jsonl")
+    verify: Literal["touch", "open", "off"] = Field("touch", description="when the stores' checksums are verified")
+    workers: int = Field(1, ge=0, description="threads that prepare batches ahead; 0: none")
+    device: str | None = Field(None, description="cpu, cuda, xpu, ...; null: an accelerator if there is one")
+    tensorboard: bool = Field(False, description="write RUN/tensorboard too")
+    nonfinite: int = Field(
+        5, gt=0, description="updates skipped in a row for a non-finite gradient before the run stops"
+    )
+
+
+# Keys of a run that may change when it is resumed: they change neither the mathematics nor the order of data.
+NEUTRAL = frozenset(
+    {"max_edges", "checkpoint_every", "keep", "log_every", "verify", "workers", "device", "tensorboard"}
+)

@@ -1,0 +1,149 @@
+"""The paper's comparison: one model per dataset, one baseline on all, the two-level model; both tables and the figures.
+
+All models of a study make the same number of steps, and in each step a model sees exactly the structures that the
+two-level model sees of its datasets. So they make the same number of passes over each dataset they see, in the same
+order, and differ only in what they share.
+"""
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from multifid.config import Config, StudyConfig, differences, dump_config, load_config, parse_config
+from multifid.data.loader import open_sources
+from multifid.evaluate.evaluate import Data, evaluate, references_row
+from multifid.evaluate.figures import Parity, convergence, error_matrix, parity, save
+from multifid.evaluate.matrix import BASELINE, TWO_LEVEL, Row, own_model
+from multifid.evaluate.parity import ParityCollector
+from multifid.evaluate.table import rich_table, write_tables
+from multifid.model.saved import load_potential
+from multifid.train.journal import read_journal
+from multifid.train.resolve import resolve
+from multifid.train.run import make_draws, total_steps, train
+
+
+def study(config: Config, console: Console | None = None) -> Path:
+    """Train what is not yet trained, evaluate everything on everything, write tables and figures into config.run.
+
+    Starting it again goes on where it was stopped. ValueError where the directory holds a study of another config.
+    """
+    console = console or Console()
+    root, settings = _open(config), config.study or StudyConfig()
+    runs = [run for seed in settings.seeds for run in models_of(config, seed)]
+    _train_all(runs, settings.processes, console)
+    datasets = _datasets(config)
+    rows: list[Row] = [references_row(data) for data in datasets]
+    for seed in settings.seeds:
+        clouds: dict[str, Parity] = {}
+        for run in models_of(config, seed):
+            rows += _evaluate(Path(run.run), datasets, seed, clouds)
+        save(parity(clouds, f"{TWO_LEVEL}, test split, seed {seed}"), root / f"parity-seed-{seed}.png")
+        journals = {Path(r.run).name: read_journal(Path(r.run)) for r in models_of(config, seed)}
+        save(convergence(journals), root / f"convergence-seed-{seed}.png")
+    _write(root, rows)
+    for quantity in ("energy", "forces"):
+        console.print(rich_table(rows, quantity))
+    console.print(f"tables and figures: {root}")
+    return root
+
+
+def models_of(config: Config, seed: int) -> list[Config]:
+    """The configs of one seed's models: each task's own, the baseline, the two-level model."""
+    resolved = resolve(config.model_copy(update={"seed": seed}), 1)
+    draws = make_draws(resolved, open_sources(resolved.tasks))
+    rate = {t: d.rate for d in draws for t in d.tasks}
+    steps, per_epoch = total_steps(resolved, draws), max(d.pass_steps for d in draws)
+    length = {"steps": steps, "epoch_steps": resolved.train.epoch_steps or per_epoch, "patience": None}
+    folder = Path(config.run) / f"seed-{seed}"
+
+    def model(name: str, tasks: list[str], branches: str) -> Config:
+        chosen = {t: resolved.tasks[t].model_copy(update={"per_step": float(rate[t])}) for t in tasks}
+        return resolved.model_copy(
+            update={
+                "run": str(folder / name),
+                "tasks": chosen,
+                "branches": branches,
+                "train": resolved.train.model_copy(update=length),
+                "parallel": resolved.parallel.model_copy(update={"placement": "auto"}),
+                "study": None,
+            }
+        )
+
+    tasks = list(resolved.tasks)
+    return [
+        *(model(own_model(t), [t], "per_task") for t in tasks),
+        model(BASELINE, tasks, "shared"),
+        model(TWO_LEVEL, tasks, "per_task"),
+    ]
+
+
+def _open(config: Config) -> Path:
+    """The study's directory, whose config must be the same if it was begun before."""
+    root = Path(config.run)
+    path = root / "config.yaml"
+    if path.exists():
+        free = ("study.",)  # more seeds, other numbers of processes
+        held = load_config(path)
+        changed = differences(config.model_dump(mode="json"), held.model_dump(mode="json"))
+        changed = [d for d in changed if not d.startswith(free)]
+        if changed:
+            raise ValueError(f"{root} holds a study of another config:\n  " + "\n  ".join(changed))
+    root.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_config(config), encoding="utf-8")
+    return root
+
+
+def _train_all(runs: list[Config], processes: int, console: Console) -> None:
+    """Longest first, so that side-by-side training ends together."""
+    longest_first = sorted(runs, key=lambda r: -len(r.tasks))
+    if processes == 1:
+        for run in longest_first:
+            console.print(f"training {run.run}")
+            train(run, console)
+        return
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_train_one, dump_config(run), threads) for run in longest_first]
+        for job, run in zip(jobs, longest_first, strict=True):
+            job.result()
+            console.print(f"trained {run.run}")
+
+
+def _train_one(text: str, threads: int) -> None:
+    import yaml
+
+    torch.set_num_threads(threads)
+    train(parse_config(yaml.safe_load(text), "study"))
+
+
+def _datasets(config: Config) -> list[Data]:
+    return [Data(t, s.store, s.tasks[t]) for t in config.tasks for s in open_sources(config.tasks) if t in s.tasks]
+
+
+def _evaluate(run: Path, datasets: list[Data], seed: int, clouds: dict[str, Parity]) -> list[Row]:
+    """Rows of one model on all datasets; the two-level model's points go to the parity plot too."""
+    potential, description = load_potential(run)
+    rows: list[Row] = []
+    for data in datasets:
+        collector = ParityCollector()
+        rows.append(evaluate(potential, description, run.name, data, collect=collector) | {"seed": seed})
+        if run.name == TWO_LEVEL:
+            clouds[data.name] = collector.parity()
+    part = run / "evaluation.json.part"
+    part.write_text(json.dumps({"rows": rows}, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(part, run / "evaluation.json")
+    return rows
+
+
+def _write(root: Path, rows: list[Any]) -> None:
+    part = root / "evaluation.json.part"
+    part.write_text(json.dumps({"rows": rows}, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(part, root / "evaluation.json")
+    write_tables(rows, root)
+    save(error_matrix(rows), root / "matrix.png")

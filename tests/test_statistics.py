@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from multifid.data.statistics import Range, statistics, tables
+from multifid.data.statistics import Range, statistics
 from multifid.data.store import Store
 from multifid.data.writer import StoreWriter
 from multifid.structures.structure import SPLITS, Labels, Structure
-from multifid.workflows.stats import stats
+from multifid.workflows.stats import _percent, stats, tables
 
 REFERENCES = {1: -13.6, 6: -1030.0, 8: -2042.0, 26: -3455.0}  # none for gold
 
@@ -129,8 +129,8 @@ def test_the_command_prints_every_store_and_draws_the_figure(store, tmp_path):
     text = io.StringIO()
     stats([store, store], tmp_path / "figures" / "elements.png", Console(file=text, width=250))
     printed = text.getvalue()
-    assert printed.count("planted") >= 2 + 4 + 4  # two stores, two tasks each, in three tables
-    for expected in ("3 of 4", "12.5", "C O", "H C O Fe Au", "27 (73 %)"):
+    assert printed.count("planted") >= 3 * 2 + 3 * 4  # a line per store in three tables, a line per task in three
+    for expected in ("3 of 4", "12.5", "C O", "H C O Fe Au", "27 (73.0 %)"):
         assert expected in printed
     assert (tmp_path / "figures" / "elements.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["elements.png"]
@@ -145,6 +145,21 @@ def test_numbers_in_the_tables_are_those_of_the_statistics(store):
     task = found.tasks["first"]
     assert f"{1000 * task.energy.deviation:.1f}" in text.getvalue()
     assert f"{task.forces.rms:.3g} / {task.force.maximum:.3g}" in text.getvalue()
+
+
+def test_no_number_is_cut_in_a_narrow_terminal(store):
+    found = statistics(Store(store))
+    found.structures, found.atoms, found.name = 24_000_000, 1_234_567_890, "a-store-with-quite-a-long-name"
+    found.splits = dict.fromkeys(SPLITS, 6_000_000)
+    text = io.StringIO()
+    console = Console(file=text, width=80)
+    for table in tables([found]):
+        console.print(table)
+    assert "…" not in text.getvalue() and "1,234,567,890" in text.getvalue()
+
+
+def test_coverage_is_not_rounded_to_all_or_nothing():
+    assert [_percent(x) for x in (0.0, 1e-7, 0.5, 1 - 1e-7, 1.0)] == ["0 %", "0.1 %", "50.0 %", "99.9 %", "100 %"]
 
 
 def test_a_store_is_needed():

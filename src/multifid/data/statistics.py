@@ -5,16 +5,15 @@ verified. Sums and extremes are over all splits; the reference energies come fro
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from rich.table import Table
 
 from multifid.data.fields import MAX_ATOMS
 from multifid.data.references import References, count_elements
 from multifid.data.store import Store
-from multifid.structures.elements import MAX_Z, SYMBOLS
+from multifid.structures.elements import MAX_Z
 from multifid.structures.structure import SPLITS, Packed, PackedLabels
 
 CHUNK = 500_000  # atoms read at once: about 40 MB with two tasks
@@ -165,82 +164,3 @@ def _add_labels(out: TaskStatistics, labels: PackedLabels, packed: Packed) -> No
     if labels.stress is not None:
         out.labels["stress"] += int((~np.isnan(labels.stress).all(axis=(1, 2))).sum())
         out.stress.add(labels.stress)
-
-
-def tables(stores: Sequence[StoreStatistics]) -> list[Table]:
-    """Three tables for the terminal: what the stores hold, their labels, their reference energies."""
-    return [_holdings(stores), _labels(stores), _references(stores)]
-
-
-def _holdings(stores: Sequence[StoreStatistics]) -> Table:
-    table = Table(title="Stores", title_justify="left")
-    table.add_column("store", no_wrap=True)
-    for name in ("structures", *SPLITS, "atoms"):
-        table.add_column(name, justify="right")
-    table.add_column("atoms per structure\nmin / median / max", justify="right")
-    table.add_column("periodic", justify="right")
-    table.add_column("Å³ per atom\nmin / mean / max", justify="right")
-    table.add_column("charged", justify="right")
-    table.add_column("spin ≠ 1", justify="right")
-    table.add_column("elements")
-    for s in stores:
-        counts = [f"{n:,}" for n in (s.structures, *(s.splits[k] for k in SPLITS), s.atoms)]
-        low, median, high = s.natoms
-        v = s.volume
-        volume = f"{v.minimum:.1f} / {v.mean:.1f} / {v.maximum:.1f}" if v.count else "–"
-        flags = [f"{n:,}" if n else "–" for n in (s.periodic, s.charged, s.open_shell)]
-        elements = f"{len(s.elements)}: {_symbols(s.elements)}"
-        table.add_row(s.name, *counts, f"{low} / {median:g} / {high}", flags[0], volume, *flags[1:], elements)
-    return table
-
-
-def _labels(stores: Sequence[StoreStatistics]) -> Table:
-    table = Table(title="Labels (energies: reference energies subtracted)", title_justify="left")
-    table.add_column("store", no_wrap=True)
-    table.add_column("task", no_wrap=True)
-    table.add_column("level of theory")
-    for kind in ("energy", "forces", "stress"):
-        table.add_column(kind, justify="right")
-    table.add_column("energy, meV/atom\nmin / max / std", justify="right")
-    table.add_column("force, eV/Å\nRMS by component / longest", justify="right")
-    table.add_column("stress, GPa\nRMS / largest", justify="right")
-    for s in stores:
-        for name, t in s.tasks.items():
-            coverage = [
-                f"{t.labels[k]:,} ({100 * s.coverage(name, k):.3g} %)" if t.labels[k] else "–" for k in t.labels
-            ]
-            e, f, longest, v = t.energy, t.forces, t.force, t.stress
-            energy = f"{1000 * e.minimum:.0f} / {1000 * e.maximum:.0f} / {1000 * e.deviation:.1f}" if e.count else "–"
-            forces = f"{f.rms:.3g} / {longest.maximum:.3g}" if f.count else "–"
-            largest = max(-v.minimum, v.maximum)
-            stress = f"{v.rms * _GPA:.3g} / {largest * _GPA:.3g}" if v.count else "–"
-            table.add_row(s.name, name, t.level_of_theory, *coverage, energy, forces, stress)
-    return table
-
-
-def _references(stores: Sequence[StoreStatistics]) -> Table:
-    table = Table(title="Reference energies (least squares on the train split)", title_justify="left")
-    table.add_column("store", no_wrap=True)
-    table.add_column("task", no_wrap=True)
-    table.add_column("rank of elements", justify="right")
-    table.add_column("residual, meV/atom", justify="right")
-    table.add_column("determined only together")
-    table.add_column("structures without", justify="right")
-    for s in stores:
-        for name, t in s.tasks.items():
-            fit = t.references
-            together = "; ".join(_symbols(group, 12) for group in fit.undetermined) or "–"
-            rank = f"{fit.rank} of {len(fit.energies)}"
-            table.add_row(
-                s.name, name, rank, f"{fit.residual:.1f}", together, f"{t.unreferenced:,}" if t.unreferenced else "–"
-            )
-    return table
-
-
-_GPA = 160.21766208  # 1 eV/angstrom^3 in GPa
-
-
-def _symbols(numbers: Sequence[int] | dict[int, int], limit: int = 24) -> str:
-    symbols = [SYMBOLS[z] for z in sorted(numbers)]
-    more = f" … {len(symbols) - limit} more" if len(symbols) > limit else ""
-    return " ".join(symbols[:limit]) + more

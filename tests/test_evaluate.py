@@ -156,6 +156,9 @@ def test_models_stand_in_the_order_of_the_paper():
     expected = ("References", "Model-a", "Model-b", "Model-c", "mine", "GFM-Baseline-All", "GFM-MTL-All")
     rows = [*_rows(), {**_rows()[0], "model": "mine"}, {**_rows()[0], "model": "References"}]
     assert matrices.matrix(rows, "energy").models == expected
+    assert (
+        matrices.matrix(rows, "forces").models == expected
+    )  # though b has no forces: the panels of a figure share names
 
 
 def test_geometric_mean_and_ratios_are_as_planted():

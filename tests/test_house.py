@@ -185,12 +185,11 @@ def test_no_drawer_for_odds_and_ends():
     assert not [module for module in MODULES if odd & set(module.split("."))]
 
 
-def _map_of_the_readme() -> set[str]:
+def _map_of_files(text: str) -> set[str]:
     """Files on the map: a fenced block that starts with `src/multifid/`, one file or folder a line, folders end in `/`.
 
     Indentation says what lies in which folder; what follows two spaces after the name is its caption.
     """
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = next((b.splitlines() for b in blocks if b.lstrip().startswith("src/multifid/")), None)
     assert lines, "README.md has no fenced block that starts with src/multifid/: the map of files"
@@ -209,9 +208,19 @@ def _map_of_the_readme() -> set[str]:
     return files
 
 
+def test_a_map_is_read_by_its_indentation():
+    block = "src/multifid/\n  cli.py     the commands\n  data/      floor 2\n    store.py   files\n    readers/\n      qm7x.py  xz\n"
+    block += "  model/\n    layers.py  layers\n"
+    names = ("cli.py", "data/store.py", "data/readers/qm7x.py", "model/layers.py")
+    text = f"# multifid\n\n```\nmake demo\n```\n\n```text\n{block}```\n"
+    assert _map_of_files(text) == {f"src/multifid/{name}" for name in names}
+    with pytest.raises(AssertionError, match=r"no caption for src/multifid/cli\.py"):
+        _map_of_files("```\nsrc/multifid/\n  cli.py\n```\n")
+
+
 def test_the_map_in_the_readme_is_complete():
     there = {str(path.relative_to(ROOT)) for path in FILES if path.read_text(encoding="utf-8").strip()}  # not the empty
     assert (ROOT / "README.md").exists(), "README.md with the map of files is missing"
-    on_map = _map_of_the_readme()
+    on_map = _map_of_files((ROOT / "README.md").read_text(encoding="utf-8"))
     assert there - on_map == set(), "files without a place on the map of README.md"
     assert on_map - {str(path.relative_to(ROOT)) for path in FILES} == set(), "the map of README.md names what is gone"

@@ -1,11 +1,13 @@
 """Statistics of a store with planted content, against plain numpy over the structures that went in."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from multifid.data.prepare import prepare
 from multifid.data.statistics import Range, statistics
 from multifid.data.store import Store
 from multifid.data.writer import StoreWriter
@@ -160,6 +162,28 @@ def test_no_number_is_cut_in_a_narrow_terminal(store):
 
 def test_coverage_is_not_rounded_to_all_or_nothing():
     assert [_percent(x) for x in (0.0, 1e-7, 0.5, 1 - 1e-7, 1.0)] == ["0 %", "0.1 %", "50.0 %", "99.9 %", "100 %"]
+
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ani1x" / "physicsml_tests_ani1x.h5"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the published ANI-1x sample is not at ../shared/data")
+def test_statistics_of_published_ani1x_equal_the_file(tmp_path):
+    import h5py
+
+    found = statistics(prepare("ani1x", [REAL], tmp_path / "ani1x", progress=False))
+    (task,) = found.tasks.values()
+    with h5py.File(REAL) as file:
+        groups = list(file.values())
+        forces = [g["wb97x_dz.forces"][()].reshape(-1, 3).astype(float) * 27.211386245988 for g in groups]
+        atoms = sum(g["coordinates"].shape[0] * g["coordinates"].shape[1] for g in groups)
+        hydrogen = sum(g["coordinates"].shape[0] * int((g["atomic_numbers"][()] == 1).sum()) for g in groups)
+    assert (found.structures, found.atoms, found.elements[1]) == (96, atoms, hydrogen)
+    assert task.labels == {"energy": 96, "forces": 96, "stress": 0} and found.periodic == 0
+    every = np.concatenate(forces)
+    assert task.forces.rms == pytest.approx(np.sqrt(np.mean(every**2)), rel=1e-5)
+    assert task.force.maximum == pytest.approx(np.linalg.norm(every, axis=1).max(), rel=1e-5)
+    assert task.energy.deviation < 1.0  # eV/atom; totals differ by tens of eV/atom between formulas
 
 
 def test_a_store_is_needed():

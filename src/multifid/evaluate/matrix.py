@@ -104,8 +104,9 @@ def matrix(rows: Sequence[Row], quantity: str) -> Matrix:
         value = row.get(f"{quantity}_mae")
         if value is not None:
             cells.setdefault(place, {})[seed] = float(value)
-    datasets = tuple(d for d in dict.fromkeys(row["data"] for row in rows) if any(d == data for _, data in cells))
-    return Matrix(quantity, _models(rows, datasets), datasets, cells)
+    named = list(dict.fromkeys(row["data"] for row in rows))
+    filled = {data for _, data in cells}
+    return Matrix(quantity, _models(rows, named), tuple(data for data in named if data in filled), cells)
 
 
 def _models(rows: Sequence[Row], datasets: Sequence[str]) -> tuple[str, ...]:

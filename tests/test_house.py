@@ -209,7 +209,8 @@ def _map_of_files(text: str) -> set[str]:
 
 
 def test_a_map_is_read_by_its_indentation():
-    block = "src/multifid/\n  cli.py     the commands\n  data/      floor 2\n    store.py   files\n    readers/\n      qm7x.py  xz\n"
+    block = "src/multifid/\n  cli.py     the commands\n  data/      floor 2\n    store.py   files\n    readers/\n"
+    block += "      qm7x.py  xz\n"
     block += "  model/\n    layers.py  layers\n"
     names = ("cli.py", "data/store.py", "data/readers/qm7x.py", "model/layers.py")
     text = f"# multifid\n\n```\nmake demo\n```\n\n```text\n{block}```\n"

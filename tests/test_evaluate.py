@@ -234,8 +234,7 @@ def test_a_model_whose_errors_are_not_finite_is_never_the_best_and_json_stays_js
 
 def test_the_terminal_reads_in_mev():
     console = Console(width=200, file=io.StringIO())
-    energy, forces = table.terminal_tables(_rows())
-    console.print(energy, forces)
+    console.print(table.rich_table(_rows(), "energy"))
     assert "meV/atom" in console.file.getvalue() and "2000.0" in console.file.getvalue()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def error_matrix(rows: Sequence[Row]) -> Figure:
     if not matrices:
         raise ValueError("no row has an energy or forces error to draw")
     models, columns = len(matrices[0].models), max(len(m.columns) for m in matrices)
-    panel = 1.15 * columns + 1.3
+    panel = max(3.4, 1.15 * columns + 1.3)
     figure = _figure(2.0 + panel * len(matrices), 1.9 + 0.48 * models)
     for k, (axes, m) in enumerate(zip(_panels(figure, 1, len(matrices))[0], matrices, strict=True)):
         _draw_matrix(figure, axes, m, names=k == 0)
@@ -56,7 +57,9 @@ def _draw_matrix(figure: Figure, axes: Axes, m: Matrix, names: bool) -> None:
     values = np.array([[np.nan if e is None else 1000.0 * e.mean for e in line] for line in estimates])
     positive = values[np.isfinite(values) & (values > 0.0)]
     low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 10.0)
-    norm = LogNorm(low, max(high, low * 1.01))
+    if high < 2.0 * low:  # differences of a few per cent must not look like decades
+        low, high = low / 1.5, high * 1.5
+    norm = LogNorm(low, high)
     colours = colormaps["viridis_r"].with_extremes(bad="0.9", under=colormaps["viridis_r"](0.0))
     image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, norm=norm, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
@@ -70,7 +73,8 @@ def _draw_matrix(figure: Figure, axes: Axes, m: Matrix, names: bool) -> None:
     if len(m.columns) > len(m.datasets):
         axes.axvline(len(m.datasets) - 0.5, color="w", linewidth=4)
     axes.set_title(f"{m.quantity} MAE (m{UNITS[m.quantity]})")
-    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02).ax
+    _plain_ticks(bar.yaxis, low, high)
 
 
 def parity(datasets: Mapping[str, Parity], title: str = "", limit: int = 200_000, seed: int = 0) -> Figure:
@@ -165,11 +169,16 @@ def _finish_curve(axes: Axes) -> None:
         return
     if min(values) > 0.0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if max(values) < 100.0 * min(values) else (1.0,)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _plain_ticks(axes.yaxis, min(values), max(values))
     axes.grid(True, which="both", color="0.92")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _plain_ticks(axis: Axis, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, ... (powers of ten where there are many), written out."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100.0 * low else (1.0,)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _nothing(axes: Axes, text: str) -> None:

@@ -124,16 +124,11 @@ def ratios(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Estimate | None
     return out
 
 
-def terminal_tables(rows: Sequence[Row]) -> list[Table]:
-    """The tables for the terminal (those that have a value), in meV/atom and meV/angstrom; notes under the last."""
-    out = [_terminal_table(m, _unseen(rows)) for quantity in QUANTITIES if (m := matrix(rows, quantity)).cells]
-    if out:
-        out[-1].caption = "\n".join(_footnotes(rows))
-    return out
-
-
-def _terminal_table(m: Matrix, unseen: dict[tuple[str, str], int]) -> Table:
-    table = Table(title=f"{m.quantity.capitalize()} MAE (m{UNITS[m.quantity]})", caption_justify="left")
+def rich_table(rows: Sequence[Row], quantity: str) -> Table:
+    """One table for the terminal, in meV/atom or meV/angstrom, with its footnotes."""
+    m, unseen = matrix(rows, quantity), _unseen(rows)
+    table = Table(title=f"{quantity.capitalize()} MAE (m{UNITS[quantity]})", caption_justify="left")
+    table.caption = "\n".join(_footnotes(rows))
     table.add_column("model", no_wrap=True)
     for column in m.columns:
         table.add_column(column, justify="right")

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,7 @@ from multifid.data.split import DIVIDED, divide, set_unseen_aside
 from multifid.data.store import Store
 from multifid.data.summary import summary
 from multifid.data.survey import sample_edges, survey_task
-from multifid.data.writer import StoreWriter
+from multifid.data.writer import Rows, StoreWriter
 from multifid.structures.structure import SPLITS
 
 
@@ -90,11 +91,11 @@ def prepare(
 
 
 def _divide(
-    fields: dict[str, np.ndarray], intake: Intake, files: list[Input], fractions: tuple[float, float, float], seed: int
+    fields: dict[str, Rows], intake: Intake, files: list[Input], fractions: tuple[float, float, float], seed: int
 ) -> tuple[np.ndarray, dict[str, Any]]:
     file = np.repeat(np.arange(len(files), dtype=np.uint32), intake.structures_of_file)
     given = [f.split for f in files]
-    divided = divide(fields["relative"], fields["split"], file, given, intake.module.RELATIVE, tuple(fractions), seed)
+    divided = divide(fields["relative"][:], fields["split"][:], file, given, intake.module.RELATIVE, fractions, seed)
     unseen = set_unseen_aside(divided.split, fields["numbers"], fields["offsets"])
     counts = {name: int((divided.split == code).sum()) for code, name in enumerate(SPLITS)}
     splits = {**counts, "seed": seed, "rule": divided.rule, "fractions": list(fractions), "unseen_elements": unseen}
@@ -155,7 +156,13 @@ def _bar(files: list[Input], wanted: bool) -> Iterator[Advance]:
     with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
         shown = bar.add_task("preparing", total=sum(sizes), structures=0, rate=0.0)
 
+        drawn = 0.0
+
         def advance(number: int, fraction: float, structures: int) -> None:
+            nonlocal drawn
+            if bar.disable or (fraction < 1.0 and monotonic() - drawn < 0.1):
+                return
+            drawn = monotonic()
             elapsed = bar.tasks[0].elapsed or 0.0
             bar.update(
                 shown,

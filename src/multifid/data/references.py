@@ -12,6 +12,7 @@ are folded into one triangular factor (QR), whose size is the number of elements
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from multifid.structures.elements import MAX_Z
 COARSE = 2.0**10  # first fit: multiples of 1 / COARSE eV
 FINE = 2.0**32  # reference energy of a structure: multiples of 1 / FINE = 2.3e-10 eV, see `align`
 RANK_TOLERANCE = 1e-10  # singular values below this part of the largest one are zero
-SHARE = 1e-7  # an element with a smaller part in the null space is determined
+SHARE = 1e-9  # an element with a smaller part in the null space is determined
 
 Chunks = Iterable[tuple[np.ndarray, np.ndarray]]  # (counts (S, elements), total energies (S,) eV), iterated repeatedly
 
@@ -39,7 +40,7 @@ class References:
     rank: int
     residual: float
 
-    @property
+    @cached_property
     def table(self) -> np.ndarray:
         """(119,) float64 eV by atomic number; NaN where an element has no reference energy."""
         table = np.full(MAX_Z + 1, np.nan)
@@ -52,13 +53,11 @@ class References:
         numbers (atoms,) of all structures laid end to end, natoms (structures,). It depends on the composition alone,
         to the last bit: not on the order of atoms nor on the other structures. NaN where an element has no reference.
         """
-        table = self.table
-        present = np.unique(numbers)
-        counts = count_elements(numbers, natoms, present)
-        totals = np.zeros(len(natoms))
-        for column, z in enumerate(present):  # a matrix product could sum in another order in another batch
-            count = counts[:, column]
-            totals += np.where(count > 0, count * table[z], 0.0)
+        counts = count_elements(numbers, natoms, np.arange(MAX_Z + 1))
+        missing = np.isnan(self.table)
+        # Not a matrix product: that may sum in another order in another batch.
+        totals = (counts * np.where(missing, 0.0, self.table)).sum(axis=1)
+        totals[counts[:, missing].any(axis=1)] = np.nan
         return np.round(totals * FINE) / FINE
 
     def align(self, energy: np.ndarray, numbers: np.ndarray, natoms: np.ndarray) -> np.ndarray:
@@ -146,7 +145,7 @@ def _triangle(blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, int]:
     for block in blocks:
         rows += len(block)
         stacked = block if factor is None else np.concatenate([factor, block])
-        factor = np.linalg.qr(stacked, mode="r")
+        factor = np.asarray(np.linalg.qr(stacked, mode="r"))
     if factor is None:
         raise ValueError("no structure of the train split has an energy: there is nothing to fit reference energies to")
     return factor, rows
@@ -169,10 +168,11 @@ def _groups(elements: np.ndarray, null: np.ndarray, seen: np.ndarray) -> list[li
     left = [k for k in range(len(elements)) if linked[k, k] and seen[k]]
     groups = []
     while left:
-        group, frontier = set(), {left[0]}
+        group: set[int] = set()
+        frontier = {left[0]}
         while frontier:
             group |= frontier
-            frontier = {j for k in frontier for j in np.flatnonzero(linked[k])} - group
+            frontier = {int(j) for k in frontier for j in np.flatnonzero(linked[k])} - group
         groups.append(sorted(int(elements[k]) for k in group))
         left = [k for k in left if k not in group]
     return sorted(groups)

@@ -15,6 +15,7 @@ train split lacks.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,12 @@ from multifid.structures.structure import SPLITS
 
 TRAIN, VALIDATION, TEST, UNUSED = range(4)
 DIVIDED = SPLITS[:3]
+
+
+class Sliced(Protocol):
+    """An array, or a file that is read by slices."""
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +86,7 @@ def divide(
     return Divided(split, "; ".join(rules))
 
 
-def set_unseen_aside(split: np.ndarray, numbers: np.ndarray, offsets: np.ndarray, chunk: int = 65_536) -> list[int]:
+def set_unseen_aside(split: np.ndarray, numbers: Sliced, offsets: Sliced, chunk: int = 4096) -> list[int]:
     """Validation and test structures with an element that the train split lacks become unused, in place.
 
     numbers (atoms,), offsets (structures + 1,). Returns the elements. ValueError where that empties a split.
@@ -88,8 +95,8 @@ def set_unseen_aside(split: np.ndarray, numbers: np.ndarray, offsets: np.ndarray
     parts = [slice(a, min(a + chunk, len(split))) for a in range(0, len(split), chunk)]
 
     def atoms(part: slice) -> tuple[np.ndarray, np.ndarray]:
-        first, last = int(offsets[part.start]), int(offsets[part.stop])
-        return np.asarray(numbers[first:last]), (np.asarray(offsets[part]) - offsets[part.start]).astype(np.int64)
+        bounds = offsets[part.start : part.stop + 1].astype(np.int64)
+        return numbers[int(bounds[0]) : int(bounds[-1])], bounds[:-1] - bounds[0]
 
     for part in parts:
         z, starts = atoms(part)

@@ -8,7 +8,8 @@ later read can fault. The blocks of a file are compared with `checksums.npy` the
 import json
 import math
 import mmap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from multifid.data.fields import (
     LABELS,
     MANIFEST,
     SCHEMA,
+    SKIPPED,
     block_checksums,
     blocks,
     field,
@@ -44,6 +46,7 @@ class MappedFile:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.rows = np.frombuffer(self.bytes, dtype, math.prod(shape), HEADER).reshape(shape)
         self.row_bytes = self.rows.itemsize * math.prod(shape[1:])
+        self.lock = threading.Lock()  # a loader reads ahead in threads
         self.verified = np.full(len(checksums), not verify)
         self.left = len(checksums) if verify else 0
 
@@ -72,10 +75,10 @@ class MappedFile:
         with memoryview(self.bytes) as view, view[start : start + BLOCK] as part:
             found = xxhash.xxh3_64_intdigest(part)
         if found != int(self.checksums[block]):
-            end = min(start + BLOCK, len(self.bytes))
-            raise ValueError(f"{self.path} is damaged in bytes {start}..{end}: the checksum of block {block} differs")
-        self.verified[block] = True
-        self.left -= 1
+            raise ValueError(_damaged(self.path, block, len(self.bytes)))
+        with self.lock:
+            self.left -= not self.verified[block]
+            self.verified[block] = True
 
 
 class Store:
@@ -135,6 +138,14 @@ class Store:
         files = self.manifest["source"]["files"]
         ends = np.cumsum([file["structures"] for file in files])
         return files[int(np.searchsorted(ends, i, side="right"))]["name"]
+
+    def skipped(self) -> Iterator[dict[str, str]]:
+        """The records that were not stored: file, where (source id) and reason of each, in the order of reading."""
+        path = self.path / SKIPPED
+        if SKIPPED in self.manifest["files"]:
+            _verify_text(path, self._skipped_sums)
+            with path.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
 
     def read(self, indices: Sequence[int] | np.ndarray, tasks: Sequence[str] | None = None) -> Packed:
         """The structures at `indices`, in that order, repeats allowed, with the labels of `tasks` (all by default).
@@ -203,6 +214,7 @@ class Store:
             sums = checksums[start : start + blocks(entry["bytes"])]
             start += len(sums)
             if entry["dtype"] is None:
+                self._skipped_sums = sums
                 if self.verify == "open":
                     _verify_text(path, sums)
                 continue
@@ -230,11 +242,18 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
         raise ValueError(f"{file} has schema {found!r}; this version of multifid reads schema {SCHEMA}")
-    if manifest_bytes(manifest) != data:
+    if not _intact(manifest, data):
         raise ValueError(f"{file} is damaged or was edited: it differs from its own checksum; prepare the store again")
     if missing := [key for key in _KEYS if key not in manifest]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     return manifest, xxhash.xxh3_64_hexdigest(data)
+
+
+def _intact(manifest: dict[str, Any], data: bytes) -> bool:
+    try:
+        return manifest_bytes(manifest) == data
+    except ValueError:  # a number became infinite
+        return False
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -274,7 +293,12 @@ def _open_checksums(store: Path, manifest: dict[str, Any]) -> np.ndarray:
     return np.frombuffer(data, "<u8", offset=HEADER)
 
 
+def _damaged(path: Path, block: int, size: int) -> str:
+    start, end = block * BLOCK, min((block + 1) * BLOCK, size)
+    return f"{path} is damaged in bytes {start}..{end}: the checksum of block {block} differs; prepare the store again"
+
+
 def _verify_text(path: Path, sums: np.ndarray) -> None:
     for block, found in enumerate(block_checksums(path)):
         if found != int(sums[block]):
-            raise ValueError(f"{path} is damaged in block {block} (bytes {block * BLOCK} and up)")
+            raise ValueError(_damaged(path, block, path.stat().st_size))

@@ -1,24 +1,25 @@
 """The second pass of `prepare`: reference energies, scale and edges per atom, from a store's own field files.
 
-Works in pieces of the memory-mapped fields, so that memory does not grow with the number of structures.
+Works in pieces of the fields, so that memory does not grow with the number of structures.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from multifid.data.references import References, count_elements, fit
 from multifid.data.split import TRAIN
+from multifid.data.writer import Rows
 from multifid.structures.neighbors import edges_per_atom
 from multifid.structures.structure import Packed
 
 CUTOFFS = (4.0, 5.0, 6.0)  # angstrom: for these the manifest says how many edges an atom has
 SAMPLE = 200  # structures on which they are counted
-CHUNK = 16_384  # structures looked at together
+PIECE = 4096, 1 << 18  # structures and atoms looked at together, at most
 
-Fields = dict[str, np.ndarray]
+Fields = dict[str, Rows]
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,31 @@ class TrainEnergies:
         energies = self.fields.get(f"labels/{self.task}/energy")
         if energies is None:
             return
-        for part, numbers, natoms in pieces(self.fields):
-            energy = np.asarray(energies[part])
+        for part, _, numbers, natoms in pieces(self.fields):
+            energy = energies[part]
             used = (self.split[part] == TRAIN) & np.isfinite(energy)
             yield count_elements(numbers, natoms, self.elements)[used], energy[used]
 
 
-def pieces(fields: Fields) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """(structures, numbers (atoms,), natoms (structures,) int64) of consecutive pieces of a store."""
-    offsets = fields["offsets"]
-    for start in range(0, len(offsets) - 1, CHUNK):
-        part = slice(start, min(start + CHUNK, len(offsets) - 1))
-        numbers = np.asarray(fields["numbers"][int(offsets[part.start]) : int(offsets[part.stop])])
-        yield part, numbers, fields["natoms"][part].astype(np.int64)
+class Piece(NamedTuple):
+    """Consecutive structures of a store: which structures and atoms, numbers (atoms,), natoms (structures,) int64."""
+
+    structures: slice
+    atoms: slice
+    numbers: np.ndarray
+    natoms: np.ndarray
+
+
+def pieces(fields: Fields) -> Iterator[Piece]:
+    """The whole store, piece by piece."""
+    structures, atoms = PIECE
+    start, first = 0, 0
+    while start < len(fields["natoms"]):
+        natoms = fields["natoms"][start : start + structures].astype(np.int64)
+        natoms = natoms[: max(1, int(np.searchsorted(np.cumsum(natoms), atoms, side="right")))]
+        last = first + int(natoms.sum())
+        yield Piece(slice(start, start + len(natoms)), slice(first, last), fields["numbers"][first:last], natoms)
+        start, first = start + len(natoms), last
 
 
 def survey_task(task: str, fields: Fields, split: np.ndarray, isolated: dict[int, float]) -> dict[str, Any]:
@@ -68,12 +81,10 @@ def scale(fields: Fields, split: np.ndarray, task: str, references: References) 
     by_forces, by_energy = _Mean(), _Mean()
     forces = fields.get(f"labels/{task}/forces")
     energies = fields.get(f"labels/{task}/energy")
-    offsets = fields["offsets"]
-    for part, numbers, natoms in pieces(fields):
+    for part, atoms, numbers, natoms in pieces(fields):
         train = split[part] == TRAIN
         if forces is not None:
-            mine = np.asarray(forces[int(offsets[part.start]) : int(offsets[part.stop])], np.float64)
-            by_forces.add(mine[np.repeat(train, natoms)])
+            by_forces.add(forces[atoms][np.repeat(train, natoms)].astype(np.float64))
         if energies is not None:
             by_energy.add((references.align(energies[part], numbers, natoms) / natoms)[train])
     return by_forces.rms() or by_energy.rms() or 1.0
@@ -82,8 +93,8 @@ def scale(fields: Fields, split: np.ndarray, task: str, references: References) 
 def elements_of(fields: Fields) -> np.ndarray:
     """(256,) bool: the atomic numbers that occur."""
     present = np.zeros(256, bool)
-    for _, numbers, _ in pieces(fields):
-        present[numbers] = True
+    for piece in pieces(fields):
+        present[piece.numbers] = True
     return present
 
 
@@ -91,14 +102,19 @@ def sample_edges(fields: Fields, split: np.ndarray) -> dict[str, float]:
     """Mean number of neighbours of an atom at a few cutoffs, on structures spread evenly over the train split."""
     train = np.flatnonzero(split == TRAIN)
     chosen = train[np.unique(np.linspace(0, len(train) - 1, SAMPLE).astype(np.int64))]
-    bounds = [(int(fields["offsets"][i]), int(fields["offsets"][i + 1])) for i in chosen]
+    structures = [slice(i, i + 1) for i in chosen.tolist()]
+    atoms = [slice(*fields["offsets"][i : i + 2].tolist()) for i in chosen.tolist()]
     n = len(chosen)
+
+    def joined(name: str, parts: list[slice]) -> np.ndarray:
+        return np.concatenate([fields[name][part] for part in parts])
+
     packed = Packed(
-        numbers=np.concatenate([fields["numbers"][a:b] for a, b in bounds]),
-        positions=np.concatenate([fields["positions"][a:b] for a, b in bounds]),
-        natoms=np.array([b - a for a, b in bounds]),
-        cell=np.asarray(fields["cell"][chosen]) if "cell" in fields else np.zeros((n, 3, 3)),
-        pbc=np.asarray(fields["pbc"][chosen]) if "pbc" in fields else np.zeros((n, 3), bool),
+        numbers=joined("numbers", atoms),
+        positions=joined("positions", atoms),
+        natoms=joined("natoms", structures).astype(np.int64),
+        cell=joined("cell", structures) if "cell" in fields else np.zeros((n, 3, 3)),
+        pbc=joined("pbc", structures) if "pbc" in fields else np.zeros((n, 3), bool),
         charge=np.zeros(n, np.int8),
         spin=np.ones(n, np.uint8),
     )

@@ -9,6 +9,7 @@ Memory does not grow with the number of structures: what is written is read agai
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -69,6 +70,24 @@ class ArrayFile:
         self.file.close()
 
 
+class Rows:
+    """A finished field file, read by slices. Not memory-mapped: pages once touched would stay in the process."""
+
+    def __init__(self, array: ArrayFile) -> None:
+        self.path, self.dtype, self.shape = array.path, array.dtype, array.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(len(self))
+        assert step == 1
+        row = self.shape[1:]
+        items = math.prod(row)
+        offset = HEADER + start * items * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, (stop - start) * items, offset=offset).reshape(stop - start, *row)
+
+
 class StoreWriter:
     """Append structures, `seal`, look at the fields, `commit`. As a context manager it cleans up unless committed.
 
@@ -127,8 +146,8 @@ class StoreWriter:
         self._skipped_file.write(line.encode() + b"\n")
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
-    def seal(self) -> dict[str, np.ndarray]:
-        """No more structures: finish the field files and return them memory-mapped, by field name."""
+    def seal(self) -> "dict[str, Rows]":
+        """No more structures: finish the field files and return them, by field name."""
         for array in self._files.values():
             rows = {"structures": self.structures, "atoms": self.atoms}.get(array.what.rows)
             if rows is not None:
@@ -136,7 +155,7 @@ class StoreWriter:
             array.close()
         if self._skipped_file is not None:
             _sync_and_close(self._skipped_file)
-        return {name: _mapped(array) for name, array in self._files.items()}
+        return {name: Rows(array) for name, array in self._files.items()}
 
     def commit(self, split: np.ndarray, manifest: dict[str, Any]) -> None:
         """Write split, index, checksums and manifest (to which counts and files are added), then rename.
@@ -238,12 +257,6 @@ def manifest_bytes(body: dict[str, Any]) -> bytes:
 
 def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _mapped(array: ArrayFile) -> np.ndarray:
-    if array.rows == 0:  # nothing to map
-        return np.zeros(array.shape, array.dtype)
-    return np.memmap(array.path, array.dtype, "r", HEADER, array.shape)
 
 
 def _refuse_existing(directory: Path) -> None:

@@ -10,6 +10,7 @@ The parser is our own: ase's gives up the place of an error and accepts labels o
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -94,8 +95,8 @@ def _frames(path: Path, file: TextIO) -> Iterator[tuple[int, str, list[str]]]:
                 f"{path}, line {number}: a frame must begin with its number of atoms, not {shown!r}"
             ) from None
         comment = file.readline()
-        lines = [file.readline() for _ in range(natoms)]
-        if not comment or (lines and not lines[-1]):
+        lines = list(islice(file, max(natoms, 0)))
+        if not comment or len(lines) != natoms:
             raise ValueError(f"{path}, line {number}: the file ends within this frame of {natoms} atoms")
         number += 1 + natoms
         yield natoms, comment, lines
@@ -107,8 +108,8 @@ def _record(natoms: int, comment: str, lines: list[str], where: str, options: Op
     numbers = _numbers(columns)
     energy_unit, length_unit = ENERGY_UNITS[options.energy_unit], LENGTH_UNITS[options.length_unit]
     family = "REF_" if any(key.startswith("REF_") for key in (*info, *columns)) else ""
-    energy = _floats(info, options.energy_key or f"{family}energy", 1)
-    energy = float("nan") if energy is None else float(energy[0]) * energy_unit
+    total = _floats(info, options.energy_key or f"{family}energy", 1)
+    energy = float("nan") if total is None else float(total[0]) * energy_unit
     kind = info.get("config_type", "").replace("_", "").lower()
     if natoms == 1 and kind == "isolatedatom":
         if not np.isfinite(energy):

@@ -260,6 +260,8 @@ def test_parity_draws_at_most_the_limit_but_states_the_error_of_all():
     assert energy.collections[0].get_array().sum() == 700
     assert _texts(energy) == [f"MAE {1000 * np.abs(error).mean():.3g} meV/atom"]
     assert _texts(forces) == ["no labels"]
+    broken = figures.Parity(np.array([1.0, np.nan]), np.array([1.5, 2.0]), nothing, nothing)
+    assert _texts(figures.parity({"a": broken}).axes[0]) == ["MAE 500 meV/atom\n1 predictions not finite"]
 
 
 def test_convergence_has_a_column_per_task_and_a_curve_per_model():

@@ -101,6 +101,7 @@ def _draw_parity(axes: Axes, label, predicted, quantity: str, limit: int, rng: n
     axes.set_xlabel(f"label ({UNITS[quantity]})")
     label, predicted = np.asarray(label, float).ravel(), np.asarray(predicted, float).ravel()
     known = np.isfinite(label) & np.isfinite(predicted)
+    lost = int((np.isfinite(label) & ~known).sum())
     label, predicted = label[known], predicted[known]
     if not len(label):
         _nothing(axes, "no labels")
@@ -119,7 +120,8 @@ def _draw_parity(axes: Axes, label, predicted, quantity: str, limit: int, rng: n
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4))
     unit = UNITS[quantity]
-    axes.text(0.04, 0.96, f"MAE {1000 * mae:.3g} m{unit}", ha="left", va="top", transform=axes.transAxes)
+    note = f"MAE {1000 * mae:.3g} m{unit}" + (f"\n{lost} predictions not finite" if lost else "")
+    axes.text(0.04, 0.96, note, ha="left", va="top", transform=axes.transAxes)
 
 
 def convergence(runs: Mapping[str, Sequence[Row]], x: str = "step", split: str = "validation") -> Figure:

@@ -53,7 +53,12 @@ Read = Callable[[Path, object, Progress], Iterator[Record]]
 
 READERS: dict[str, str] = {
     "ani1x": "multifid.data.readers.ani1x",
+    "qm7x": "multifid.data.readers.qm7x",
+    "transition1x": "multifid.data.readers.transition1x",
+    "mptrj": "multifid.data.readers.mptrj",
+    "alexandria": "multifid.data.readers.alexandria",
     "extxyz": "multifid.data.readers.extxyz",
+    "aselmdb": "multifid.data.readers.aselmdb",
 }
 
 

@@ -1,0 +1,82 @@
+"""MPtrj (`MPtrj_2022.9_full.json`): relaxation frames of the Materials Project, one JSON object of 11-12 GB.
+
+    {mp_id: {frame_id: {"structure", "uncorrected_total_energy", "corrected_total_energy", "force", "stress", ...}}}
+
+Deng et al., Nature Machine Intelligence 5, 1031 (2023). Energies in eV; forces in eV/angstrom; stress in kbar with
+VASP's sign, so that ours is -value / 1602.1766208. Magnetic moments are not read.
+
+The forces are derivatives of the uncorrected energy: the corrections of MP2020 depend on composition only, but differ
+between frames treated with PBE and with PBE+U by up to 0.4 eV/atom. The default is therefore the uncorrected energy.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from multifid.data.readers import LabelSet, Progress, Record, Skip
+from multifid.data.readers.crystal_json import crystal, pairs, streamed
+from multifid.data.readers.records import number, stress_of_vasp, stress_tensor, structure_or_skip, vectors
+from multifid.structures.structure import Labels, Structure
+
+LEVEL = "PBE / PBE+U (VASP, Materials Project)"
+NAMES = {"uncorrected": "mptrj", "corrected": "mptrj_corrected"}
+TASKS = {
+    "mptrj": LabelSet(LEVEL, "total, uncorrected (VASP)"),
+    "mptrj_corrected": LabelSet(LEVEL, "total, with MP2020 corrections (the forces are without)"),
+}
+RELATIVE = "material"
+
+
+class Options(BaseModel):
+    """What to read of MPtrj."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    energy: Literal["uncorrected", "corrected"] = Field(
+        "uncorrected",
+        description="uncorrected: VASP's total energy, which the forces belong to; corrected: after MP2020 corrections",
+    )
+
+
+def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
+    """Every frame of the file, or why it is skipped. Memory holds one material.
+
+    A null force or stress is a missing label; an array of the wrong shape or with NaN in the forces is a skip.
+    `source_id` is `mp_id/frame_id`. ValueError if the file is truncated or not MPtrj.
+    """
+    with streamed(path, progress) as (key, opening, stream):
+        if key and opening != b"{":
+            raise ValueError(f"{path}: an object of materials is expected, but the value of {key!r} is not an object")
+        for mp_id, frames in pairs(stream):
+            if not isinstance(frames, dict):
+                yield Skip("material is not an object of frames", mp_id)
+                continue
+            for frame_id, frame in frames.items():
+                where = f"{mp_id}/{frame_id}"
+                if isinstance(frame, dict):
+                    yield structure_or_skip(where, _structure, frame, mp_id, where, options)
+                else:
+                    yield Skip("frame is not an object", where)
+    progress(1.0)
+
+
+def _structure(frame: dict[str, Any], mp_id: str, where: str, options: Options) -> Structure:
+    geometry = crystal(frame.get("structure"))
+    forces = frame.get("force")
+    labels = Labels(
+        energy=number(frame.get(f"{options.energy}_total_energy"), f"{options.energy} energy"),
+        forces=None if forces is None else vectors(forces, len(geometry.numbers), "forces"),
+        stress=stress_of_vasp(stress_tensor(frame.get("stress"))),
+    )
+    return Structure(
+        numbers=geometry.numbers,
+        positions=geometry.positions,
+        labels={NAMES[options.energy]: labels},
+        relative=mp_id,
+        source_id=where,
+        cell=geometry.cell,
+        pbc=geometry.pbc,
+        charge=geometry.charge,
+    )

@@ -1,0 +1,119 @@
+"""Raw values of one record to checked arrays in our units; what cannot be used is a `BadRecord` with the reason.
+
+A reader builds a structure from these, catches `BadRecord` around one record, and yields a `Skip` with its reason: one
+bad record never costs the file, and the reasons of all readers read alike in the manifest. What every structure must
+be, whatever it was read from, is checked once for all by prepare.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from multifid.data.readers import Skip
+from multifid.structures.elements import MAX_Z, NUMBERS
+from multifid.structures.structure import Structure
+
+KBAR = 1.0 / 1602.1766208  # eV/angstrom^3 (CODATA 2014, as VASP and the datasets made with it)
+
+
+class BadRecord(Exception):
+    """One record cannot be used; the message is a short constant phrase, the `reason` of a `Skip`."""
+
+
+def structure_or_skip(where: str, build: Callable[..., Structure], *arguments: Any) -> Structure | Skip:
+    """`build(*arguments)`, or why the record cannot be used."""
+    try:
+        return build(*arguments)
+    except BadRecord as bad:
+        return Skip(str(bad), where)
+
+
+def array(values: object, what: str) -> np.ndarray:
+    """float64 array of nested lists (None inside counts as NaN); BadRecord where they are ragged or not numbers."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise BadRecord(f"{what} are not an array of numbers") from None
+
+
+def atomic_numbers(values: object) -> np.ndarray:
+    """(atoms,) int64; every number an element, at least one atom."""
+    numbers = array(values, "atomic numbers")
+    if numbers.ndim != 1 or not len(numbers):
+        raise BadRecord("no atoms")
+    if not (np.isfinite(numbers).all() and (numbers == np.round(numbers)).all()):
+        raise BadRecord("atomic numbers are not whole numbers")
+    if numbers.min() < 1 or numbers.max() > MAX_Z:
+        raise BadRecord("unknown element")
+    return numbers.astype(np.int64)
+
+
+def numbers_of(symbols: list) -> np.ndarray:
+    """(atoms,) int64 from element symbols."""
+    try:
+        return atomic_numbers([NUMBERS[symbol] for symbol in symbols])
+    except (KeyError, TypeError):
+        raise BadRecord("unknown element") from None
+
+
+def vectors(values: object, atoms: int, what: str) -> np.ndarray:
+    """(atoms, 3) float64, finite: positions or forces."""
+    result = array(values, what)
+    if result.shape != (atoms, 3):
+        raise BadRecord(f"{what} of another length than the atoms")
+    if not np.isfinite(result).all():
+        raise BadRecord(f"{what} are not finite")
+    return result
+
+
+def number(value: object, what: str) -> float:
+    """One finite number, given as a scalar or as an array of one."""
+    result = array(value, what)
+    if result.size != 1:
+        raise BadRecord(f"{what} is not one number")
+    if not np.isfinite(result).all():
+        raise BadRecord(f"{what} is not finite")
+    return float(result.reshape(()))
+
+
+def whole(value: object, what: str) -> int:
+    """A whole number: charge or multiplicity."""
+    result = number(value, what)
+    if result != round(result):
+        raise BadRecord(f"{what} is not a whole number")
+    return int(result)
+
+
+def stress_tensor(values: object) -> np.ndarray | None:
+    """(3, 3) from a full tensor or Voigt xx yy zz yz xz xy, unit and sign kept; None (no label) where null or NaN."""
+    if values is None:
+        return None
+    raw = array(values, "stress")
+    if raw.size == 9:
+        full = raw.reshape(3, 3)
+    elif raw.shape == (6,):
+        xx, yy, zz, yz, xz, xy = raw
+        full = np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+    else:
+        raise BadRecord("stress has a wrong shape")
+    return full if np.isfinite(full).all() else None
+
+
+def stress_of_vasp(kbar: np.ndarray | None) -> np.ndarray | None:
+    """eV/angstrom^3, tension-positive, from VASP's kbar, where compression is positive."""
+    return None if kbar is None else -kbar * KBAR
+
+
+def periodicity(matrix: object, flags: object) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Cell (3, 3) angstrom, rows zero where not periodic, and pbc (3,) bool; both None where nothing is periodic."""
+    pbc = array(flags, "pbc")
+    if pbc.shape != (3,) or not np.isin(pbc, (0.0, 1.0)).all():
+        raise BadRecord("pbc is not three flags")
+    periodic = pbc.astype(bool)
+    if not periodic.any():
+        return None, None
+    cell = array(matrix, "cell")
+    if cell.shape != (3, 3) or not np.isfinite(cell).all():
+        raise BadRecord("cell is not (3, 3) finite numbers")
+    return np.where(periodic[:, None], cell, 0.0), periodic

@@ -1,5 +1,6 @@
 """The order of data: a pure function of the place."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_a_step_cut_among_any_number_of_ranks_is_the_same_step(pieces):
     order = Order(0, "c", "t", 101)
     whole = order(57, 90)
     ends = [57 + 90 * k // pieces for k in range(pieces + 1)]
-    cut = [order(a, b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    cut = [order(a, b - a) for a, b in itertools.pairwise(ends)]
     assert np.array_equal(np.concatenate(cut), whole)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -21,17 +21,17 @@ def prepare(
     format: Annotated[str, typer.Argument(help="ani1x qm7x transition1x mptrj alexandria extxyz aselmdb")],
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="published files; several make one store")],
     out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
-    task: Annotated[Optional[str], typer.Option(help="name of the task; default: the format's")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="store at most so many structures")] = None,
-    train: Annotated[Optional[list[Path]], typer.Option(help="an input that is all training split")] = None,
-    validation: Annotated[Optional[list[Path]], typer.Option(help="an input that is all validation split")] = None,
-    test: Annotated[Optional[list[Path]], typer.Option(help="an input that is all test split")] = None,
+    task: Annotated[str | None, typer.Option(help="name of the task; default: the format's")] = None,
+    limit: Annotated[int | None, typer.Option(help="store at most so many structures")] = None,
+    train: Annotated[list[Path] | None, typer.Option(help="an input that is all training split")] = None,
+    validation: Annotated[list[Path] | None, typer.Option(help="an input that is all validation split")] = None,
+    test: Annotated[list[Path] | None, typer.Option(help="an input that is all test split")] = None,
     fractions: Annotated[str, typer.Option(help="train,validation,test")] = "0.8,0.1,0.1",
     seed: Annotated[int, typer.Option(help="of the split")] = 0,
     level_of_theory: Annotated[
-        Optional[str], typer.Option(help="for the manifest, where it is not the format's")
+        str | None, typer.Option(help="for the manifest, where it is not the format's")
     ] = None,
-    option: Annotated[Optional[list[str]], typer.Option(help="key=value of the format, as energy=corrected")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="key=value of the format, as energy=corrected")] = None,
 ) -> None:
     """Turn published files into a store."""
     from multifid.data.prepare import prepare as run
@@ -56,7 +56,7 @@ def prepare(
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run to go on with")],
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[key=value]...", help="as train.lr=0.001")
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.lr=0.001")
     ] = None,
 ) -> None:
     """Train a model; the same command goes on with a run that was stopped."""
@@ -72,7 +72,7 @@ def evaluate(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="trained runs")],
     data: Annotated[list[str], typer.Option("--data", metavar="[TASK=]STORE", help="what to ask about; repeatable")],
     split: Annotated[str, typer.Option(help="test | validation | train | all")] = "test",
-    branch: Annotated[Optional[str], typer.Option(help="the branch that answers")] = None,
+    branch: Annotated[str | None, typer.Option(help="the branch that answers")] = None,
 ) -> None:
     """Energy and force errors of runs on stores, as a table and RUN/evaluation.json."""
     from multifid.evaluate.evaluate import data_of, evaluate_run
@@ -84,6 +84,42 @@ def evaluate(
     rows = [row for run in runs for row in evaluate_run(run, asked, split, branch)]
     for quantity in ("energy", "forces"):
         _console().print(rich_table(rows, quantity))
+
+
+@app.command()
+def stats(
+    stores: Stores,
+    figure: Annotated[Path | None, typer.Option(help="periodic-table heat map of element frequencies, as PNG")] = None,
+) -> None:
+    """What stores hold: counts, label coverage, ranges, fit of the reference energies."""
+    from multifid.workflows.stats import stats as run
+
+    run(stores, figure)
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="directory for the files")],
+    structures: Annotated[int, typer.Option(help="structures of each source")] = 300,
+    seed: Annotated[int, typer.Option(help="of everything that is random")] = 0,
+    workers: Annotated[int | None, typer.Option(help="processes; default: one for each core")] = None,
+) -> None:
+    """Five small sources in the five published file formats, made on the spot with real quantum chemistry."""
+    from multifid.workflows.sample import sample as run
+
+    run(out, seed=seed, structures=structures, workers=workers)
+
+
+@app.command()
+def study(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a training config, with a `study` section")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as study.seeds=[0,1]")] = None,
+) -> None:
+    """The paper's comparison: one model per dataset, one baseline on all, the two-level model; tables and figures."""
+    from multifid.config import load_config
+    from multifid.workflows.study import study as run
+
+    run(load_config(config, overrides))
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -64,7 +64,7 @@ class Config(BaseModel):
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """A config from YAML with `key.key=value` overrides. ValueError names the key, what was given and what would be right."""
+    """A config from YAML with `key.key=value` overrides. ValueError names the key, what was given and what is right."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -103,7 +103,7 @@ def _explain(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         given = "" if isinstance(error.get("input"), dict) else f" (given: {error.get('input')!r})"
         return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}{given}"
-    near = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(error["loc"][:-1]), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(error["loc"][:-1]), n=1, cutoff=0.6)
     known = ", ".join(_known_keys(error["loc"][:-1]))
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
     return f"{where}: unknown key; {hint}"

@@ -54,8 +54,8 @@ class Order:
 def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """A keyed bijection on 0..size-1, element by element: (n,) int64 -> (n,) int64.
 
-    The network permutes 0..2^bits-1, the smallest power of two (from 256) that holds `size`; values that fall outside walk on
-    until they fall inside.
+    The network permutes 0..2^bits-1, the smallest power of two (from 256) that holds `size`; values that fall outside
+    walk on until they fall inside.
     """
     bits = max(8, int(size - 1).bit_length())  # in narrower networks some permutations are much rarer than others
     out = _feistel(values.astype(np.uint64), bits, keys)

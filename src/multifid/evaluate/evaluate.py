@@ -32,7 +32,7 @@ class Data:
 
 
 def data_of(text: str, verify: str = "touch") -> list[Data]:
-    """`[TASK=]STORE`: the label set TASK (or the only one) under the name TASK; all label sets where no TASK is given."""
+    """`[TASK=]STORE`: the label set TASK (or the only one) under the name TASK; without TASK all label sets."""
     name, equals, path = text.rpartition("=")
     store = Store(Path(path), verify=verify)
     if not equals:
@@ -92,7 +92,7 @@ def evaluate(
 
 
 def references_row(data: Data, split: str = "test") -> Row:
-    """The row of a model that knows the reference energies of the data and nothing else: zero aligned energy, no forces."""
+    """The row of a model that knows the reference energies of the data and nothing else: aligned energy and forces zero."""
     about = data.store.manifest["tasks"][data.label_set]
     source = Source(data.store, {data.name: data.label_set}, {data.name: References.from_manifest(about)})
     errors = Errors()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Targets:
-    """The labels of one task in a batch, aligned (reference energies subtracted). NaN = no label, None = none at all."""
+    """The labels of one task in a batch, reference energies subtracted. NaN = no label, None = none at all."""
 
     energy: Tensor  # (S_t,) eV
     forces: Tensor | None  # (N_t, 3) eV/angstrom

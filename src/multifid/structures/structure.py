@@ -37,7 +37,7 @@ class Structure:
 
 @dataclass(slots=True)
 class PackedLabels:
-    """The labels of one task for packed structures. None = the task has no such label at all; NaN = this one lacks it."""
+    """The labels of one task for packed structures. None = no such label at all; NaN = this structure lacks it."""
 
     energy: np.ndarray  # (structures,) float64 eV, total
     forces: np.ndarray | None = None  # (atoms, 3) float32 eV/angstrom

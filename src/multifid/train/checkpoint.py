@@ -48,7 +48,7 @@ def save_checkpoint(run: Path, step: int, files: dict[str, Tensors], state: Stat
 
 
 def load_checkpoint(run: Path) -> tuple[State, dict[str, Tensors], list[str]] | None:
-    """The newest whole checkpoint: (state, tensors of each file, what was wrong with newer ones); None if there is none."""
+    """The newest whole checkpoint: (state, tensors by file, what was wrong with newer ones); None if there is none."""
     complaints: list[str] = []
     for folder in _newest_first(run):
         try:

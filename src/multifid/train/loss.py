@@ -1,7 +1,8 @@
 """The objective, written once: sums over labels divided by the counts of the whole step.
 
-    L = sum_t w_t [ lambda_E / S_t  sum_s loss(dE_s / (N_s scale_t)) + lambda_F / (3 A_t)  sum_i,xyz loss(dF_i / scale_t)
-                    + lambda_S / (9 V_t)  sum loss(d sigma / scale_t) ]
+    L = sum_t w_t [ lambda_E / S_t    sum_s     loss(dE_s / (N_s scale_t))
+                  + lambda_F / (3 A_t) sum_i,xyz loss(dF_i / scale_t)
+                  + lambda_S / (9 V_t) sum_s,kl  loss(dsigma_s / scale_t) ]
 
 S_t, A_t, V_t count the structures with an energy, atoms with forces and structures with stress of task t in the whole
 step, over all ranks and micro-batches. So each part back-propagates sums over global counts, and gradients are summed:

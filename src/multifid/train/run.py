@@ -170,6 +170,7 @@ def task_scales(config: Config, sources: list[Source]) -> dict[str, float]:
 def build(config: Config, sources: list[Source], device: torch.device, per_epoch: int, world: groups.Group) -> Trainer:
     """Potential, optimizer, schedule and moving average, all at their beginning."""
     t, branch_of = config.train, config.branch_of()
+    torch.manual_seed(config.seed)  # nothing here draws from the global generator; what may one day is a function of it
     potential = Potential(config.model, sorted(set(branch_of.values())), branch_of, config.seed)
     if config.init is not None:
         start_from(potential, Path(config.init))

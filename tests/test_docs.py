@@ -1,0 +1,57 @@
+"""docs/config.md names every key of the config. `python tests/test_docs.py` writes it anew."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from multifid.config import Config, _section, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "config.md"
+
+
+def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """One table row for each key: name, type, default, meaning."""
+    rows = []
+    for name, field in model.model_fields.items():
+        inner = _section(field.annotation)
+        key = f"{prefix}{name}"
+        if inner is not None:
+            many = "dict[" in str(field.annotation)
+            rows += reference(inner, f"{key}.<name>." if many else f"{key}.")
+            continue
+        default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
+        kind = str(field.annotation).replace("typing.", "").replace("<class '", "").replace("'>", "").replace("|", "\\|")
+        rows.append(f"| `{key}` | {kind} | {default} | {field.description} |")
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    return {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, list) else value
+
+
+def page() -> str:
+    head = (
+        "# Every key of the config\n\n"
+        "A config is YAML. `key.key=value` on the command line overrides it. Unknown keys are errors.\n"
+        "RUN/config.yaml is the resolved copy: `train.batch` and the placement are written out in it.\n\n"
+        "| key | type | default | meaning |\n|---|---|---|---|\n"
+    )
+    return head + "\n".join(reference()) + "\n"
+
+
+def test_every_key_is_documented_with_its_default():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python tests/test_docs.py`"
+
+
+def test_the_configs_that_are_shipped_are_valid():
+    shipped = sorted((ROOT / "configs").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        load_config(path)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,273 @@
+"""A run is a function of its config: killed anywhere and started again, it ends with the same bits."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from multifid.config import load_config, parse_config
+from multifid.data.loader import collate, open_sources
+from multifid.model.saved import load_potential
+from multifid.parallel.groups import world
+from multifid.train.checkpoint import load_checkpoint
+from multifid.train.journal import read_journal
+from multifid.train.run import build, make_draws, prepare_step, train
+from multifid.train.step import Totals
+
+
+def config_of(stores, run: Path, **changes) -> dict:
+    """A small run of three tasks; `changes` are sections to merge."""
+    values = {
+        "run": str(run),
+        "tasks": {task: {"store": str(store)} for task, store in stores.items()},
+        "model": {
+            "cutoff": 3.0,
+            "encoder": {"name": "egnn", "layers": 1, "hidden": 12, "vectors": 3},
+            "branch": {"hidden": [10], "forces": "direct"},
+        },
+        "train": {"batch": 3, "steps": 24, "epoch_steps": 10, "warmup": 5, "checkpoint_every": 3, "log_every": 4},
+    }
+    for section, change in changes.items():
+        values[section] = values.get(section, {}) | change if isinstance(change, dict) else change
+    return values
+
+
+def start(values: dict) -> Path:
+    return train(parse_config(values, "test"), Console(quiet=True))
+
+
+def final_state(run: Path) -> tuple[dict, dict]:
+    """Everything of the last checkpoint that a run is made of, timing left out."""
+    state, files, complaints = load_checkpoint(run)
+    assert complaints == []
+    state["position"].pop("seconds")
+    state.pop("files")
+    return state, files
+
+
+def assert_same_bits(run: Path, other: Path) -> None:
+    (state, files), (state_other, files_other) = final_state(run), final_state(other)
+    assert state == state_other
+    assert files.keys() == files_other.keys()
+    for name in files:
+        assert files[name].keys() == files_other[name].keys()
+        for key, tensor in files[name].items():
+            assert torch.equal(tensor, files_other[name][key]), key
+    for model in ("model.safetensors", "last.safetensors"):
+        a, b = load_file(run / model), load_file(other / model)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    drop = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]  # noqa: E731
+    assert drop(read_journal(run)) == drop(read_journal(other))
+
+
+def test_training_lowers_the_errors_of_every_task(stores, tmp_path):
+    values = config_of(
+        stores, tmp_path / "run", train={"steps": 120, "batch": 8, "epoch_steps": 60, "lr": 0.005, "ema": 0.9}
+    )
+    run = start(values)
+    rows = [r for r in read_journal(run) if r["split"] == "train"]
+    for task in stores:
+        own = [r for r in rows if r["task"] == task]
+        assert own[-1]["forces_mae"] < 0.6 * own[0]["forces_mae"]
+    _, description = load_potential(run)
+    assert set(description["tasks"]) == set(stores) and description["branches"] == sorted(stores)
+
+
+@pytest.mark.parametrize("forces", ["direct", "conservative"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_every_precision_and_force_mode_trains(stores, tmp_path, forces, precision):
+    values = config_of(stores, tmp_path / "run", train={"precision": precision, "steps": 6, "epoch_steps": 3})
+    values["model"]["branch"]["forces"] = forces
+    rows = read_journal(start(values))
+    assert all(math.isfinite(r["loss"]) for r in rows) and rows
+
+
+def train_in_child(path: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    train(load_config(Path(path)), Console(quiet=True))
+
+
+def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(stores, tmp_path):
+    """kill -9 and start again, until it is through; compared with a run that nobody disturbed."""
+    length = {"steps": 300, "checkpoint_every": 7, "epoch_steps": 45}
+    whole = start(config_of(stores, tmp_path / "whole", train=length))
+    seconds = read_journal(whole)[-1]["seconds"]
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config_of(stores, tmp_path / "killed", train=length)))
+    children = get_context("forkserver")
+    children.set_forkserver_preload(["multifid.train.run", "test_train"])
+    generator, kills, steps = random.Random(0), 0, set()
+    while True:
+        child = children.Process(
+            target=train_in_child, args=(str(tmp_path / "killed.yaml"), torch.get_num_threads()), daemon=True
+        )
+        child.start()
+        child.join(timeout=generator.uniform(0.0, seconds / 4) if kills < 20 else None)
+        if child.is_alive():
+            child.kill()
+            child.join()
+            kills += 1
+            steps.add(max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step-*")), default=""))
+            continue
+        assert child.exitcode == 0
+        if kills == 20:
+            break
+        shutil.rmtree(tmp_path / "killed")  # it came through before the twentieth kill: from the beginning
+    assert len(steps) > 3, "the kills hit different places"
+    assert_same_bits(whole, tmp_path / "killed")
+
+
+def test_sigterm_finishes_the_step_saves_and_says_so_by_143(stores, tmp_path):
+    values = config_of(stores, tmp_path / "run", train={"steps": 100_000, "checkpoint_every": 100_000, "epochs": 1})
+    values["train"]["epoch_steps"] = 100_000
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    child = subprocess.Popen([sys.executable, "-m", "multifid", "train", str(tmp_path / "c.yaml")])
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not read_journal(tmp_path / "run"):
+        time.sleep(0.05)
+        assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=60) == 143
+    state, _, _ = load_checkpoint(tmp_path / "run")
+    assert 0 < state["step"] < 100_000
+    assert state["places"] == dict.fromkeys(stores, 3 * state["step"])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(stores, tmp_path, capsys):
+    values = config_of(stores, tmp_path / "run")
+    run = start(values)
+    newest = run / "checkpoints" / "step-000024" / "branch-berry.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    state, _, complaints = load_checkpoint(run)
+    assert state["step"] == 21 and str(newest) in complaints[0]
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_step(stores, tmp_path):
+    """float64: the step's gradient, cut into micro-batches and whole."""
+    values = config_of(stores, tmp_path / "run", train={"precision": "fp64", "batch": 7})
+    values["tasks"]["berry"]["weight"] = 2.5
+
+    def gradient(max_edges):
+        config = parse_config(values | {"train": values["train"] | {"max_edges": max_edges}}, "test")
+        sources = open_sources(config.tasks)
+        trainer = build(config, sources, torch.device("cpu"), 10, world())
+        micro, identities = prepare_step(config, sources, make_draws(config, sources), 3)
+        trainer.lr = 0.0
+        trainer.step(micro, Totals(list(config.tasks), torch.device("cpu")))
+        return len(micro), identities, {n: p.grad.clone() for n, p in trainer.parameters.items()}
+
+    one, seen, whole = gradient(None)
+    many, seen_in_parts, parts = gradient(20)
+    assert one == 1 and many > 2 and seen == seen_in_parts
+    largest = max(float(g.abs().max()) for g in whole.values())
+    for name, g in whole.items():
+        assert float((g - parts[name]).abs().max()) <= 1e-10 * max(float(g.abs().max()), 1e-3 * largest), name
+
+
+def test_a_task_without_structures_in_a_step_still_has_gradients_of_zero(stores, tmp_path):
+    config = parse_config(config_of(stores, tmp_path / "run"), "test")
+    sources = open_sources(config.tasks)
+    trainer = build(config, sources, torch.device("cpu"), 10, world())
+    only = [(sources[0], np.asarray(sources[0].store.index("train"))[:3].astype(np.int64))]
+    assert trainer.step([collate(only, 3.0)], Totals(list(config.tasks), torch.device("cpu")))
+    for name, parameter in trainer.parameters.items():
+        assert parameter.grad is not None
+        if name.startswith("branches.cherry"):
+            assert torch.count_nonzero(parameter.grad) == 0
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_position(stores, tmp_path):
+    config = parse_config(config_of(stores, tmp_path / "run"), "test")
+    sources = open_sources(config.tasks)
+    trainer = build(config, sources, torch.device("cpu"), 10, world())
+    totals = Totals(list(config.tasks), torch.device("cpu"))
+    draws = make_draws(config, sources)
+    trainer.step(prepare_step(config, sources, draws, 0)[0], totals)
+    before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+    micro, _ = prepare_step(config, sources, draws, 1)
+    micro[0].positions[0] = math.nan
+    assert not trainer.step(micro, totals)
+    assert trainer.updates == 1 and trainer.skipped_in_a_row == 1
+    assert all(torch.equal(before[n], p) for n, p in trainer.parameters.items())
+
+
+def test_another_config_is_refused_with_the_differences(stores, tmp_path):
+    start(config_of(stores, tmp_path / "run", train={"steps": 2}))
+    with pytest.raises(ValueError, match=r"train\.lr: 0\.5 here, 0\.001 in the run"):
+        start(config_of(stores, tmp_path / "run", train={"steps": 2, "lr": 0.5}))
+    start(config_of(stores, tmp_path / "run", train={"steps": 2, "checkpoint_every": 1}))
+
+
+def test_adding_a_task_leaves_the_order_of_the_others_alone(stores, tmp_path):
+    def seen(tasks):
+        config = parse_config(config_of({t: stores[t] for t in tasks}, tmp_path / "run"), "test")
+        config = config.model_copy(update={"train": config.train.model_copy(update={"batch": 3.0})})
+        sources = open_sources(config.tasks)
+        return {d.name: d.order(*d.places(5)).tolist() for d in make_draws(config, sources)}
+
+    two, three = seen(["apple", "cherry"]), seen(["apple", "berry", "cherry"])
+    assert two == {t: three[t] for t in two}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_the_number_of_workers_changes_nothing(stores, tmp_path, workers):
+    reference = start(config_of(stores, tmp_path / "one", train={"steps": 8, "workers": 1}))
+    run = start(config_of(stores, tmp_path / "many", train={"steps": 8, "workers": workers}))
+    assert_same_bits(reference, run)
+
+
+def test_init_starts_from_another_runs_weights_whatever_its_forces(stores, tmp_path):
+    first = start(config_of(stores, tmp_path / "first", train={"steps": 3}))
+    values = config_of(stores, tmp_path / "second", init=str(first), train={"steps": 1, "lr": 1e-12, "ema": None})
+    values["model"]["branch"]["forces"] = "conservative"
+    second = start(values)
+    a, b = load_file(first / "model.safetensors"), load_file(second / "last.safetensors")
+    for name in b:
+        assert torch.allclose(a[name], b[name], atol=1e-9), name
+
+
+def test_the_shared_baseline_has_one_branch_and_one_pooled_scale(stores, tmp_path):
+    run = start(config_of(stores, tmp_path / "run", branches="shared", train={"steps": 2}))
+    description = json.loads((run / "model.json").read_text())
+    assert description["branches"] == ["shared"]
+    assert len({about["scale"] for about in description["tasks"].values()}) == 1
+    assert len({about["references"]["1"] for about in description["tasks"].values()}) == 3
+
+
+def test_unknown_keys_and_values_are_errors_that_name_what_would_be_right(tmp_path, stores):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(config_of(stores, tmp_path / "run")))
+    with pytest.raises(ValueError, match=r"train\.learning_rate: unknown key; known here: lr, weight_decay"):
+        load_config(path, ["train.learning_rate=1"])
+    with pytest.raises(ValueError, match="did you mean 'weight'"):
+        load_config(path, ["tasks.apple.wieght=1"])
+    with pytest.raises(ValueError, match=r"train\.lr.*given: -1"):
+        load_config(path, ["train.lr=-1"])
+    with pytest.raises(ValueError, match="key=value"):
+        load_config(path, ["train.lr"])
+    assert load_config(path, ["train.lr=1e-4"]).train.lr == 1e-4
+
+
+def test_a_launch_with_several_ranks_is_refused(stores, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_of(stores, tmp_path / "run")))
+    child = subprocess.run(
+        [sys.executable, "-m", "multifid", "train", str(tmp_path / "c.yaml")],
+        env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 1 and "2 ranks" in child.stderr and not (tmp_path / "run").exists()

@@ -45,7 +45,7 @@ def drop_infinite(structure: Structure) -> list[str]:
         if np.isinf(labels.energy):
             labels.energy = float("nan")
             dropped.append("energy is infinite")
-        if labels.forces is not None:
+        if labels.forces is not None and not np.abs(labels.forces).max(initial=0.0) <= FLOAT32_MAX:  # NaN comes here too
             forces = np.array(labels.forces, np.float64)
             with np.errstate(invalid="ignore"):
                 infinite = np.abs(forces) > FLOAT32_MAX
@@ -99,7 +99,11 @@ def _coincident(structure: Structure) -> str | None:
         return None
     reason = f"two atoms closer than {COINCIDENT} angstrom"
     if structure.pbc is None or not np.any(structure.pbc):
-        return reason if cKDTree(positions).query_pairs(COINCIDENT) else None
+        if len(positions) > 64:
+            return reason if cKDTree(positions).query_pairs(COINCIDENT) else None
+        apart = positions[:, None] - positions  # for small molecules cheaper than a tree
+        close = np.einsum("ijk,ijk->ij", apart, apart) < COINCIDENT**2
+        return reason if np.count_nonzero(close) > len(positions) else None
     pbc = np.asarray(structure.pbc, bool)
     vectors = np.asarray(structure.cell, np.float64)[pbc]
     # Rows of the cell that are not periodic are replaced by unit vectors at right angles to those that are.

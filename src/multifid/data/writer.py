@@ -52,6 +52,11 @@ class ArrayFile:
         self.file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
         self.rows += len(rows)
 
+    def put(self, value: int) -> None:
+        """One row of a field of unsigned integers."""
+        self.file.write(value.to_bytes(self.dtype.itemsize, "little"))
+        self.rows += 1
+
     def pad(self, rows: int) -> None:
         """Rows that say nothing, until there are `rows` of them."""
         while self.rows < rows:
@@ -108,8 +113,8 @@ class StoreWriter:
         self.skipped: dict[str, int] = {}
         self._files: dict[str, ArrayFile] = {}
         self._skipped_file: BinaryIO | None = None
-        self._file("offsets").append(np.zeros(1, np.uint64))
-        self._file("source_id_offsets").append(np.zeros(1, np.uint64))
+        self._file("offsets").put(0)
+        self._file("source_id_offsets").put(0)
 
     def append(self, structure: Structure) -> None:
         """Store one structure, which must be valid (`multifid.data.validate`)."""
@@ -118,12 +123,12 @@ class StoreWriter:
         self._source_bytes += len(source)
         self._file("numbers").append(numbers)
         self._file("positions").append(structure.positions)
-        self._row("natoms", len(numbers))
-        self._row("offsets", self.atoms + len(numbers))
-        self._row("split", NO_SPLIT if structure.split is None else SPLITS.index(structure.split))
-        self._row("relative", xxhash.xxh3_64_intdigest(structure.relative.encode()))
+        self._file("natoms").put(len(numbers))
+        self._file("offsets").put(self.atoms + len(numbers))
+        self._file("split").put(NO_SPLIT if structure.split is None else SPLITS.index(structure.split))
+        self._file("relative").put(xxhash.xxh3_64_intdigest(structure.relative.encode()))
         self._file("source_id").append(source)
-        self._row("source_id_offsets", self._source_bytes)
+        self._file("source_id_offsets").put(self._source_bytes)
         if structure.pbc is not None and np.any(structure.pbc):
             pbc = np.asarray(structure.pbc, bool)
             self._optional("pbc", pbc)
@@ -208,9 +213,6 @@ class StoreWriter:
         if name not in self._files:
             self._files[name] = ArrayFile(self.partial / f"{name}.npy", field(name))
         return self._files[name]
-
-    def _row(self, name: str, value: int) -> None:
-        self._file(name).append(np.array([value], field(name).dtype))
 
     def _optional(self, name: str, value: np.ndarray | np.generic) -> None:
         """A field that most structures may lack: those before this one get the value that says nothing."""

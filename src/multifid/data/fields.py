@@ -95,3 +95,9 @@ def file_checksum(path: Path) -> str:
         while data := file.read(BLOCK):
             digest.update(data)
     return digest.hexdigest()
+
+
+def damaged(path: Path, block: int, size: int) -> str:
+    """What is said of a file of `size` bytes whose block differs from its checksum."""
+    start, end = block * BLOCK, min((block + 1) * BLOCK, size)
+    return f"{path} is damaged in bytes {start}..{end}: the checksum of block {block} differs; prepare the store again"

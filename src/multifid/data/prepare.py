@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from multifid.data.array_file import Rows
 from multifid.data.fields import TASK_NAME, file_checksum
 from multifid.data.intake import Advance, Input, Intake
 from multifid.data.readers import reader
@@ -24,7 +25,7 @@ from multifid.data.split import DIVIDED, divide, set_unseen_aside
 from multifid.data.store import Store
 from multifid.data.summary import summary
 from multifid.data.survey import sample_edges, survey_task
-from multifid.data.writer import Rows, StoreWriter
+from multifid.data.writer import StoreWriter
 from multifid.structures.structure import SPLITS
 
 

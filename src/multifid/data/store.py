@@ -6,79 +6,17 @@ later read can fault. The blocks of a file are compared with `checksums.npy` the
 """
 
 import json
-import math
-import mmap
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import xxhash
 
-from multifid.data.fields import (
-    BLOCK,
-    CHECKSUMS,
-    FIELDS,
-    HEADER,
-    LABELS,
-    MANIFEST,
-    SCHEMA,
-    SKIPPED,
-    block_checksums,
-    blocks,
-    field,
-    npy_header,
-)
-from multifid.data.writer import manifest_bytes
+from multifid.data.array_file import MappedFile
+from multifid.data.fields import BLOCK, CHECKSUMS, FIELDS, LABELS, MANIFEST, SKIPPED, blocks
+from multifid.data.manifest import check_array, check_size, open_checksums, read_manifest, verify_text
 from multifid.structures.structure import SPLITS, Packed, PackedLabels
 
 VERIFY = ("touch", "open", "off")
-_KEYS = ("source", "structures", "atoms", "elements", "tasks", "splits", "edges_per_atom", "skipped", "files")
-
-
-class MappedFile:
-    """One array file of an open store: its rows, and which of its blocks have been verified."""
-
-    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...], checksums: np.ndarray, verify: bool) -> None:
-        self.path, self.checksums = path, checksums
-        with path.open("rb") as file:
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.rows = np.frombuffer(self.bytes, dtype, math.prod(shape), HEADER).reshape(shape)
-        self.row_bytes = self.rows.itemsize * math.prod(shape[1:])
-        self.lock = threading.Lock()  # a loader reads ahead in threads
-        self.verified = np.full(len(checksums), not verify)
-        self.left = len(checksums) if verify else 0
-
-    def touch(self, first: np.ndarray, last: np.ndarray) -> None:
-        """Verify the blocks that hold the rows `first` and `last` (equal-length arrays, inclusive).
-
-        The rows in between must lie in the same blocks: true for the atoms of one structure (see `fields.MAX_ATOMS`).
-        """
-        if self.left == 0:
-            return
-        bytes_of = np.concatenate((first * self.row_bytes, (last + 1) * self.row_bytes - 1)) + HEADER
-        touched = bytes_of // BLOCK
-        new = touched[~self.verified[touched]]
-        for block in np.unique(new):
-            self._verify(int(block))
-
-    def whole(self) -> np.ndarray:
-        """All rows, verified."""
-        if self.left:
-            for block in np.flatnonzero(~self.verified):
-                self._verify(int(block))
-        return self.rows
-
-    def _verify(self, block: int) -> None:
-        start = block * BLOCK
-        with memoryview(self.bytes) as view, view[start : start + BLOCK] as part:
-            found = xxhash.xxh3_64_intdigest(part)
-        if found != int(self.checksums[block]):
-            raise ValueError(_damaged(self.path, block, len(self.bytes)))
-        with self.lock:
-            self.left -= not self.verified[block]
-            self.verified[block] = True
 
 
 class Store:
@@ -92,7 +30,7 @@ class Store:
         if verify not in VERIFY:
             raise ValueError(f"verify must be one of {', '.join(VERIFY)}, not {verify!r}")
         self.path, self.verify = Path(path), verify
-        self.manifest, self.checksum = _read_manifest(self.path)
+        self.manifest, self.checksum = read_manifest(self.path)
         self.structures: int = self.manifest["structures"]
         self.atoms: int = self.manifest["atoms"]
         self.tasks: list[str] = list(self.manifest["tasks"])
@@ -143,7 +81,7 @@ class Store:
         """The records that were not stored: file, where (source id) and reason of each, in the order of reading."""
         path = self.path / SKIPPED
         if SKIPPED in self.manifest["files"]:
-            _verify_text(path, self._skipped_sums)
+            verify_text(path, self._skipped_sums)
             with path.open(encoding="utf-8") as file:
                 yield from map(json.loads, file)
 
@@ -203,24 +141,24 @@ class Store:
         return indices.astype(np.int64, copy=False)
 
     def _open_files(self) -> dict[str, MappedFile]:
-        checksums = _open_checksums(self.path, self.manifest)
+        checksums = open_checksums(self.path, self.manifest)
         opened: dict[str, MappedFile] = {}
         start = 0
         for name, entry in sorted(self.manifest["files"].items()):
             if name == CHECKSUMS:
                 continue
             path = self.path / name
-            _check_size(path, entry["bytes"])
+            check_size(path, entry["bytes"])
             sums = checksums[start : start + blocks(entry["bytes"])]
             start += len(sums)
             if entry["dtype"] is None:
                 self._skipped_sums = sums
                 if self.verify == "open":
-                    _verify_text(path, sums)
+                    verify_text(path, sums)
                 continue
             key = name.removesuffix(".npy")
             shape = tuple(entry["shape"])
-            _check_array(path, key, entry, self.manifest)
+            check_array(path, key, entry, self.manifest)
             opened[key] = MappedFile(path, entry["dtype"], shape, sums, self.verify != "off")
             if self.verify == "open":
                 opened[key].whole()
@@ -228,77 +166,3 @@ class Store:
         if missing := sorted(required - set(opened)):
             raise ValueError(f"{self.path / MANIFEST} lists no file for {', '.join(missing)}")
         return opened
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    file = path / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"{path} is not a store: it has no {MANIFEST} (`multifid prepare` makes stores)")
-    data = file.read_bytes()
-    try:
-        manifest = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise ValueError(f"{file} has schema {found!r}; this version of multifid reads schema {SCHEMA}")
-    if not _intact(manifest, data):
-        raise ValueError(f"{file} is damaged or was edited: it differs from its own checksum; prepare the store again")
-    if missing := [key for key in _KEYS if key not in manifest]:
-        raise ValueError(f"{file} lacks {', '.join(missing)}")
-    return manifest, xxhash.xxh3_64_hexdigest(data)
-
-
-def _intact(manifest: dict[str, Any], data: bytes) -> bool:
-    try:
-        return manifest_bytes(manifest) == data
-    except ValueError:  # a number became infinite
-        return False
-
-
-def _check_size(path: Path, size: int) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    if (found := path.stat().st_size) != size:
-        raise ValueError(f"{path} has {found} bytes where the manifest says {size}: truncated or overwritten")
-
-
-def _check_array(path: Path, key: str, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Size, dtype, shape and header of an array file must all say the same."""
-    what, shape, dtype = field(key), tuple(entry["shape"]), entry["dtype"]
-    structures = manifest["structures"]
-    known = {"structures": structures, "structures + 1": structures + 1, "atoms": manifest["atoms"]}
-    rows = known.get(what.rows, manifest["splits"].get(what.rows, shape[0]))
-    large_index = key.startswith("index/") and dtype == "<u8"
-    if shape != (rows, *what.row) or (dtype != what.dtype and not large_index):
-        raise ValueError(f"{path}: the manifest says {dtype} {shape}, which must be {what.dtype} {(rows, *what.row)}")
-    if entry["bytes"] != HEADER + math.prod(shape) * np.dtype(dtype).itemsize:
-        raise ValueError(f"{path}: {entry['bytes']} bytes do not hold {dtype} {shape}")
-    with path.open("rb") as file:
-        if file.read(HEADER) != npy_header(dtype, shape):
-            raise ValueError(f"{path} is damaged in bytes 0..{HEADER}: its header is not that of {dtype} {shape}")
-
-
-def _open_checksums(store: Path, manifest: dict[str, Any]) -> np.ndarray:
-    path, entry = store / CHECKSUMS, manifest["files"].get(CHECKSUMS)
-    if entry is None:
-        raise ValueError(f"{store / MANIFEST} lists no {CHECKSUMS}")
-    _check_size(path, entry["bytes"])
-    count = sum(blocks(e["bytes"]) for name, e in manifest["files"].items() if name != CHECKSUMS)
-    data = path.read_bytes()
-    if data[:HEADER] != npy_header("<u8", (count,)) or len(data) != HEADER + 8 * count:
-        raise ValueError(f"{path} is damaged in bytes 0..{HEADER}: it must hold {count} checksums")
-    if xxhash.xxh3_64_hexdigest(data[HEADER:]) != manifest["checksums"]:
-        raise ValueError(f"{path} is damaged in bytes {HEADER}..{len(data)}: it differs from the manifest")
-    return np.frombuffer(data, "<u8", offset=HEADER)
-
-
-def _damaged(path: Path, block: int, size: int) -> str:
-    start, end = block * BLOCK, min((block + 1) * BLOCK, size)
-    return f"{path} is damaged in bytes {start}..{end}: the checksum of block {block} differs; prepare the store again"
-
-
-def _verify_text(path: Path, sums: np.ndarray) -> None:
-    for block, found in enumerate(block_checksums(path)):
-        if found != int(sums[block]):
-            raise ValueError(_damaged(path, block, path.stat().st_size))

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from multifid.data.array_file import Rows
 from multifid.data.references import References, count_elements, fit
 from multifid.data.split import TRAIN
-from multifid.data.writer import Rows
 from multifid.structures.neighbors import edges_per_atom
 from multifid.structures.structure import Packed
 

@@ -9,7 +9,6 @@ Memory does not grow with the number of structures: what is written is read agai
 
 import fcntl
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 import xxhash
 
 from multifid import __version__
+from multifid.data.array_file import ArrayFile, Rows
 from multifid.data.fields import (
-    BLOCK,
     CHECKSUMS,
     HEADER,
     LABELS,
@@ -32,65 +31,10 @@ from multifid.data.fields import (
     Field,
     block_checksums,
     field,
-    npy_header,
 )
+from multifid.data.manifest import manifest_bytes
 from multifid.structures.elements import MAX_Z
 from multifid.structures.structure import SPLITS, Labels, Structure
-
-
-class ArrayFile:
-    """A growing npy file: rows are appended, the header is filled in at the end."""
-
-    def __init__(self, path: Path, what: Field) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.what, self.rows = path, what, 0
-        self.dtype = np.dtype(what.dtype)
-        self.file: BinaryIO = path.open("wb", buffering=BLOCK)
-        self.file.write(bytes(HEADER))
-
-    def append(self, rows: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
-        self.rows += len(rows)
-
-    def put(self, value: int) -> None:
-        """One row of a field of unsigned integers."""
-        self.file.write(value.to_bytes(self.dtype.itemsize, "little"))
-        self.rows += 1
-
-    def pad(self, rows: int) -> None:
-        """Rows that say nothing, until there are `rows` of them."""
-        while self.rows < rows:
-            n = min(rows - self.rows, 65_536)
-            self.append(np.full((n, *self.what.row), self.what.absent, self.dtype))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.rows, *self.what.row)
-
-    def close(self) -> None:
-        self.file.seek(0)
-        self.file.write(npy_header(self.what.dtype, self.shape))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-
-class Rows:
-    """A finished field file, read by slices. Not memory-mapped: pages once touched would stay in the process."""
-
-    def __init__(self, array: ArrayFile) -> None:
-        self.path, self.dtype, self.shape = array.path, array.dtype, array.shape
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        start, stop, step = part.indices(len(self))
-        assert step == 1
-        row = self.shape[1:]
-        items = math.prod(row)
-        offset = HEADER + start * items * self.dtype.itemsize
-        return np.fromfile(self.path, self.dtype, (stop - start) * items, offset=offset).reshape(stop - start, *row)
 
 
 class StoreWriter:
@@ -248,17 +192,6 @@ class StoreWriter:
         if self._skipped_file is not None:
             files[SKIPPED] = {"bytes": (self.partial / SKIPPED).stat().st_size, "dtype": None, "shape": None}
         return files
-
-
-def manifest_bytes(body: dict[str, Any]) -> bytes:
-    """The text of manifest.json: `body` and, as its last key, the checksum of the text without that key."""
-    body = {key: value for key, value in body.items() if key != "xxh3"}
-    digest = xxhash.xxh3_64_hexdigest(_json(body))
-    return _json({**body, "xxh3": digest})
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _refuse_existing(directory: Path) -> None:

@@ -1,0 +1,112 @@
+"""One array file of a store in its three lives: growing, finished and read by slices, mapped and verified."""
+
+import math
+import mmap
+import os
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from multifid.data.fields import BLOCK, HEADER, Field, damaged, npy_header
+
+
+class ArrayFile:
+    """A growing npy file: rows are appended, the header is filled in at the end."""
+
+    def __init__(self, path: Path, what: Field) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.what, self.rows = path, what, 0
+        self.dtype = np.dtype(what.dtype)
+        self.file: BinaryIO = path.open("wb", buffering=BLOCK)
+        self.file.write(bytes(HEADER))
+
+    def append(self, rows: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
+        self.rows += len(rows)
+
+    def put(self, value: int) -> None:
+        """One row of a field of unsigned integers."""
+        self.file.write(value.to_bytes(self.dtype.itemsize, "little"))
+        self.rows += 1
+
+    def pad(self, rows: int) -> None:
+        """Rows that say nothing, until there are `rows` of them."""
+        while self.rows < rows:
+            n = min(rows - self.rows, 65_536)
+            self.append(np.full((n, *self.what.row), self.what.absent, self.dtype))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.what.row)
+
+    def close(self) -> None:
+        self.file.seek(0)
+        self.file.write(npy_header(self.what.dtype, self.shape))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+class Rows:
+    """A finished field file, read by slices. Not memory-mapped: pages once touched would stay in the process."""
+
+    def __init__(self, array: ArrayFile) -> None:
+        self.path, self.dtype, self.shape = array.path, array.dtype, array.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, step = part.indices(len(self))
+        assert step == 1
+        row = self.shape[1:]
+        items = math.prod(row)
+        offset = HEADER + start * items * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, (stop - start) * items, offset=offset).reshape(stop - start, *row)
+
+
+class MappedFile:
+    """One array file of an open store: its rows, and which of its blocks have been verified."""
+
+    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...], checksums: np.ndarray, verify: bool) -> None:
+        self.path, self.checksums = path, checksums
+        with path.open("rb") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.rows = np.frombuffer(self.bytes, dtype, math.prod(shape), HEADER).reshape(shape)
+        self.row_bytes = self.rows.itemsize * math.prod(shape[1:])
+        self.lock = threading.Lock()  # a loader reads ahead in threads
+        self.verified = np.full(len(checksums), not verify)
+        self.left = len(checksums) if verify else 0
+
+    def touch(self, first: np.ndarray, last: np.ndarray) -> None:
+        """Verify the blocks that hold the rows `first` and `last` (equal-length arrays, inclusive).
+
+        The rows in between must lie in the same blocks: true for the atoms of one structure (see `fields.MAX_ATOMS`).
+        """
+        if self.left == 0:
+            return
+        bytes_of = np.concatenate((first * self.row_bytes, (last + 1) * self.row_bytes - 1)) + HEADER
+        touched = bytes_of // BLOCK
+        new = touched[~self.verified[touched]]
+        for block in np.unique(new):
+            self._verify(int(block))
+
+    def whole(self) -> np.ndarray:
+        """All rows, verified."""
+        if self.left:
+            for block in np.flatnonzero(~self.verified):
+                self._verify(int(block))
+        return self.rows
+
+    def _verify(self, block: int) -> None:
+        start = block * BLOCK
+        with memoryview(self.bytes) as view, view[start : start + BLOCK] as part:
+            found = xxhash.xxh3_64_intdigest(part)
+        if found != int(self.checksums[block]):
+            raise ValueError(damaged(self.path, block, len(self.bytes)))
+        with self.lock:
+            self.left -= not self.verified[block]
+            self.verified[block] = True

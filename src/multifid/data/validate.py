@@ -45,7 +45,7 @@ def drop_infinite(structure: Structure) -> list[str]:
         if np.isinf(labels.energy):
             labels.energy = float("nan")
             dropped.append("energy is infinite")
-        if labels.forces is not None and not np.abs(labels.forces).max(initial=0.0) <= FLOAT32_MAX:  # NaN comes here too
+        if labels.forces is not None and not np.abs(labels.forces).max(initial=0.0) <= FLOAT32_MAX:  # or NaN
             forces = np.array(labels.forces, np.float64)
             with np.errstate(invalid="ignore"):
                 infinite = np.abs(forces) > FLOAT32_MAX

@@ -124,6 +124,7 @@ def test_a_file_that_is_not_ani1x_is_an_error_that_names_it(made, tmp_path):
 
 
 def test_fidelities_are_checked():
+    assert Options(fidelities="wb97x_dz,ccsd_t_cbs").fidelities == ("wb97x_dz", "ccsd_t_cbs")
     assert set(TASKS) == {"ani1x", *FIDELITIES}
     for bad in (["dft"], [], ["wb97x_dz", "wb97x_dz"]):
         with pytest.raises(ValidationError):

@@ -53,6 +53,12 @@ class Options(BaseModel):
         (DEFAULT,), description=f"the label sets to read, of {', '.join(FIDELITIES)}; each becomes a task of the store"
     )
 
+    @field_validator("fidelities", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """On the command line a list is written with commas."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
     @field_validator("fidelities")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+MULTIFID := $(BIN)/multifid
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -11,8 +12,32 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 .PHONY: demo test check format clean
 
-demo: $(VENV)/installed      ## five small sources, stores, and the paper's two tables, in demo/
-	$(BIN)/python -m multifid.workflows.demo demo
+demo: demo/elements.png      ## five small sources, stores, and the paper's two tables, in demo/
+	$(MULTIFID) study configs/demo.yaml
+
+FILES  := demo/files/sources.json
+STORES := $(addprefix demo/stores/,ani1x qm7x transition1x mptrj alexandria)
+
+$(FILES): | $(VENV)/installed
+	$(MULTIFID) sample demo/files
+
+demo/stores/ani1x: | $(FILES)
+	$(MULTIFID) prepare ani1x demo/files/ani1x.h5 --level-of-theory GFN2-xTB --out $@
+
+demo/stores/qm7x: | $(FILES)
+	$(MULTIFID) prepare qm7x demo/files/qm7x.hdf5 --level-of-theory IPEA1-xTB --out $@
+
+demo/stores/transition1x: | $(FILES)
+	$(MULTIFID) prepare transition1x demo/files/transition1x.h5 --level-of-theory GFN1-xTB --out $@
+
+demo/stores/mptrj: | $(FILES)
+	$(MULTIFID) prepare mptrj demo/files/mptrj.json --level-of-theory "GFN1-xTB, Gamma only" --out $@
+
+demo/stores/alexandria: | $(FILES)
+	$(MULTIFID) prepare alexandria demo/files/alexandria.json.bz2 demo/files/alex_go.json.bz2 --level-of-theory "GFN1-xTB, Gamma only" --out $@
+
+demo/elements.png: $(STORES)
+	$(MULTIFID) stats $(STORES) --figure $@
 
 test: $(VENV)/installed      ## the test suite
 	$(BIN)/python -m pytest

@@ -1,7 +1,8 @@
 """docs/config.md names every key of the config. `python tests/test_docs.py` writes it anew."""
 
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -23,13 +24,29 @@ def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
             rows += reference(inner, f"{key}.<name>." if many else f"{key}.")
             continue
         default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
-        kind = str(field.annotation).replace("typing.", "").replace("<class '", "").replace("'>", "").replace("|", "\\|")
-        rows.append(f"| `{key}` | {kind} | {default} | {field.description} |")
+        rows.append(f"| `{key}` | {_kind(field.annotation)} | {default} | {field.description} |")
     return rows
 
 
+def _kind(annotation: Any) -> str:
+    """The type as a user would say it."""
+    if get_origin(annotation) is Literal:
+        return ", ".join(_plain(a) for a in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_kind(a) for a in get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"list of {_kind(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "map"
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true, false", "NoneType": "null"}[
+        annotation.__name__
+    ]
+
+
 def _plain(value: Any) -> Any:
-    return {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, list) else value
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
 
 
 def page() -> str:

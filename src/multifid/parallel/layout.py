@@ -12,7 +12,7 @@ class ParallelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    placement: Placement = Field("auto", description="auto | replicated | split | a map from task to its ranks")
+    placement: Placement = Field("auto", description="which ranks hold which branches; a map: task to ranks")
     shard_encoder: Literal[False] = Field(False, description="sharding needs several ranks, which this version lacks")
 
 

@@ -18,7 +18,7 @@ class TrainConfig(BaseModel):
     schedule: Literal["cosine", "plateau", "constant"] = Field("cosine", description="learning rate after the warm-up")
     plateau_factor: float = Field(0.5, gt=0.0, lt=1.0, description="schedule plateau: the rate is multiplied by this")
     plateau_patience: int = Field(5, ge=0, description="schedule plateau: epochs without a better validation value")
-    batch: float | None = Field(None, gt=0.0, description="mean structures per task and step, over all ranks")
+    batch: float | None = Field(None, gt=0.0, description="mean structures per task and step, over all ranks; null: 32")
     local_batch: int | None = Field(
         None, gt=0, description="structures per rank and step; turned into `batch` at the start"
     )

@@ -28,15 +28,15 @@ def prepare(
     test: Annotated[list[Path] | None, typer.Option(help="an input that is all test split")] = None,
     fractions: Annotated[str, typer.Option(help="train,validation,test")] = "0.8,0.1,0.1",
     seed: Annotated[int, typer.Option(help="of the split")] = 0,
-    level_of_theory: Annotated[
-        str | None, typer.Option(help="for the manifest, where it is not the format's")
-    ] = None,
+    level_of_theory: Annotated[str | None, typer.Option(help="for the manifest, where it is not the format's")] = None,
     option: Annotated[list[str] | None, typer.Option(help="key=value of the format, as energy=corrected")] = None,
 ) -> None:
     """Turn published files into a store."""
     from multifid.data.prepare import prepare as run
 
-    parts = tuple(_float(x, "--fractions") for x in fractions.split(","))
+    shares = [_float(x, "--fractions") for x in fractions.split(",")]
+    if len(shares) != 3:
+        raise ValueError(f"--fractions {fractions!r} must be three numbers: train,validation,test")
     given = {"train": train or [], "validation": validation or [], "test": test or []}
     run(
         format,
@@ -45,7 +45,7 @@ def prepare(
         task=task,
         limit=limit,
         files_of_split={split: files for split, files in given.items() if files},
-        fractions=parts,
+        fractions=(shares[0], shares[1], shares[2]),
         seed=seed,
         options=dict(_pair(x) for x in option or []),
         level_of_theory=level_of_theory,
@@ -55,9 +55,7 @@ def prepare(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run to go on with")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.lr=0.001")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.lr=0.001")] = None,
 ) -> None:
     """Train a model; the same command goes on with a run that was stopped."""
     from multifid.config import load_config
@@ -113,7 +111,9 @@ def sample(
 @app.command()
 def study(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a training config, with a `study` section")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as study.seeds=[0,1]")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="as study.seeds=[0,1]")
+    ] = None,
 ) -> None:
     """The paper's comparison: one model per dataset, one baseline on all, the two-level model; tables and figures."""
     from multifid.config import load_config

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +48,15 @@ def evaluate_run(
     """Rows of one trained run on several datasets, also written to RUN/evaluation.json."""
     potential, description = load_potential(run, weights)
     rows = [evaluate(potential, description, run.name, d, split, branch) for d in data]
-    part = run / "evaluation.json.part"
-    part.write_text(json.dumps({"rows": rows}, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(part, run / "evaluation.json")
+    write_rows(run, rows)
     return rows
+
+
+def write_rows(directory: Path, rows: Sequence[Row]) -> None:
+    """DIRECTORY/evaluation.json, by rename."""
+    part = directory / "evaluation.json.part"
+    part.write_text(json.dumps({"rows": list(rows)}, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(part, directory / "evaluation.json")
 
 
 def evaluate(
@@ -82,9 +87,8 @@ def evaluate(
         whole = collate([(source, index[piece])], description["cutoff"])
         with torch.no_grad():
             scaled = potential(whole.to(dtype=next(potential.parameters()).dtype), stress=stress)[answers]
-        p = Prediction(
-            *(None if x is None else x.double() * scale for x in (scaled.energy, scaled.forces, scaled.stress))
-        )
+        sigma = None if scaled.stress is None else scaled.stress.double() * scale
+        p = Prediction(scaled.energy.double() * scale, scaled.forces.double() * scale, sigma)
         errors.add(p.energy, p.forces, p.stress, whole.targets[answers], whole.natoms, _unseen(whole, elements))
         if collect is not None:
             collect(p, whole, answers)

@@ -40,9 +40,14 @@ def set_moments(
     }
 
 
+def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients, which a trainer keeps from its beginning on."""
+    return [p.grad for p in parameters if p.grad is not None]
+
+
 def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Sum of the squares of all gradients, float64."""
-    norms = torch._foreach_norm([p.grad for p in parameters])
+    norms = torch._foreach_norm(gradients(parameters))
     return torch.stack([n.double() for n in norms]).square().sum()
 
 

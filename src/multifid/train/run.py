@@ -115,7 +115,6 @@ def loop(
         if at_epoch_end or position.step % t.checkpoint_every == 0 or stop:
             save(config, run, draws, trainer, position)
         if stop and position.step < total:
-            steps.close()
             raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -12,7 +12,7 @@ from multifid.model.potential import Potential, Prediction
 from multifid.parallel.groups import Group, sum_
 from multifid.structures.batch import Batch, Targets
 from multifid.train.loss import ObjectiveConfig, label_counts, loss_sums, objective
-from multifid.train.optimizer import MovingAverage, Named, Schedule, squared_norm
+from multifid.train.optimizer import MovingAverage, Named, Schedule, gradients, squared_norm
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Trainer:
         A skipped update leaves weights, moments, averages and schedule alone; the position in the data advances.
         """
         counts = self._counts(micro_batches)
-        torch._foreach_zero_([p.grad for p in self.parameters.values()])
+        torch._foreach_zero_(gradients(self.parameters.values()))
         for batch in micro_batches:
             batch = batch.to(self.device, self._dtype)
             part = self._backward(batch, counts, totals)
@@ -128,7 +128,7 @@ class Trainer:
 
     def _update(self, norm: float) -> None:
         if self.clip is not None and norm > self.clip:
-            torch._foreach_mul_([p.grad for p in self.parameters.values()], self.clip / norm)
+            torch._foreach_mul_(gradients(self.parameters.values()), self.clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.schedule(self.updates)
         self.optimizer.step()

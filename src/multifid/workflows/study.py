@@ -5,19 +5,17 @@ two-level model sees of its datasets. So they make the same number of passes ove
 order, and differ only in what they share.
 """
 
-import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 
 from multifid.config import Config, StudyConfig, differences, dump_config, load_config, parse_config
 from multifid.data.loader import open_sources
-from multifid.evaluate.evaluate import Data, evaluate, references_row
+from multifid.evaluate.evaluate import Data, evaluate, references_row, write_rows
 from multifid.evaluate.figures import Parity, convergence, error_matrix, parity, save
 from multifid.evaluate.matrix import BASELINE, TWO_LEVEL, Row, own_model
 from multifid.evaluate.parity import ParityCollector
@@ -46,7 +44,9 @@ def study(config: Config, console: Console | None = None) -> Path:
         save(parity(clouds, f"{TWO_LEVEL}, test split, seed {seed}"), root / f"parity-seed-{seed}.png")
         journals = {Path(r.run).name: read_journal(Path(r.run)) for r in models_of(config, seed)}
         save(convergence(journals), root / f"convergence-seed-{seed}.png")
-    _write(root, rows)
+    write_rows(root, rows)
+    write_tables(rows, root)
+    save(error_matrix(rows), root / "matrix.png")
     for quantity in ("energy", "forces"):
         console.print(rich_table(rows, quantity))
     console.print(f"tables and figures: {root}")
@@ -116,8 +116,6 @@ def _train_all(runs: list[Config], processes: int, console: Console) -> None:
 
 
 def _train_one(text: str, threads: int) -> None:
-    import yaml
-
     torch.set_num_threads(threads)
     train(parse_config(yaml.safe_load(text), "study"))
 
@@ -135,15 +133,5 @@ def _evaluate(run: Path, datasets: list[Data], seed: int, clouds: dict[str, Pari
         rows.append(evaluate(potential, description, run.name, data, collect=collector) | {"seed": seed})
         if run.name == TWO_LEVEL:
             clouds[data.name] = collector.parity()
-    part = run / "evaluation.json.part"
-    part.write_text(json.dumps({"rows": rows}, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(part, run / "evaluation.json")
+    write_rows(run, rows)
     return rows
-
-
-def _write(root: Path, rows: list[Any]) -> None:
-    part = root / "evaluation.json.part"
-    part.write_text(json.dumps({"rows": rows}, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(part, root / "evaluation.json")
-    write_tables(rows, root)
-    save(error_matrix(rows), root / "matrix.png")

@@ -22,7 +22,7 @@ def prepare(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="published files; several make one store")],
     out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
     task: Annotated[str | None, typer.Option(help="name of the task; default: the format's")] = None,
-    limit: Annotated[int | None, typer.Option(help="store at most so many structures")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most so many structures of each file")] = None,
     train: Annotated[list[Path] | None, typer.Option(help="an input that is all training split")] = None,
     validation: Annotated[list[Path] | None, typer.Option(help="an input that is all validation split")] = None,
     test: Annotated[list[Path] | None, typer.Option(help="an input that is all test split")] = None,

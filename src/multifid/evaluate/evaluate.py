@@ -96,7 +96,7 @@ def evaluate(
 
 
 def references_row(data: Data, split: str = "test") -> Row:
-    """The row of a model that knows the reference energies of the data and nothing else: aligned energy and forces zero."""
+    """The row of a model that knows the reference energies and nothing else: aligned energy zero, forces zero."""
     about = data.store.manifest["tasks"][data.label_set]
     source = Source(data.store, {data.name: data.label_set}, {data.name: References.from_manifest(about)})
     errors = Errors()

@@ -1,0 +1,68 @@
+"""`mptrj.json`: snapshots of crystals of many elements in the layout of MPtrj, labelled with periodic GFN1-xTB.
+
+The material identifiers are made up and far above the Materials Project's own. There are no corrections here, so
+everything derived from the corrected energy is null.
+"""
+
+from pathlib import Path
+
+import orjson
+
+from multifid.workflows.sample import alexandria
+from multifid.workflows.sample.crystals import MATERIALS, Material, distorted, structure_dict, vasp_stress
+from multifid.workflows.sample.plan import choose, new_rng
+from multifid.workflows.sample.xtb import Outcome, Point, Unusable, singlepoint
+
+TASK = FORMAT = "mptrj"
+METHOD = "GFN1-xTB"
+LEVEL_OF_THEORY = "GFN1-xTB, periodic, Gamma point only"
+FILES = ("mptrj.json",)
+SHARE = 2 / 3  # of the structures asked for: a single point here costs fifty times one of a molecule
+PER_MATERIAL = 3
+STRAIN, RATTLE = 0.015, 0.09  # relative, and angstrom
+
+
+def jobs(structures: int, seed: int) -> list[tuple]:
+    taken = {material.serial for material, _ in alexandria.jobs(structures, seed)}  # no material is in both
+    pool = [material for material in MATERIALS if material.serial not in taken]
+    chosen = choose(pool, round(SHARE * structures / PER_MATERIAL), new_rng(seed, TASK))
+    return [(material, PER_MATERIAL, seed) for material in chosen]
+
+
+def compute(material: Material, count: int, seed: int) -> Outcome:
+    """Records: (material id, frame id, point)."""
+    outcome = Outcome()
+    identifier = f"mp-{99_000_000 + material.serial}"
+    for k in range(count):
+        cell, positions = distorted(material, new_rng(seed, TASK, material.serial, k), STRAIN, RATTLE)
+        try:
+            point = singlepoint(METHOD, material.numbers, positions, cell)
+        except Unusable as reason:
+            outcome.skipped[str(reason)] += 1
+            continue
+        outcome.records.append((identifier, f"{identifier}-0-{k}", point))
+    return outcome
+
+
+def write(paths: tuple[Path, ...], records: list[tuple[str, str, Point]], seed: int) -> list[int]:
+    materials: dict[str, dict] = {}
+    for identifier, frame, point in records:
+        materials.setdefault(identifier, {})[frame] = _frame(identifier, point)
+    paths[0].write_bytes(orjson.dumps(materials))
+    return [len(records)]
+
+
+def _frame(identifier: str, point: Point) -> dict:
+    assert point.cell is not None and point.stress is not None
+    return {
+        "structure": structure_dict(point.numbers, point.positions, point.cell),
+        "uncorrected_total_energy": point.energy,
+        "corrected_total_energy": None,
+        "energy_per_atom": None,
+        "ef_per_atom": None,
+        "force": point.forces.tolist(),
+        "stress": vasp_stress(point.stress),
+        "magmom": None,
+        "bandgap": point.gap,
+        "mp_id": identifier,
+    }

@@ -343,6 +343,20 @@ def test_an_empty_slice_predicts_nothing(encoder, forces):
 
 
 @every_model
+def test_untrained_predictions_are_of_the_size_of_the_labels(encoder, forces):
+    """In molecules and in dense crystals: labels in scaled units are near one, and training starts from there."""
+    config = ModelConfig(encoder=EncoderConfig(name=encoder), branch=BranchConfig(hidden=[64, 64, 64], forces=forces))
+    crystal = bulk("Fe", "bcc", 2.87, cubic=True).repeat(2)
+    crystal.rattle(0.1, seed=0)
+    systems = [system(16, spread=5.0), (crystal.numbers, crystal.positions, np.asarray(crystal.cell), True, 0, 1)]
+    batch = batch_of(*systems, cutoff=5.0, dtype=torch.float32)
+    for seed in range(3):
+        predicted = Potential(config, ["a"], {"a": "a"}, seed).eval()(batch)["a"]
+        assert (predicted.energy / batch.natoms).abs().max() < 1.0
+        assert predicted.forces.square().mean() < 3.0**2
+
+
+@every_model
 def test_weights_depend_on_seed_and_name_alone(encoder, forces):
     config = ModelConfig(
         encoder=EncoderConfig(name=encoder, layers=1, hidden=8), branch=BranchConfig(hidden=[6], forces=forces)
@@ -385,6 +399,20 @@ def test_float32_agrees_with_float64(encoder, forces):
     assert_close(single.forces.double(), exact.forces, 1e-4)
 
 
+@every_model
+def test_bfloat16_autocast_stays_near_float32(encoder, forces):
+    model, batch = model_of(encoder, forces).float().train(), batch_of(*mixed(), dtype=torch.float32)
+    exact = model(batch)["a"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(batch)["a"]
+    assert rough.energy.dtype == torch.float32 and rough.forces.dtype == torch.float32
+    assert_close(rough.energy, exact.energy, 0.05)
+    assert_close(rough.forces, exact.forces, 0.2)
+    assert not torch.equal(rough.energy, exact.energy)
+    loss(rough, batch).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 @every_encoder
 def test_charge_and_spin_matter_and_unseen_ones_act_as_neutral(encoder):
     z, x, cell, pbc, *_ = system(5)
@@ -420,3 +448,5 @@ def test_wrong_configurations_are_named():
         EncoderConfig(name="schnet")
     with pytest.raises(ValueError, match="not among"):
         Potential(ModelConfig(), ["a"], {"task": "b"}, seed=0)
+    with pytest.raises(ValueError, match="must not be called 'train'"):
+        Potential(ModelConfig(), ["train"], {}, seed=0)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from multifid.model.layers import MLP, NodeFeatures, sum_over
 
+FIRST_GUESS = 0.1  # size of the untrained predictions: small, so that training starts near the reference energies
+
 
 class BranchConfig(BaseModel):
     """What every branch is made of."""
@@ -30,15 +32,20 @@ class Branch(nn.Module):
 
     def __init__(self, hidden: int, vectors: int, config: BranchConfig):
         super().__init__()
-        self.energy = MLP([hidden, *config.hidden, 1])
-        self.forces = MLP([hidden, *config.hidden, vectors]) if config.forces == "direct" else None
+        self.energy = MLP([hidden, *config.hidden, 1], last_gain=FIRST_GUESS)
+        self.forces = (
+            MLP([hidden, *config.hidden, vectors], last_gain=FIRST_GUESS) if config.forces == "direct" else None
+        )
 
     def forward(self, features: NodeFeatures, structure: Tensor, structures: int) -> tuple[Tensor, Tensor | None]:
         """Energies (S,), summed over the atoms of each structure, and direct forces (N, 3) or None.
 
         `structure` (N,) is the structure of each atom, counted from the first one of this branch.
         """
-        energy = sum_over(self.energy(features.scalars).squeeze(1), structure, structures)
+        of_atoms = (
+            self.energy(features.scalars).squeeze(1).to(features.vectors.dtype)
+        )  # autocast's bf16 is no sum's place
+        energy = sum_over(of_atoms, structure, structures)
         if self.forces is None:
             return energy, None
         weights = self.forces(features.scalars)  # (N, C): scalars times vectors turn with the structure

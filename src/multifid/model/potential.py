@@ -48,6 +48,9 @@ class Potential(nn.Module):
         absent = sorted(set(branch_of.values()) - set(branches))
         if absent:
             raise ValueError(f"every task needs a branch that is built here; not among {list(branches)}: {absent}")
+        taken = [name for name in branches if hasattr(nn.ModuleDict, name)]
+        if taken:
+            raise ValueError(f"a branch must not be called {taken[0]!r}: torch uses that name; choose another")
         self.config = config
         self.branch_of = dict(branch_of)
         self.encoder = build_encoder(config.encoder, config.cutoff)

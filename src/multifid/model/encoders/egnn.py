@@ -1,15 +1,17 @@
 """EGNN with several vector channels (Satorras, Hoogeboom, Welling 2021, arXiv 2102.09844).
 
 Each atom carries C points x_i + v_i^c that start at the atom itself and move with the layers. One layer, with r_ij the
-vector from i to j, u the cutoff envelope of the original distance |r_ij|, b its radial basis:
+vector from i to j, u the cutoff envelope of the original distance |r_ij| and b its radial basis:
 
     x_ij^c = r_ij + v_j^c - v_i^c
-    m_ij   = phi_e(h_i, h_j, |x_ij^c|^2 / c^2, b(|r_ij|))                      paper eq. 3
-    v_i^c += 1/M sum_j u_ij phi_x(m_ij)_c x_ij^c / sqrt(|x_ij^c|^2 + 1)        paper eq. 4, length-normalised
-    m_i    = 1/M sum_j u_ij m_ij                                               paper eq. 5
-    h_i   += phi_h(h_i, m_i, |v_i^c|^2)                                        paper eq. 6
+    m_ij   = e(n) n,   n = phi_e(h_i, h_j, |x_ij^c|^2 / cutoff^2, b(|r_ij|))           paper eq. 3; gate e: eq. 8
+    v_i^c += 1/sqrt(M) sum_j u_ij phi_x(m_ij)_c x_ij^c / sqrt(|x_ij^c|^2 + 1)          paper eq. 4
+    m_i    = 1/M sum_j u_ij m_ij                                                       paper eq. 5
+    h_i   += phi_h(h_i, m_i, log(1 + |v_i^c|^2))                                       paper eq. 6
 
-M is a constant, never the number of neighbours: dividing by that would jump when an atom crosses the cutoff.
+M is a constant, never the number of neighbours: dividing by that would jump when an atom crosses the cutoff. No bare
+length is taken of v, whose gradient would be undefined at zero, where v starts; the logarithm keeps the rare far-moved
+point from throwing a training step off.
 """
 
 import torch
@@ -29,7 +31,7 @@ from multifid.model.layers import (
 )
 from multifid.structures.batch import Batch, edge_vectors
 
-TYPICAL_NEIGHBORS = 16.0  # M; sums over neighbours are divided by it (scalars) or its square root (vectors)
+TYPICAL_NEIGHBORS = 16.0  # M
 
 
 class EGNN(nn.Module):
@@ -43,6 +45,7 @@ class EGNN(nn.Module):
         self.embedding = NodeEmbedding(hidden)
         self.radial = RadialBasis(radial, cutoff)
         self.layers = nn.ModuleList(EGNNLayer(hidden, self.vectors, radial, cutoff) for _ in range(layers))
+        self.norm = LayerNorm(hidden)
 
     def forward(self, batch: Batch) -> NodeFeatures:
         h = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
@@ -53,7 +56,7 @@ class EGNN(nn.Module):
         b, u = self.radial(d), envelope(d, self.cutoff)
         for layer in self.layers:
             h, v = layer(h, v, i, j, r, b, u)
-        return NodeFeatures(h, v)
+        return NodeFeatures(self.norm(h), v)
 
 
 class EGNNLayer(nn.Module):
@@ -63,8 +66,12 @@ class EGNNLayer(nn.Module):
         super().__init__()
         self.per_area = 1.0 / cutoff**2
         self.norm = LayerNorm(hidden)
-        self.edge_in = Linear(2 * hidden + vectors + radial, hidden, gain=SILU_GAIN)
-        self.edge_out = Linear(hidden, hidden, gain=SILU_GAIN)
+        # The first map of phi_e is linear in (h_i, h_j, ...): its parts for h_i and h_j are taken once per atom.
+        self.receiver = Linear(hidden, hidden, gain=SILU_GAIN)
+        self.sender = Linear(hidden, hidden, bias=False, gain=SILU_GAIN)
+        self.pair = Linear(vectors + radial, hidden, bias=False, gain=SILU_GAIN)
+        self.message = Linear(hidden, hidden, gain=SILU_GAIN)
+        self.gate = Linear(hidden, 1)
         self.move = MLP([hidden, hidden, vectors])
         self.node = MLP([2 * hidden + vectors, hidden, hidden])
 
@@ -75,11 +82,13 @@ class EGNNLayer(nn.Module):
         n = self.norm(h)
         x = r[:, None, :] + v.index_select(0, j) - v.index_select(0, i)  # (E, C, 3)
         x2 = x.square().sum(dim=2)  # (E, C)
-        edge = torch.cat([n.index_select(0, i), n.index_select(0, j), x2 * self.per_area, b], dim=1)
-        m = silu(self.edge_out(silu(self.edge_in(edge))))  # (E, H)
+        pair = self.pair(torch.cat([x2 * self.per_area, b], dim=1))
+        m = silu(self.receiver(n).index_select(0, i) + self.sender(n).index_select(0, j) + pair)
+        m = silu(self.message(m))
+        m = torch.sigmoid(self.gate(m)) * m  # (E, H)
 
         weight = u * self.move(m) * torch.rsqrt(x2 + 1.0)  # (E, C)
         v = v + sum_over(weight[:, :, None] * x, i, len(h)) / TYPICAL_NEIGHBORS**0.5
-        m_sum = sum_over(u * m, i, len(h)) / TYPICAL_NEIGHBORS**0.5
-        h = h + self.node(torch.cat([n, m_sum, v.square().sum(dim=2)], dim=1))
+        m_sum = sum_over(u * m, i, len(h)) / TYPICAL_NEIGHBORS
+        h = h + self.node(torch.cat([n, m_sum, torch.log1p(v.square().sum(dim=2))], dim=1))
         return h, v

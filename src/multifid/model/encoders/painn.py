@@ -4,9 +4,13 @@ Scalars s_i (H) and H vectors v_i per atom. One layer is a message block and an 
 i to j, W(|r_ij|) a linear map of its radial basis times the cutoff envelope, and U, V linear maps over channels:
 
     [a, b, c]_ij = phi(s_j) * W(|r_ij|)                                        paper eq. 7 and 8
-    s_i += 1/M sum_j a_ij,    v_i += 1/M sum_j (b_ij v_j + c_ij r_ij / |r_ij|)
-    [a, b, c]_i  = a(s_i, |V v_i|)                                             paper eq. 9 and 10
-    s_i += a_i + b_i <U v_i, V v_i>,    v_i += c_i U v_i
+    s_i += 1/M sum_j a_ij,    v_i += 1/sqrt(M) sum_j (b_ij v_j + c_ij r_ij / |r_ij|)
+    [a, b, c]_i  = a(s_i, log(1 + |V v_i|^2))                                  paper eq. 9 and 10
+    s_i += a_i + b_i <U v_i, V v_i> / sqrt(1 + |V v_i|^2),    v_i += c_i U v_i
+
+M is a constant, never the number of neighbours: dividing by that would jump when an atom crosses the cutoff. The paper
+takes |V v_i| and the bare product: the gradient of the one is undefined at zero, where v starts, and the other grows
+with the square of v, which made forces of 1e7 scales out of untrained weights.
 """
 
 import torch
@@ -24,8 +28,7 @@ from multifid.model.layers import (
 )
 from multifid.structures.batch import Batch, edge_vectors
 
-TYPICAL_NEIGHBORS = 16.0  # M is its square root: a constant, for continuity at the cutoff
-SMALLEST_NORM = 1e-4  # added under the root of |V v|: the gradient of a length is undefined at zero, where v starts
+TYPICAL_NEIGHBORS = 16.0  # M
 
 
 class PaiNN(nn.Module):
@@ -42,6 +45,7 @@ class PaiNN(nn.Module):
         self.embedding = NodeEmbedding(hidden)
         self.radial = RadialBasis(radial, cutoff)
         self.layers = nn.ModuleList(PaiNNLayer(hidden, radial) for _ in range(layers))
+        self.norm = LayerNorm(hidden)
 
     def forward(self, batch: Batch) -> NodeFeatures:
         s = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
@@ -53,7 +57,7 @@ class PaiNN(nn.Module):
         basis, u = self.radial(d), envelope(d, self.cutoff)
         for layer in self.layers:
             s, v = layer(s, v, i, j, direction, basis, u)
-        return NodeFeatures(s, v)
+        return NodeFeatures(self.norm(s), v)
 
 
 class PaiNNLayer(nn.Module):
@@ -63,7 +67,7 @@ class PaiNNLayer(nn.Module):
         super().__init__()
         self.norm = LayerNorm(hidden)
         self.phi = MLP([hidden, hidden, 3 * hidden])
-        self.filter = Linear(radial, 3 * hidden)
+        self.filter = Linear(radial, 3 * hidden, gain=0.3)  # the basis has values near 3 at bond lengths
         self.mix = Linear(hidden, 2 * hidden, bias=False)  # U and V: over channels, so that vectors stay vectors
         self.update = MLP([2 * hidden, hidden, 3 * hidden])
 
@@ -74,10 +78,10 @@ class PaiNNLayer(nn.Module):
         message = self.phi(self.norm(s)).index_select(0, j) * (self.filter(basis) * u)
         a, b, c = message.chunk(3, dim=1)
         moved = b[:, :, None] * v.index_select(0, j) + c[:, :, None] * direction[:, None, :]
-        s = s + sum_over(a, i, len(s)) / TYPICAL_NEIGHBORS**0.5
+        s = s + sum_over(a, i, len(s)) / TYPICAL_NEIGHBORS
         v = v + sum_over(moved, i, len(s)) / TYPICAL_NEIGHBORS**0.5
 
         uv, vv = self.mix(v.transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)  # (N, H, 3) each
-        length = (vv.square().sum(dim=2) + SMALLEST_NORM).sqrt()
-        a, b, c = self.update(torch.cat([self.norm(s), length], dim=1)).chunk(3, dim=1)
-        return s + a + b * (uv * vv).sum(dim=2), v + c[:, :, None] * uv
+        vv2 = vv.square().sum(dim=2)
+        a, b, c = self.update(torch.cat([self.norm(s), torch.log1p(vv2)], dim=1)).chunk(3, dim=1)
+        return s + a + b * (uv * vv).sum(dim=2) * torch.rsqrt(vv2 + 1.0), v + c[:, :, None] * uv

@@ -55,6 +55,15 @@ class Store:
             raise KeyError(f"{self.path} has no field {name!r}: it has {', '.join(self._files)}")
         return self._files[name].whole()
 
+    def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """Rows of one field of structures ("natoms", "cell"), in that order; only the blocks they lie in are verified.
+
+        KeyError where the store has no such field, IndexError for an index outside 0..structures-1.
+        """
+        if name not in self._files:
+            raise KeyError(f"{self.path} has no field {name!r}: it has {', '.join(self._files)}")
+        return self._rows(name, self._checked(np.asarray(indices)))
+
     def index(self, split: str) -> np.ndarray:
         """The structures of a split, ascending, memory-mapped. ValueError for another name than those in SPLITS."""
         if split not in SPLITS:

@@ -101,7 +101,7 @@ def elements_of(fields: Fields) -> np.ndarray:
 def sample_edges(fields: Fields, split: np.ndarray) -> dict[str, float]:
     """Mean number of neighbours of an atom at a few cutoffs, on structures spread evenly over the train split."""
     train = np.flatnonzero(split == TRAIN)
-    chosen = train[np.unique(np.linspace(0, len(train) - 1, SAMPLE).astype(np.int64))]
+    chosen = train[sampled(len(train))]
     structures = [slice(i, i + 1) for i in chosen.tolist()]
     atoms = [slice(*fields["offsets"][i : i + 2].tolist()) for i in chosen.tolist()]
     n = len(chosen)
@@ -119,6 +119,11 @@ def sample_edges(fields: Fields, split: np.ndarray) -> dict[str, float]:
         spin=np.ones(n, np.uint8),
     )
     return {f"{cutoff:g}": float(edges_per_atom(packed, cutoff)) for cutoff in CUTOFFS}
+
+
+def sampled(count: int) -> np.ndarray:
+    """Which of the structures of the train split the edges are counted on: at most SAMPLE, spread evenly."""
+    return np.unique(np.linspace(0, count - 1, SAMPLE).astype(np.int64))
 
 
 class _Mean:

@@ -19,7 +19,7 @@ GRAIN = 1 << 40  # costs are rounded to this part of the largest: exact arithmet
 SLIVER = 0.02  # of a step: less than this is not worth another holder
 GOOD_ENOUGH = Fraction(51, 50)  # a simpler placement is taken if its step is at most this much longer
 HELPERS = 4  # ranks that are tried as one more holder of a unit
-NODES = 20_000  # of the search for a packing, before it gives up
+NODES = 2_000  # of the search for a packing, before it gives up
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _pack_by_cost(units: Sequence[Unit], ranks: int, free: int | None) -> Held |
 
 def _pack_by_bytes(units: Sequence[Unit], ranks: int, free: int | None) -> Held | None:
     """A packing that respects the memory, found by search: the largest unit first, to every rank with room in turn."""
-    if free is None:
+    if free is None or sum(unit.bytes for unit in units) > free * ranks:
         return None
     order = sorted(range(len(units)), key=lambda i: -units[i].bytes)
     room, rank_of, nodes = [free] * ranks, [0] * len(units), 0
@@ -117,19 +117,26 @@ def _pack_by_bytes(units: Sequence[Unit], ranks: int, free: int | None) -> Held 
     return [[rank] for rank in rank_of]
 
 
-def fewest_bytes(units: Sequence[Unit], ranks: int) -> int:
-    """Bytes of branches on the fullest rank, for the packing that `pack` finds with least room (by bisection)."""
-    sizes = [unit.bytes for unit in units]
+def can_pack(units: Sequence[Unit], ranks: int, free: int) -> bool:
+    """Whether `pack`, or a rank for each unit, keeps to `free` bytes of branches on a rank."""
     if len(units) <= ranks:
-        return max(sizes)
+        return max(unit.bytes for unit in units) <= free
+    return _pack_by_bytes(units, ranks, free) is not None or _pack_by_cost(units, ranks, free) is not None
+
+
+def fewest_bytes(units: Sequence[Unit], ranks: int) -> int:
+    """Bytes of branches that must have room on a rank so that all units can be packed, to a thousandth."""
+    sizes = [unit.bytes for unit in units]
     low, high = max(max(sizes), -(-sum(sizes) // ranks)), sum(sizes)
-    while low < high:
+    if can_pack(units, ranks, low):
+        return low
+    while high - low > high // 1000:
         middle = (low + high) // 2
-        if pack(units, ranks, middle) is None:
-            low = middle + 1
-        else:
+        if can_pack(units, ranks, middle):
             high = middle
-    return low
+        else:
+            low = middle + 1
+    return high
 
 
 def cheapest(units: Sequence[Unit], ranks: int, free: int | None) -> Held | None:

@@ -13,13 +13,14 @@ a unit. Ranks that serve one unit have consecutive numbers, so that a group lies
 placement results on every rank and for every order of the tasks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from multifid.parallel.assign import Unit, cheapest, even_groups, fewest_bytes, pack, sized_groups, step_time
+from multifid.parallel.assign import Unit, can_pack, cheapest, even_groups, fewest_bytes, pack, sized_groups, step_time
 
 Placement = Literal["auto", "replicated", "split"] | dict[str, list[int]]
 
@@ -222,15 +223,17 @@ def _check_memory(held: list[list[int]], units: list[Unit], ranks: int, memory: 
 
 
 def _what_fits(units: list[Unit], ranks: int, memory: Memory) -> str:
-    least = memory.encoder + fewest_bytes(units, ranks)
-    if least <= memory.limit:
+    free = memory.limit - memory.encoder
+    if can_pack(units, ranks, free):
         return f"parallel.placement=auto fits on {ranks} ranks"
     alone = memory.encoder + max(unit.bytes for unit in units)
     if alone > memory.limit:
         return f"with a rank for each store, {_gib(alone)} GiB would do"
-    more = next(n for n in range(ranks + 1, len(units) + 1) if memory.encoder + fewest_bytes(units, n) <= memory.limit)
+    least = memory.encoder + fewest_bytes(units, ranks)
+    more = next(n for n in range(ranks + 1, len(units) + 1) if can_pack(units, n, free))
     return f"{_gib(least)} GiB would do on {ranks} ranks, and {_gib(memory.limit)} GiB on {more} ranks"
 
 
 def _gib(count: int) -> str:
-    return f"{count / GIB:.4g}"
+    """Rounded up: what a message says would do must do."""
+    return f"{math.ceil(count / GIB * 1000) / 1000:g}"

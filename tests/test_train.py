@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -22,10 +21,13 @@ from safetensors.torch import load_file
 from multifid.config import load_config, parse_config
 from multifid.data.loader import collate, open_sources
 from multifid.model.saved import load_potential
-from multifid.parallel.groups import world
+from multifid.parallel.groups import alone
+from multifid.parallel.layout import place
+from multifid.train.build import build
 from multifid.train.checkpoint import load_checkpoint
+from multifid.train.feed import Feed, make_draws
 from multifid.train.journal import read_journal
-from multifid.train.run import build, make_draws, prepare_step, train
+from multifid.train.run import train
 from multifid.train.step import Totals
 
 
@@ -44,6 +46,10 @@ def config_of(stores, run: Path, **changes) -> dict:
     for section, change in changes.items():
         values[section] = values.get(section, {}) | change if isinstance(change, dict) else change
     return values
+
+
+def feed_of(config, sources) -> Feed:
+    return Feed(config, sources, make_draws(config, sources), place(list(config.tasks), "auto", 1))
 
 
 def start(values: dict) -> Path:
@@ -166,8 +172,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_step(stores, tmp_path):
     def gradient(max_edges):
         config = parse_config(values | {"train": values["train"] | {"max_edges": max_edges}}, "test")
         sources = open_sources(config.tasks)
-        trainer = build(config, sources, torch.device("cpu"), 10, world())
-        micro, identities = prepare_step(config, sources, make_draws(config, sources), 3)
+        trainer = build(config, sources, place(list(config.tasks), "auto", 1), 10, alone())
+        micro, identities = feed_of(config, sources).step(3)
         trainer.lr = 0.0
         trainer.step(micro, Totals(list(config.tasks), torch.device("cpu")))
         return len(micro), identities, {n: p.grad.clone() for n, p in trainer.parameters.items()}
@@ -183,9 +189,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_step(stores, tmp_path):
 def test_a_task_without_structures_in_a_step_still_has_gradients_of_zero(stores, tmp_path):
     config = parse_config(config_of(stores, tmp_path / "run"), "test")
     sources = open_sources(config.tasks)
-    trainer = build(config, sources, torch.device("cpu"), 10, world())
+    trainer = build(config, sources, place(list(config.tasks), "auto", 1), 10, alone())
     only = [(sources[0], np.asarray(sources[0].store.index("train"))[:3].astype(np.int64))]
-    assert trainer.step([collate(only, 3.0)], Totals(list(config.tasks), torch.device("cpu")))
+    assert trainer.step([collate(only, 3.0)], Totals(list(config.tasks), torch.device("cpu"))).updated
     for name, parameter in trainer.parameters.items():
         assert parameter.grad is not None
         if name.startswith("branches.cherry"):
@@ -195,14 +201,14 @@ def test_a_task_without_structures_in_a_step_still_has_gradients_of_zero(stores,
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_position(stores, tmp_path):
     config = parse_config(config_of(stores, tmp_path / "run"), "test")
     sources = open_sources(config.tasks)
-    trainer = build(config, sources, torch.device("cpu"), 10, world())
+    trainer = build(config, sources, place(list(config.tasks), "auto", 1), 10, alone())
     totals = Totals(list(config.tasks), torch.device("cpu"))
-    draws = make_draws(config, sources)
-    trainer.step(prepare_step(config, sources, draws, 0)[0], totals)
+    feed = feed_of(config, sources)
+    trainer.step(feed.step(0)[0], totals)
     before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
-    micro, _ = prepare_step(config, sources, draws, 1)
+    micro, _ = feed.step(1)
     micro[0].positions[:] = math.nan
-    assert not trainer.step(micro, totals)
+    assert not trainer.step(micro, totals).updated
     assert trainer.updates == 1 and trainer.skipped_in_a_row == 1
     assert all(torch.equal(before[n], p) for n, p in trainer.parameters.items())
 
@@ -262,14 +268,3 @@ def test_unknown_keys_and_values_are_errors_that_name_what_would_be_right(tmp_pa
     with pytest.raises(ValueError, match="key=value"):
         load_config(path, ["train.lr"])
     assert load_config(path, ["train.lr=1e-4"]).train.lr == 1e-4
-
-
-def test_a_launch_with_several_ranks_is_refused(stores, tmp_path):
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_of(stores, tmp_path / "run")))
-    child = subprocess.run(
-        [sys.executable, "-m", "multifid", "train", str(tmp_path / "c.yaml")],
-        env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 1 and "2 ranks" in child.stderr and not (tmp_path / "run").exists()

@@ -1,21 +1,101 @@
 """Who I am among the ranks, and sums over groups of them. The environment is read here and nowhere else.
 
-A group of one is a group: its sums are what was put in, and no code asks whether it runs alone.
+    world      0 1 2 3 4                 encoder gradients, counts, norms: everybody
+    ani1x      0 1                       gradients of a branch: the ranks that hold it. Groups may overlap,
+    mptrj          2                     and a group of one is a group: its sums are what was put in,
+    omol25         2 3 4                 and no code asks whether it runs alone.
+
+Beside the groups all ranks share a key-value store (the rendezvous of the launch; a dictionary in a world of one). What
+is not a sum of tensors goes through it: small JSON values, the state of files that are being written, heartbeats.
 """
 
+import json
 import os
-from dataclasses import dataclass
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from multifid.parallel.heartbeat import Heartbeat
+from multifid.parallel.layout import mesh_shape
+
+# A rank that is gone is noticed by its heart; a rank that compiles or validates for an hour is not gone.
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}  # nccl is RCCL on ROCm
+FAULT = "fault"  # the key under which the first fault of any rank is told to all
+STOPPED = 143  # the exit code after SIGTERM
+POLL = 0.005  # seconds between two looks into the store
+LAST_WORDS = 3.0  # seconds to wait for another rank's fault when a connection breaks
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun or srun says of this process."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    address: str = ""  # host and port of the rendezvous
+    port: int = 0
+
+
+def launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """The launch of this process: torchrun's variables, else srun's, else one process.
+
+    A batch script that Slurm runs carries SLURM_PROCID too, but no step: it is one process. ValueError for variables
+    that contradict each other.
+    """
+    e = environment
+    if "RANK" in e and "WORLD_SIZE" in e:
+        found = Launch(_integer(e, "RANK"), _integer(e, "WORLD_SIZE"), int(e.get("LOCAL_RANK", 0)))
+    elif "SLURM_PROCID" in e and ("SLURM_STEP_ID" in e or "SLURM_JOB_ID" not in e):
+        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS"
+        found = Launch(_integer(e, "SLURM_PROCID"), _integer(e, size), int(e.get("SLURM_LOCALID", 0)))
+    else:
+        return Launch()
+    if not 0 <= found.rank < found.size:
+        raise ValueError(f"the launcher says rank {found.rank} of {found.size}: ranks must be 0..size-1")
+    if found.size == 1:
+        return Launch(local_rank=found.local_rank)
+    address = e.get("MASTER_ADDR") or _first_host(e.get("SLURM_STEP_NODELIST") or e.get("SLURM_JOB_NODELIST") or "")
+    job = int(e.get("SLURM_JOB_ID", 0)) * 31 + int(e.get("SLURM_STEP_ID", 0))
+    port = _integer(e, "MASTER_PORT") if "MASTER_PORT" in e else 20_000 + job % 10_000
+    if not address:
+        raise ValueError(f"{found.size} ranks were launched, but MASTER_ADDR (the host of rank 0) is not set")
+    return Launch(found.rank, found.size, found.local_rank, address, port)
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name)
+    if text is None or not text.isdecimal():
+        raise ValueError(f"the launcher must set {name} to a whole number, it is {text!r}")
+    return int(text)
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of Slurm's list: nid[0012-0015,0020],login1 -> nid0012."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    return (match[1] + (match[2] or "")) if match else ""
 
 
 @dataclass(frozen=True)
 class Group:
     """A set of ranks that reduce together. `ranks` in ascending order; the first one writes and counts for all."""
 
-    ranks: tuple[int, ...]
-    rank: int  # of this process, in the world
+    ranks: tuple[int, ...] = (0,)
+    rank: int = 0  # of this process, in the world
+    process_group: dist.ProcessGroup | None = field(default=None, repr=False)  # None in a group of one
 
     @property
     def size(self) -> int:
@@ -26,32 +106,163 @@ class Group:
         """Whether this process is the one that writes, counts and talks for the group."""
         return self.rank == self.ranks[0]
 
-
-def world() -> Group:
-    """The group of all ranks, from the environment that torchrun or srun sets.
-
-    ValueError where more than one rank was launched: training on several ranks is not part of this version.
-    """
-    size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-    if size > 1 and ("RANK" in os.environ or "SLURM_PROCID" in os.environ):
-        raise ValueError(
-            f"launched with {size} ranks, but this version trains in one process: run `multifid train` without "
-            "torchrun, or with --nproc-per-node 1"
-        )
-    return Group(ranks=(0,), rank=0)
-
-
-def device(name: str | None) -> torch.device:
-    """The device to compute on: as named, else an accelerator if there is one, else the CPU."""
-    if name is not None:
-        return torch.device(name)
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device("cpu")
-
-
-def sum_(tensor: Tensor, group: Group) -> Tensor:
-    """The sum of `tensor` over the group, in place."""
-    if group.size == 1:
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over the group, in place; the same bits on every rank."""
+        work = self.sum_later(tensor)
+        if work is not None:
+            work.wait()
         return tensor
-    raise ValueError(f"a group of {group.size} ranks cannot be formed in one process")
+
+    def sum_later(self, tensor: Tensor) -> dist.Work | None:
+        """Begin to sum in place; `tensor` is ready when the work has been waited for, or at once where that is None."""
+        if self.process_group is None:
+            return None
+        return dist.all_reduce(tensor, group=self.process_group, async_op=True)
+
+
+@dataclass
+class World:
+    """All ranks of a run, and what they share beside tensors."""
+
+    group: Group
+    store: dist.Store
+    device: torch.device
+    mesh: DeviceMesh | None = None  # of the branches' groups, where they are even
+    _shared: int = 0  # values shared so far
+    _known: bool = False  # all ranks know of the fault that ends the run
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def size(self) -> int:
+        return self.group.size
+
+    @property
+    def first(self) -> bool:
+        return self.group.first
+
+    def groups(self, placement: Mapping[str, Sequence[int]]) -> dict[str, Group]:
+        """The group of every key of a placement (key -> ranks); called on all ranks with the same placement.
+
+        Even placements become a `DeviceMesh` with the axes `group` and `member`; in others every distinct set of ranks
+        becomes a sub-group, made on all ranks in one order, members or not. On ranks outside, a group cannot sum.
+        """
+        sets = {key: tuple(sorted(where)) for key, where in placement.items()}
+        made: dict[tuple[int, ...], dist.ProcessGroup | None] = {self.group.ranks: self.group.process_group}
+        shape = mesh_shape(placement, self.size)
+        if shape is not None and self.size > 1:
+            ranks = torch.arange(self.size).reshape(shape)
+            self.mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=("group", "member"))
+            mine = tuple(ranks[self.rank // shape[1]].tolist())
+            made.setdefault(mine, self.mesh.get_group("member") if len(mine) > 1 else None)
+        else:
+            for where in sorted(set(sets.values()) - set(made)):
+                made[where] = dist.new_group(list(where)) if len(where) > 1 else None
+        return {key: Group(where, self.rank, made.get(where)) for key, where in sets.items()}
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank, as JSON brings it over. Called on all ranks, in the same order."""
+        key = f"shared/{self._shared}"
+        self._shared += 1
+        if self.first:
+            self.store.set(key, json.dumps(value))
+        while not self.store.check([key]):  # a blocking call would hold the store against the threads that use it
+            time.sleep(POLL)
+        return json.loads(self.store.get(key))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What all ranks do here must succeed on all: where one fails, the others leave with it.
+
+        The rank that failed raises its own error, the others SystemExit(1), so that one message is read and not many.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError) as e:
+            error = e
+        failed = self.group.sum_(torch.tensor([0 if error is None else 1]))
+        self._known = bool(failed)
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(1)
+
+    def fail(self, error: Exception) -> None:
+        """End the run for a reason that all ranks found at the same place: rank 0 says it, the others just leave."""
+        self._known = True
+        raise error if self.first else SystemExit(1)
+
+
+def alone(name: str | None = "cpu") -> World:
+    """A world of one process; `name` of a device as in `world`."""
+    return World(Group(), dist.HashStore(), _device(name, 0))
+
+
+@contextmanager
+def world(name: str | None) -> Iterator[World]:
+    """All ranks that were launched together, from now until the end of the block.
+
+    name: of the device to compute on; None: an accelerator if there is one, else the CPU. The first fault of any rank
+    is told to all, and a rank whose heart stops takes the others with it (see `heartbeat`).
+    """
+    me = launch()
+    if me.size == 1:
+        yield alone(name)
+        return
+    url = f"tcp://{me.address}:{me.port}?rank={me.rank}&world_size={me.size}"
+    root, _, _ = next(dist.rendezvous(url, timeout=RENDEZVOUS_TIMEOUT))
+    prefix = f"multifid/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    heart = Heartbeat(dist.PrefixStore(prefix, root.clone()), me.rank, me.size, FAULT)
+    root.set_timeout(COLLECTIVE_TIMEOUT)
+    store = dist.PrefixStore(prefix, root)
+    chosen = _device(name, me.local_rank)
+    dist.init_process_group(
+        BACKENDS.get(chosen.type), store=store, rank=me.rank, world_size=me.size, timeout=COLLECTIVE_TIMEOUT
+    )
+    here = World(Group(tuple(range(me.size)), me.rank, dist.group.WORLD), store, chosen)
+    heart.start()
+    try:
+        yield here
+        here.group.sum_(torch.zeros(1))  # nobody leaves, and takes the store along, before all are through
+    except SystemExit as leaving:
+        if leaving.code == STOPPED:  # all ranks stop together
+            here.group.sum_(torch.zeros(1))
+        raise
+    except Exception as error:
+        if not here._known:
+            _tell(here, error)
+        raise
+    finally:
+        heart.stop()
+        dist.destroy_process_group()
+
+
+def _tell(here: World, error: Exception) -> None:
+    """Tell the others of this rank's fault; where another's fault came first, leave because of that."""
+    mine = f"rank {here.rank} on {socket.gethostname()}: {type(error).__name__}: {error}"
+    try:
+        until = time.monotonic() + (LAST_WORDS if isinstance(error, RuntimeError) else 0.0)
+        while time.monotonic() < until and not here.store.check([FAULT]):
+            time.sleep(0.05)  # a broken connection is the effect of a fault elsewhere, which is about to be told
+        first = here.store.compare_set(FAULT, "", mine).decode()
+    except (RuntimeError, OSError):  # the store is gone too
+        first = mine
+    if first != mine:
+        print(f"multifid: rank {here.rank} leaves because of {first}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+def _device(name: str | None, local_rank: int) -> torch.device:
+    """The device as named, else an accelerator if there is one. Ranks of one host take its accelerators in turn."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = accelerator.type if accelerator is not None else "cpu"
+    chosen = torch.device(name)
+    if chosen.type == "cpu" or chosen.index is not None:
+        return chosen
+    chosen = torch.device(chosen.type, local_rank % torch.accelerator.device_count())
+    torch.accelerator.set_device_index(chosen.index)
+    return chosen

@@ -39,6 +39,9 @@ class ParallelConfig(BaseModel):
         gt=0.0,
         description="GiB that a rank may hold: encoder, branches, their moments and averages; null: no limit",
     )
+    ranks: int | None = Field(
+        None, gt=0, description="for how many ranks `auto` was written out as this map; for others it is chosen anew"
+    )
     shard_encoder: Literal[False] = Field(False, description="sharding needs several ranks, which this version lacks")
 
 

@@ -5,11 +5,17 @@
                                 state.json                  everything else, and size and xxh3 of the files
 
 Tensors are named `<part>/<parameter>` with part in weight, ema, exp_avg, exp_avg_sq. No layout enters, and no pickle.
+
+Ranks write together, behind the training: each copies what it writes to host memory and goes on, a thread writes. All
+write into one hidden directory of the shared file system; rank 0 renames it when the others have told it, through the
+ranks' key-value store, that they are done. No collective is needed, so the training may be anywhere meanwhile.
 """
 
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +24,178 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from multifid.parallel.groups import World, alone
+
 State = dict[str, Any]
 Tensors = dict[str, Tensor]
+POLL = 0.01  # seconds between two looks into the store; blocking calls would hold it against other threads
 
 
-def save_checkpoint(run: Path, step: int, files: dict[str, Tensors], state: State, keep: int) -> Path:
-    """Write a checkpoint and then drop the oldest ones. A kill at any moment leaves the previous ones whole."""
-    folder = run / "checkpoints"
-    final, part = folder / f"step-{step:06d}", folder / f".step-{step:06d}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    listed = {}
-    for name, tensors in files.items():
-        path = part / f"{name}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-        _sync(path)
-        listed[path.name] = {"bytes": path.stat().st_size, "xxh3": _xxh3(path)}
-    text = json.dumps({**state, "step": step, "files": listed}, indent=1)
-    (part / "state.json").write_text(text, encoding="utf-8")
-    _sync(part / "state.json")
-    _sync(part)
-    if final.exists():  # the same step, written again after a resume: the same bytes
-        shutil.rmtree(final)
-    os.rename(part, final)
-    _sync(folder)
-    for old in _newest_first(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+class Saver:
+    """Writes the checkpoints of a run, one at a time, in a thread."""
 
+    def __init__(self, run: Path, world: World, keep: int) -> None:
+        self.run, self.world, self.keep = run, world, keep
+        self._number = 0
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._given_up = threading.Event()
 
-def load_checkpoint(run: Path) -> tuple[State, dict[str, Tensors], list[str]] | None:
-    """The newest whole checkpoint: (state, tensors by file, what was wrong with newer ones); None if there is none."""
-    complaints: list[str] = []
-    for folder in _newest_first(run):
+    def save(
+        self,
+        step: int,
+        mine: dict[str, Tensors],
+        names: list[str],
+        state: State,
+        before_commit: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Begin to write a checkpoint: `mine` are the files of this rank, `names` those of all ranks together.
+
+        Returns when everything is copied to host memory. before_commit: rank 0 calls it with the directory of all
+        files before that becomes a checkpoint. Errors of the last save are raised here, and by `check` and `wait`.
+        """
+        self.wait()
+        copied = {f: {k: v.detach().to("cpu", copy=True).contiguous() for k, v in t.items()} for f, t in mine.items()}
+        self._number += 1
+        arguments = (self._number, step, copied, names, state, before_commit)
+        self._thread = threading.Thread(target=self._in_thread, args=arguments, name="saver", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong behind the training."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Until this rank's part of the last save (on rank 0: all of it) is on disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def give_up(self) -> None:
+        """Wait no longer for other ranks: the run fails for another reason."""
+        self._given_up.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _in_thread(self, *arguments: Any) -> None:
         try:
-            state = _verified_state(folder)
-        except ValueError as error:
-            complaints.append(str(error))
+            self._write(*arguments)
+        except Exception as error:  # told by the main thread, at its next look
+            self._error = error
+
+    def _write(
+        self,
+        number: int,
+        step: int,
+        mine: dict[str, Tensors],
+        names: list[str],
+        state: State,
+        before_commit: Callable[[Path], None] | None,
+    ) -> None:
+        final, key = folder_of(self.run, step), f"save/{number}"
+        part = final.with_name(f".{final.name}.part")
+        if self.world.first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            self.world.store.set(f"{key}/open", "1")
+        self._heard(f"{key}/open")
+        for name, tensors in mine.items():
+            path = part / f"{name}.safetensors"
+            save_file(tensors, path)
+            _sync(path)
+            about = {"bytes": path.stat().st_size, "xxh3": _xxh3(path)}
+            self.world.store.set(f"{key}/{name}", json.dumps(about))
+        if not self.world.first:
+            return
+        listed = {f"{name}.safetensors": json.loads(self._heard(f"{key}/{name}")) for name in names}
+        if before_commit is not None:
+            before_commit(part)
+        (part / "state.json").write_text(json.dumps({**state, "step": step, "files": listed}, indent=1), "utf-8")
+        _sync(part / "state.json")
+        _sync(part)
+        if final.exists():  # the same step, written again after a resume: the same bits
+            shutil.rmtree(final)
+        os.rename(part, final)
+        _sync(final.parent)
+        for old in _newest_first(self.run)[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _heard(self, key: str) -> bytes:
+        """What another rank says under a key, when it has said it."""
+        while not self.world.store.check([key]):
+            if self._given_up.wait(POLL):
+                raise InterruptedError(f"nobody else will finish this checkpoint ({key} is missing)")
+        return self.world.store.get(key)
+
+
+def load_checkpoint(
+    run: Path, world: World | None = None, parts: Collection[str] | None = None
+) -> tuple[State, dict[str, Tensors], list[str]] | None:
+    """The newest whole checkpoint: (state, tensors by file, what was wrong with newer ones); None if there is none.
+
+    Every rank verifies its share of the files, and all take the same checkpoint. parts: files to read (those that
+    exist of them); None: all. ValueError if there are checkpoints, but none is whole.
+    """
+    world = world or alone()
+    complaints: list[str] = []
+    for name in world.share([path.name for path in _newest_first(run)]):
+        folder = run / "checkpoints" / name
+        state = world.share(_read_state(folder) if world.first else None)
+        bad = [state] if isinstance(state, str) else _damaged(folder, state, world)
+        if bad:
+            complaints += bad
             continue
-        return state, {Path(n).stem: load_file(folder / n) for n in state["files"]}, complaints
+        stems = [Path(n).stem for n in state["files"]]
+        files = {s: load_file(folder / f"{s}.safetensors") for s in stems if parts is None or s in parts}
+        return state, files, complaints
     if complaints:
         raise ValueError("no checkpoint of the run is whole:\n  " + "\n  ".join(complaints))
     return None
 
 
-def _verified_state(folder: Path) -> State:
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def consolidate(folder: Path, path: Path) -> None:
+    """The weights of a checkpoint (the averaged ones where there are some) as one file, committed by rename."""
+    tensors: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        held = load_file(file)
+        kind = "ema/" if any(name.startswith("ema/") for name in held) else "weight/"
+        tensors |= {name.removeprefix(kind): t for name, t in held.items() if name.startswith(kind)}
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    os.replace(part, path)
+
+
+def _read_state(folder: Path) -> State | str:
+    """The state of a checkpoint, or what is wrong with it."""
     path = folder / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        files = state["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint state ({error})") from error
-    for name, expected in files.items():
-        file = folder / name
-        if not file.exists() or file.stat().st_size != expected["bytes"] or _xxh3(file) != expected["xxh3"]:
-            raise ValueError(f"{file}: damaged (its size or checksum differs from what {path.name} says)")
-    return state
+        return state if isinstance(state["files"], dict) else f"{path}: `files` must be a table"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path}: not a readable checkpoint state ({error})"
+
+
+def _damaged(folder: Path, state: State, world: World) -> list[str]:
+    """What is wrong with the files of a checkpoint, on all ranks alike."""
+    names = sorted(state["files"])
+    flags = torch.zeros(len(names))
+    for i in range(world.rank, len(names), world.size):
+        file, expected = folder / names[i], state["files"][names[i]]
+        whole = file.exists() and file.stat().st_size == expected["bytes"] and _xxh3(file) == expected["xxh3"]
+        flags[i] = 0.0 if whole else 1.0
+    world.group.sum_(flags)
+    return [
+        f"{folder / name}: damaged (its size or checksum differs from what state.json says)"
+        for name, flag in zip(names, flags.tolist(), strict=True)
+        if flag
+    ]
 
 
 def _newest_first(run: Path) -> list[Path]:

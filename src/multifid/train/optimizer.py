@@ -1,7 +1,6 @@
 """AdamW, clipping, learning-rate schedules and the moving average of weights, over named parameters."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +26,12 @@ def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[
     return state["exp_avg"], state["exp_avg_sq"]
 
 
+def updates_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> int:
+    """Updates that a parameter has seen; a branch that joined a run late has seen fewer."""
+    state = optimizer.state[parameter]
+    return int(state["step"]) if state else 0
+
+
 def set_moments(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, first: Tensor, second: Tensor, updates: int
 ) -> None:
@@ -40,29 +45,23 @@ def set_moments(
     }
 
 
-def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients, which a trainer keeps from its beginning on."""
-    return [p.grad for p in parameters if p.grad is not None]
-
-
-def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Sum of the squares of all gradients, float64."""
-    norms = torch._foreach_norm(gradients(parameters))
-    return torch.stack([n.double() for n in norms]).square().sum()
-
-
 class MovingAverage:
-    """Exponential moving average of the weights; in the first updates the average is over fewer."""
+    """Exponential moving average of the weights; in the first updates of a parameter the average is over fewer."""
 
     def __init__(self, parameters: Named, decay: float) -> None:
         self.decay = decay
         self.parameters = parameters
         self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        self.begun = dict.fromkeys(parameters, 0)  # updates that the run had made when the parameter joined it
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        for begun in sorted(set(self.begun.values())):
+            names = [name for name in self.average if self.begun[name] == begun]
+            n = updates - begun
+            decay = min(self.decay, (1 + n) / (10 + n))
+            weights = [self.parameters[name].detach() for name in names]
+            torch._foreach_lerp_([self.average[name] for name in names], weights, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:

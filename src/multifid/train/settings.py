@@ -35,6 +35,9 @@ class TrainConfig(BaseModel):
     log_every: int = Field(50, gt=0, description="steps between training rows of metrics.jsonl")
     verify: Literal["touch", "open", "off"] = Field("touch", description="when the stores' checksums are verified")
     workers: int = Field(1, ge=0, description="threads that prepare batches ahead; 0: none")
+    change_tasks: bool = Field(
+        False, description="accept other tasks than the run's: they join or leave it where it goes on"
+    )
     device: str | None = Field(None, description="cpu, cuda, xpu, ...; null: an accelerator if there is one")
     tensorboard: bool = Field(False, description="write RUN/tensorboard too")
     nonfinite: int = Field(
@@ -44,5 +47,5 @@ class TrainConfig(BaseModel):
 
 # Keys of a run that may change when it is resumed: they change neither the mathematics nor the order of data.
 NEUTRAL = frozenset(
-    {"max_edges", "checkpoint_every", "keep", "log_every", "verify", "workers", "device", "tensorboard"}
+    {"max_edges", "checkpoint_every", "keep", "log_every", "verify", "workers", "device", "tensorboard", "change_tasks"}
 )

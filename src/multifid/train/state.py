@@ -1,51 +1,121 @@
-"""What a checkpoint holds of a trainer, by parameter name: the way out and the way back."""
+"""How far a run has come, and what a checkpoint holds of it by name: the way out and the way back.
 
+Nothing depends on the layout: any number of ranks, with any placement, goes on from the same files. Tasks may have
+joined or left in between: a branch without a file starts fresh, a file without a branch is not read.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from multifid.data.order import Draw
 from multifid.train.checkpoint import Tensors, rng_state, set_rng_state
-from multifid.train.optimizer import moments, set_moments
-from multifid.train.step import Trainer
+from multifid.train.journal import finite
+from multifid.train.optimizer import moments, set_moments, updates_of
+from multifid.train.step import ENCODER, Totals, Trainer, part_of_branch
 
 
-def file_of(parameter: str) -> str:
-    """The checkpoint file of a parameter: `encoder`, or `branch-<name>`."""
+@dataclass
+class Position:
+    """How far a run has come."""
+
+    totals: Totals = field(repr=False)  # since the last training rows of the journal, over all ranks
+    step: int = 0
+    seen: str = ""  # running hash of the identities of all structures seen
+    seconds: float = 0.0  # of training, over all starts
+    best: float = math.inf  # validation value of model.safetensors
+    best_step: int = 0
+    epochs_without_better: int = 0
+    ended: bool = False  # by early stopping
+
+
+def part_of(parameter: str) -> str:
+    """The part of the model, and file of a checkpoint, that a parameter belongs to: `encoder`, or `branch-<name>`."""
     room, name, *_ = parameter.split(".")
-    return "encoder" if room == "encoder" else f"branch-{name}"
+    return ENCODER if room == ENCODER else part_of_branch(name)
 
 
 def tensors_of(trainer: Trainer) -> dict[str, Tensors]:
-    """Weights, averages and moments: file -> `<part>/<parameter>` -> tensor."""
+    """What this rank writes, weights, averages and moments: file -> `<part>/<parameter>` -> tensor.
+
+    Every file is written by the first rank of its group.
+    """
+    writes = {part.name for part in trainer.gradients.parts if part.group.first}
     files: dict[str, Tensors] = {}
     for name, parameter in trainer.parameters.items():
-        file = files.setdefault(file_of(name), {})
+        if part_of(name) not in writes:
+            continue
+        file = files.setdefault(part_of(name), {})
         first, second = moments(trainer.optimizer, parameter)
+        seen = torch.tensor(updates_of(trainer.optimizer, parameter))
         file |= {f"weight/{name}": parameter, f"exp_avg/{name}": first, f"exp_avg_sq/{name}": second}
+        file[f"updates/{name}"] = seen
         if trainer.average is not None:
             file[f"ema/{name}"] = trainer.average.average[name]
     return files
 
 
-def state_of(trainer: Trainer) -> dict[str, Any]:
-    """What is not a tensor."""
+def state_of(trainer: Trainer, position: Position, draws: list[Draw]) -> dict[str, Any]:
+    """What is not a tensor; the same on every rank."""
+    names = position.totals.tasks
     return {
         "updates": trainer.updates,
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "schedule": trainer.schedule.state,
         "rng": rng_state(),
+        "position": {
+            "seen": position.seen,
+            "seconds": position.seconds,
+            "best": finite(position.best),
+            "best_step": position.best_step,
+            "epochs_without_better": position.epochs_without_better,
+            "ended": position.ended,
+            "totals": dict(zip(names, position.totals.as_tensor().tolist(), strict=True)),
+        },
+        "places": {task: draw.places(position.step)[0] for draw in draws for task in draw.tasks},
+        "draws": {task: [str(draw.rate), draw.base, draw.since] for draw in draws for task in draw.tasks},
     }
 
 
 @torch.no_grad()
-def restore(trainer: Trainer, state: dict[str, Any], files: dict[str, Tensors]) -> None:
-    """Put a checkpoint back into a trainer that was built from the same config."""
+def restore(trainer: Trainer, state: dict[str, Any], files: dict[str, Tensors]) -> Position:
+    """Put a checkpoint back into a trainer that was built from the run's config, on any layout."""
     trainer.updates, trainer.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
     trainer.schedule.state = dict(state["schedule"])
     set_rng_state(state["rng"])
     for name, parameter in trainer.parameters.items():
-        file = files[file_of(name)]
+        file = files.get(part_of(name))
+        updates = 0 if file is None else int(file[f"updates/{name}"])
+        if trainer.average is not None:
+            trainer.average.begun[name] = trainer.updates - updates
+        if file is None:
+            continue  # its task joins the run here
         parameter.copy_(file[f"weight/{name}"])
-        set_moments(trainer.optimizer, parameter, file[f"exp_avg/{name}"], file[f"exp_avg_sq/{name}"], trainer.updates)
+        set_moments(trainer.optimizer, parameter, file[f"exp_avg/{name}"], file[f"exp_avg_sq/{name}"], updates)
         if trainer.average is not None:
             trainer.average.average[name].copy_(file[f"ema/{name}"])
+    p = dict(state["position"])
+    held, names = p.pop("totals"), [t.name for t in trainer.tasks]
+    totals = Totals(names, trainer.device)
+    zero = totals.as_tensor()
+    rows = [torch.tensor(held[t], dtype=torch.float64) if t in held else zero[0].cpu() for t in names]
+    totals.add_tensor(torch.stack(rows))
+    p["best"] = math.inf if p["best"] is None else p["best"]
+    if set(held) != set(names):  # another objective: what was best, and whether it got better, means nothing now
+        p |= {"best": math.inf, "epochs_without_better": 0, "ended": False}
+    return Position(totals, step=state["step"], **p)
+
+
+def go_on(draws: list[Draw], state: dict[str, Any]) -> list[Draw]:
+    """The draws at a checkpoint: as they were, or, where the tasks or their rates are others now, begun there.
+
+    Either way every task goes on at its next place.
+    """
+    held = state["draws"]
+    now = {task: str(draw.rate) for draw in draws for task in draw.tasks}
+    if now == {task: rate for task, (rate, _, _) in held.items()}:
+        return [replace(d, base=held[d.tasks[0]][1], since=held[d.tasks[0]][2]) for d in draws]
+    places, step = state["places"], state["step"]
+    return [replace(d, base=max(places.get(task, 0) for task in d.tasks), since=step) for d in draws]

@@ -1,4 +1,9 @@
-"""One update: count, predict, back-propagate, sum, clip, move. And the same without the moving, for validation."""
+"""One update: count, predict, back-propagate, sum, clip, move. And the same without the moving, for validation.
+
+Each rank does this with its structures of the step. Three things are summed over ranks: the counts of labels before the
+backward pass, gradients during it (see `parallel/gradients.py`), and a report after it: loss sums, the squared norm,
+whether anybody was told to stop. All ranks decide the same from the same bits.
+"""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,10 +14,19 @@ from torch import Tensor
 
 from multifid.evaluate.metrics import Errors
 from multifid.model.potential import Potential, Prediction
-from multifid.parallel.groups import Group, sum_
-from multifid.structures.batch import Batch, Targets
+from multifid.parallel.gradients import Gradients
+from multifid.parallel.groups import Group
+from multifid.parallel.reduce import sum_together
+from multifid.structures.batch import Batch
 from multifid.train.loss import ObjectiveConfig, label_counts, loss_sums, objective
-from multifid.train.optimizer import MovingAverage, Named, Schedule, gradients, squared_norm
+from multifid.train.optimizer import MovingAverage, Named, Schedule
+
+ENCODER = "encoder"
+
+
+def part_of_branch(branch: str) -> str:
+    """The name of a branch as a part of the model, in checkpoints and in the order of reductions."""
+    return f"branch-{branch}"
 
 
 @dataclass(frozen=True)
@@ -52,24 +66,35 @@ class Totals:
         rows = [torch.cat([self.loss[t], self.counts[t], self.errors[t].as_tensor()]) for t in self.tasks]
         return torch.stack(rows)
 
-    def put(self, sums: Tensor) -> None:
-        """The inverse of `as_tensor`."""
+    def add_tensor(self, sums: Tensor) -> None:
+        """Add what `as_tensor` gave, of other steps or summed over ranks."""
         for task, row in zip(self.tasks, sums.to(self.device), strict=True):
-            self.loss[task], self.counts[task] = row[:3].clone(), row[3:6].clone()
-            self.errors[task] = Errors.from_tensor(row[6:].clone())
+            self.loss[task] += row[:3]
+            self.counts[task] += row[3:6]
+            self.errors[task] += Errors.from_tensor(row[6:].clone())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step, on all ranks alike."""
+
+    updated: bool  # False: the gradient was not finite, and nothing was changed
+    norm: float  # of the gradient over encoder and all branches, before clipping
+    stop: bool  # some rank was told to stop
 
 
 @dataclass
 class Trainer:
-    """A potential with all that one update needs."""
+    """A potential with all that one update needs. Encoder and branches of this rank; all tasks of the run."""
 
     potential: Potential
     parameters: Named  # those that live here
+    gradients: Gradients
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     average: MovingAverage | None
     objective: ObjectiveConfig
-    tasks: list[Task]
+    tasks: list[Task]  # of the whole run, in one order on all ranks
     world: Group
     device: torch.device
     precision: str
@@ -78,57 +103,79 @@ class Trainer:
     updates: int = 0  # updates made; steps that were skipped do not count
     skipped_in_a_row: int = 0
 
-    def __post_init__(self) -> None:
-        for parameter in self.parameters.values():  # zero, not None: every placement decays and moves alike
-            parameter.grad = torch.zeros_like(parameter)
+    def step(self, micro_batches: list[Batch], totals: Totals, stop: bool = False) -> Outcome:
+        """One update from this rank's structures of one step; `totals` receives the sums of all ranks.
 
-    def step(self, micro_batches: list[Batch], totals: Totals) -> bool:
-        """One update from the structures of one step. False if the gradient was not finite and the update skipped.
-
-        A skipped update leaves weights, moments, averages and schedule alone; the position in the data advances.
+        An update whose gradient is not finite is skipped: weights, moments, averages and schedule stay as they were,
+        and the position in the data advances.
         """
-        counts = self._counts(micro_batches)
-        torch._foreach_zero_(gradients(self.parameters.values()))
-        for batch in micro_batches:
-            batch = batch.to(self.device, self._dtype)
-            part = self._backward(batch, counts, totals)
-            if part.requires_grad:
-                part.backward()
-        squares = squared_norm(self.parameters.values())
-        norm = float(squares.sqrt())
-        if not norm < float("inf"):  # NaN too
+        counts, rounds = self._counts(micro_batches)
+        here = Totals([t.name for t in self.tasks], self.device)
+        self.gradients.zero()
+        for k in range(rounds):
+            batch = micro_batches[k] if k < len(micro_batches) else None  # others have more of them
+            if batch is not None and batch.structures:
+                self._backward(batch, counts, here, last=k == rounds - 1)
+            elif k == rounds - 1:
+                self.gradients.start(unreached=self._unreached(None))
+        self.gradients.finish()
+        squares, told = self.gradients.squared_norm(), torch.tensor(float(stop), device=self.device)
+        report = sum_together(self.world, {"squares": squares, "stop": told, "totals": here.as_tensor()})
+        totals.add_tensor(report["totals"])
+        norm = float(report["squares"].sqrt())
+        updated = norm < float("inf")  # not NaN either: what is not finite on one rank is not finite in the sum
+        if updated:
+            self._update(norm)
+        else:
             self.skipped_in_a_row += 1
-            return False
-        self._update(norm)
-        return True
+        return Outcome(updated, norm, bool(report["stop"] > 0))
 
-    def _counts(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        """(S_t, A_t, V_t) of the whole step, over micro-batches and ranks."""
+    def _counts(self, micro_batches: list[Batch]) -> tuple[dict[str, Tensor], int]:
+        """(S_t, A_t, V_t) of the whole step, over micro-batches and ranks, and the most micro-batches of a rank."""
         table = torch.zeros(len(self.tasks), 3, dtype=torch.float64)
         for batch in micro_batches:
             for row, task in zip(table, self.tasks, strict=True):
                 if task.name in batch.targets:
                     row += label_counts(batch.targets[task.name])
-        table = sum_(table, self.world).to(self.device)
-        return {task.name: row for task, row in zip(self.tasks, table, strict=True)}
+        rounds = torch.zeros(self.world.size)  # a place for each rank: the largest of a sum
+        rounds[self.world.ranks.index(self.world.rank)] = len(micro_batches)
+        summed = sum_together(self.world, {"counts": table, "rounds": rounds})
+        table = summed["counts"].to(self.device)
+        return {task.name: row for task, row in zip(self.tasks, table, strict=True)}, int(summed["rounds"].max())
 
-    def _backward(self, batch: Batch, counts: dict[str, Tensor], totals: Totals) -> Tensor:
-        """This part's share of the objective, and its errors added to the totals."""
+    def _unreached(self, batch: Batch | None) -> set[str]:
+        """The parts of the model that a backward pass through this batch does not reach."""
+        tasks = [] if batch is None else list(batch.slices)
+        reached = {part_of_branch(self.potential.branch_of[task]) for task in tasks} | ({ENCODER} if tasks else set())
+        return {part.name for part in self.gradients.parts} - reached
+
+    def _sums(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
+        """Loss sums (3,) of every task in a batch; they and the errors are added to the totals."""
+        batch = batch.to(self.device, self._dtype)
         with self._autocast():
             predictions = self.potential(batch, stress=self.objective.stress > 0)
-        parts = [torch.zeros((), device=self.device)]
+        sums = {}
         for task in self.tasks:
             if task.name not in predictions:
                 continue
-            sums = loss_sums(self.objective, batch, task.name, predictions[task.name], task.scale)
-            parts.append(objective(sums, counts[task.name], task.weight))
-            totals.add(task.name, sums, sum_counts(batch, task.name, self.device))
-            self._add_errors(totals, task, batch, predictions[task.name])
-        return torch.stack([p.to(parts[-1].dtype) for p in parts]).sum()
+            predicted = predictions[task.name]
+            sums[task.name] = loss_sums(self.objective, batch, task.name, predicted, task.scale)
+            totals.add(task.name, sums[task.name], label_counts(batch.targets[task.name]).to(self.device))
+            self._add_errors(totals, task, batch, predicted)
+        return sums
+
+    def _backward(self, batch: Batch, counts: dict[str, Tensor], totals: Totals, last: bool) -> None:
+        """Back-propagate this batch's share of the objective: its sums over the counts of the whole step."""
+        sums = self._sums(batch, totals)
+        share = sum(objective(sums[t.name], counts[t.name], t.weight) for t in self.tasks if t.name in sums)
+        if last:
+            self.gradients.start(unreached=self._unreached(batch))
+        if isinstance(share, Tensor):
+            share.backward()
 
     def _update(self, norm: float) -> None:
         if self.clip is not None and norm > self.clip:
-            torch._foreach_mul_(gradients(self.parameters.values()), self.clip / norm)
+            self.gradients.scale(self.clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.schedule(self.updates)
         self.optimizer.step()
@@ -138,19 +185,24 @@ class Trainer:
             self.average.update(self.updates)
 
     def validate(self, batches: Iterable[Batch]) -> Totals:
-        """Sums over whole validation splits, with the averaged weights where there are some."""
-        totals = Totals([t.name for t in self.tasks], self.device)
+        """Sums over whole validation splits, with the averaged weights where there are some.
+
+        batches: this rank's part; how many there are may differ between ranks. The sums are those of all ranks.
+        """
+        here = Totals([t.name for t in self.tasks], self.device)
         if self.average is not None:
             self.average.swap()
         self.potential.eval()
         try:
             with torch.no_grad():
                 for batch in batches:
-                    self._backward(batch.to(self.device, self._dtype), self._counts([batch]), totals)
+                    self._sums(batch, here)
         finally:
             self.potential.train()
             if self.average is not None:
                 self.average.swap()
+        totals = Totals(here.tasks, self.device)
+        totals.add_tensor(self.world.sum_(here.as_tensor()))
         return totals
 
     def _add_errors(self, totals: Totals, task: Task, batch: Batch, predicted: Prediction) -> None:
@@ -169,9 +221,3 @@ class Trainer:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
-
-
-def sum_counts(batch: Batch, task: str, device: torch.device) -> Tensor:
-    """(S, A, V) of one task in one batch."""
-    targets: Targets = batch.targets[task]
-    return label_counts(targets).to(device)

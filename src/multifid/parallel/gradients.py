@@ -1,0 +1,127 @@
+"""Sums of gradients: the encoder's over the world, each branch's over its group, while the backward pass still runs.
+
+Gradients live in flat buckets that are reduced in place; `parameter.grad` is a view. A bucket is launched when its last
+gradient has arrived, but never before the buckets ahead of it: all ranks launch in one order (branches by name, then
+the encoder, buckets in reverse order of construction), because the order of arrival differs between ranks, and two
+ranks that swap two reductions of equal shape get wrong sums without any error. A bucket that is ready early waits.
+
+    backward of rank 0      force head of a | energy head of a | layer 2 | layer 1 | ...
+    reductions of rank 0                     a, bucket 0, 1 ...            encoder, bucket 0, 1 ...
+    reductions of rank 1                     b, bucket 0, 1 ...            encoder, bucket 0, 1 ...
+
+The hooks are post-accumulate hooks of the leaves. In a backward pass each fires at most once, also through a double
+backward (forces that are minus the gradient of the energy). What no structure reached never fires and is launched at
+the end, with its zeros.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from multifid.parallel.groups import Group
+
+BUCKET_BYTES = 25 << 20  # large enough for the bandwidth of a network, small enough to start early
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that are reduced over one group: the encoder or a branch, in order of construction."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    group: Group
+
+
+@dataclass
+class Bucket:
+    """Gradients that travel together."""
+
+    part: str
+    group: Group
+    flat: Tensor
+    size: int  # parameters in it
+    missing: int = 0  # gradients that have not yet arrived in this backward pass
+    work: dist.Work | None = None
+
+
+class Gradients:
+    """The gradients of the parts that live on this rank, given in the global order."""
+
+    def __init__(self, parts: Sequence[Part], bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.parts = list(parts)
+        self.buckets = [bucket for part in parts for bucket in self._fill(part, bucket_bytes)]
+        self._next: int | None = None  # the bucket to launch next; None: not reducing
+
+    def _fill(self, part: Part, bucket_bytes: int) -> list[Bucket]:
+        """Buckets of at most `bucket_bytes` (or one larger parameter), the last constructed parameters first."""
+        buckets: list[Bucket] = []
+        members: list[nn.Parameter] = []
+        for i, parameter in enumerate(reversed(part.parameters)):
+            members.append(parameter)
+            following = part.parameters[-2 - i] if i + 1 < len(part.parameters) else None
+            if following is None or sum(p.nbytes for p in members) + following.nbytes > bucket_bytes:
+                buckets.append(self._bucket(part, members))
+                members = []
+        return buckets
+
+    def _bucket(self, part: Part, members: list[nn.Parameter]) -> Bucket:
+        flat = members[0].new_zeros(sum(p.numel() for p in members)).detach()
+        bucket = Bucket(part.name, part.group, flat, len(members))
+        for parameter, piece in zip(members, flat.split([p.numel() for p in members]), strict=True):
+            parameter.grad = piece.view_as(parameter)  # zero, not None: every placement decays and moves alike
+            parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+        return bucket
+
+    def zero(self) -> None:
+        """Forget the gradients of the step before."""
+        torch._foreach_zero_([bucket.flat for bucket in self.buckets])
+
+    def start(self, unreached: Collection[str] = ()) -> None:
+        """Begin to reduce: the next backward pass is the last one of the step.
+
+        unreached: parts that it cannot reach, because no structure of theirs is in it. They need not be waited for.
+        """
+        for bucket in self.buckets:
+            bucket.missing = 0 if bucket.part in unreached else bucket.size
+        self._next = 0
+        self._launch_ready()
+
+    def _arrived(self, bucket: Bucket) -> None:
+        if self._next is None:
+            return  # a micro-batch before the last: more is to come
+        assert bucket.missing > 0, f"a gradient of {bucket.part} arrived twice, or was not expected"
+        bucket.missing -= 1
+        self._launch_ready()
+
+    def _launch_ready(self) -> None:
+        assert self._next is not None
+        while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
+            bucket = self.buckets[self._next]
+            bucket.work = bucket.group.sum_later(bucket.flat)
+            self._next += 1
+
+    def finish(self) -> None:
+        """Launch what is left and wait until all sums are there."""
+        for bucket in self.buckets:
+            bucket.missing = 0
+        self._launch_ready()
+        for bucket in self.buckets:
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = None
+        self._next = None
+
+    def squared_norm(self) -> Tensor:
+        """This rank's share of the squared norm over all parts, wherever they live: float64, no dimension.
+
+        Every part counts once, on the first rank of its group. Summed over the world it is the squared norm.
+        """
+        mine = [bucket.flat for bucket in self.buckets if bucket.group.first]
+        total = self.buckets[0].flat.new_zeros((), dtype=torch.float64)
+        return torch.stack([total, *(norm.double().square() for norm in torch._foreach_norm(mine))]).sum()
+
+    def scale(self, factor: float) -> None:
+        torch._foreach_mul_([bucket.flat for bucket in self.buckets], factor)

@@ -1,0 +1,75 @@
+"""What trains, at its beginning: potential, gradients, optimizer, schedule and moving average of this rank.
+
+A branch is built only where it lives; nothing is built to be deleted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from multifid.config import Config
+from multifid.data.loader import Source
+from multifid.model.potential import Potential
+from multifid.model.saved import start_from
+from multifid.parallel.gradients import Gradients, Part
+from multifid.parallel.groups import World
+from multifid.train.optimizer import MovingAverage, Schedule, adamw
+from multifid.train.step import ENCODER, Task, Trainer, part_of_branch
+
+
+def build(
+    config: Config, sources: list[Source], placement: Mapping[str, Sequence[int]], per_epoch: int, world: World
+) -> Trainer:
+    """The trainer of this rank, with the branches of the tasks that the placement (task -> ranks) gives it."""
+    t, branch_of = config.train, config.branch_of()
+    torch.manual_seed(config.seed)  # nothing here draws from the global generator; what may one day is a function of it
+    groups = world.groups(holders(branch_of, placement))
+    mine = [branch for branch, group in groups.items() if world.rank in group.ranks]
+    potential = Potential(config.model, mine, {k: b for k, b in branch_of.items() if b in mine}, config.seed)
+    if config.init is not None:
+        start_from(potential, Path(config.init))
+    potential.to(device=world.device, dtype=torch.float64 if t.precision == "fp64" else torch.float32).train()
+    parts = [Part(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]
+    parts.append(Part(ENCODER, [p for _, p in potential.encoder_parameters()], world.group))
+    parameters = dict(potential.named_parameters())
+    scales = task_scales(config, sources)
+    return Trainer(
+        potential=potential,
+        parameters=parameters,
+        gradients=Gradients(parts),
+        optimizer=adamw(parameters, t.lr, t.weight_decay),
+        schedule=Schedule(
+            t.schedule, t.warmup, t.steps or t.epochs * per_epoch, factor=t.plateau_factor, patience=t.plateau_patience
+        ),
+        average=None if t.ema is None else MovingAverage(parameters, t.ema),
+        objective=config.objective,
+        tasks=[Task(name, config.tasks[name].weight, scales[name]) for name in config.tasks],
+        world=world.group,
+        device=world.device,
+        precision=t.precision,
+        clip=t.clip,
+        lr=t.lr,
+    )
+
+
+def holders(branch_of: Mapping[str, str], placement: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The ranks of every branch: those of all its tasks. In the order of their names, which is the global one."""
+    return {
+        branch: sorted({rank for task, b in branch_of.items() if b == branch for rank in placement[task]})
+        for branch in sorted(set(branch_of.values()))
+    }
+
+
+def task_scales(config: Config, sources: list[Source]) -> dict[str, float]:
+    """What divides the residuals of each task; one pooled scale where all tasks share a branch."""
+    about = {t: s.store.manifest["tasks"][name] for s in sources for t, name in s.tasks.items()}
+    if config.objective.scale == "none":
+        return dict.fromkeys(about, 1.0)
+    own = {t: float(a["scale"]) for t, a in about.items()}
+    if config.branches == "per_task":
+        return own
+    counts = {t: max(a["labels"]["forces"], a["labels"]["energy"]) for t, a in about.items()}
+    pooled = math.sqrt(sum(counts[t] * own[t] ** 2 for t in own) / sum(counts.values()))
+    return dict.fromkeys(own, pooled)

@@ -1,0 +1,91 @@
+"""What a run eats: which structures a step holds, who processes which of them, and the batches of this rank.
+
+The places of a step are the same on every rank, and so is the cut: each rank computes it from the numbers of atoms, and
+reads only what is its own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from multifid.config import Config
+from multifid.data.loader import Source, edge_costs, micro_batches
+from multifid.data.order import Draw, Order, rates
+from multifid.parallel.shares import shares
+from multifid.structures.batch import Batch
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The structures of a run as one rank sees them."""
+
+    config: Config
+    sources: list[Source]
+    draws: list[Draw]  # of the sources, in their order
+    placement: Mapping[str, Sequence[int]]  # task -> ranks
+    rank: int = 0
+
+    @property
+    def epoch_steps(self) -> int:
+        return epoch_steps(self.config, self.draws)
+
+    @property
+    def total_steps(self) -> int:
+        return total_steps(self.config, self.draws)
+
+    def step(self, step: int) -> tuple[list[Batch], bytes]:
+        """This rank's micro-batches of a step, and the identities of all structures of the step."""
+        chosen, identities = [], b""
+        for source, draw in zip(self.sources, self.draws, strict=True):
+            indices = np.asarray(source.store.index("train"))[draw.order(*draw.places(step))].astype(np.int64)
+            chosen.append(indices)
+            identities += draw.name.encode() + indices.astype("<i8").tobytes()
+        parts = [(s, i) for s, i in zip(self.sources, self._mine(chosen), strict=True) if len(i)]
+        return micro_batches(parts, self.config.model.cutoff, self.config.train.max_edges), identities
+
+    def split(self, split: str) -> Iterator[Batch]:
+        """This rank's part of a whole split, store after store, in batches of about a training step's edges."""
+        wholes = [np.asarray(source.store.index(split)).astype(np.int64) for source in self.sources]
+        for source, index in zip(self.sources, self._mine(wholes), strict=True):
+            if not len(index):
+                continue
+            costs = edge_costs(source, index, self.config.model.cutoff)
+            batch = max(1.0, float(self.config.train.batch or 1))
+            most = self.config.train.max_edges or max(float(costs.mean()) * batch, 1.0)
+            yield from micro_batches([(source, index)], self.config.model.cutoff, int(most))
+
+    def _mine(self, chosen: list[np.ndarray]) -> list[np.ndarray]:
+        """Of the structures of each source those that this rank processes, in their order."""
+        costs = {
+            draw.name: edge_costs(source, indices, self.config.model.cutoff)
+            for source, draw, indices in zip(self.sources, self.draws, chosen, strict=True)
+        }
+        owners = shares(costs, {draw.name: self.placement[draw.tasks[0]] for draw in self.draws})
+        return [indices[owners[draw.name] == self.rank] for draw, indices in zip(self.draws, chosen, strict=True)]
+
+
+def make_draws(config: Config, sources: list[Source]) -> list[Draw]:
+    """Which tasks are drawn together, in which order, how fast: one draw for each store."""
+    sizes = {t: len(s.store.index("train")) for s in sources for t in s.tasks}
+    batch = Fraction(str(config.train.batch))
+    rate = rates(sizes, batch, config.sampling, {t: c.per_step for t, c in config.tasks.items()})
+    draws = []
+    for source in sources:
+        tasks = tuple(source.tasks)
+        if len({rate[t] for t in tasks}) > 1:
+            raise ValueError(f"tasks {', '.join(tasks)} share one store and are drawn together: give them one per_step")
+        name = tasks[0] if len(tasks) == 1 else source.store.tasks[0]
+        order = Order(config.seed, source.store.checksum, name, sizes[tasks[0]])
+        draws.append(Draw(tasks[0], tasks, order, rate[tasks[0]]))
+    return draws
+
+
+def epoch_steps(config: Config, draws: list[Draw]) -> int:
+    """Steps in which the task with the longest pass completes it."""
+    return config.train.epoch_steps or max(draw.pass_steps for draw in draws)
+
+
+def total_steps(config: Config, draws: list[Draw]) -> int:
+    return config.train.steps or config.train.epochs * epoch_steps(config, draws)

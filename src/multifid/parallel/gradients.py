@@ -120,8 +120,9 @@ class Gradients:
         Every part counts once, on the first rank of its group. Summed over the world it is the squared norm.
         """
         mine = [bucket.flat for bucket in self.buckets if bucket.group.first]
-        total = self.buckets[0].flat.new_zeros((), dtype=torch.float64)
-        return torch.stack([total, *(norm.double().square() for norm in torch._foreach_norm(mine))]).sum()
+        norms = torch._foreach_norm(mine) if mine else []
+        zero = self.buckets[0].flat.new_zeros((), dtype=torch.float64)
+        return torch.stack([zero, *(norm.double().square() for norm in norms)]).sum()
 
     def scale(self, factor: float) -> None:
         torch._foreach_mul_([bucket.flat for bucket in self.buckets], factor)

@@ -1,0 +1,206 @@
+"""Processes that are started once and then work as the ranks of many small worlds, as if torchrun had started them.
+
+The test process plays torchrun's agent: it hosts the rendezvous store and hands out the environment. A world takes the
+first n processes; each job is a function of this file.
+"""
+
+import functools
+import hashlib
+import os
+import signal
+import traceback
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.distributed import TCPStore
+
+import multifid.train.build
+from multifid.config import parse_config
+from multifid.data.loader import open_sources
+from multifid.parallel import groups, heartbeat
+from multifid.parallel.gradients import Gradients
+from multifid.structures.batch import Batch
+from multifid.train.build import build
+from multifid.train.checkpoint import load_checkpoint
+from multifid.train.feed import Feed, make_draws
+from multifid.train.resolve import placement_of, resolve
+from multifid.train.run import train
+from multifid.train.step import Totals, Trainer
+
+HOST = "127.0.0.1"
+
+
+class Pool:
+    """`size` processes that wait for work."""
+
+    def __init__(self, size: int) -> None:
+        self.store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", "multifid.train.run", "parallel_worker"])
+        self.pipes, self.processes = [], []
+        for _ in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=work, args=(there, self.store.port), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+        self.cases = 0
+
+    def run(self, ranks: int, job: str, *arguments):
+        """What the job returns on each rank; RuntimeError with the traceback where one raised."""
+        self.begin(ranks, job, *arguments)
+        answers = [pipe.recv() for pipe in self.pipes[:ranks]]
+        if failed := [text for ok, text in answers if not ok]:
+            raise RuntimeError("\n".join(failed))
+        return [answer for _, answer in answers]
+
+    def begin(self, ranks: int, job: str, *arguments) -> None:
+        self.cases += 1
+        for rank, pipe in enumerate(self.pipes[:ranks]):
+            pipe.send((rank, ranks, self.cases, job, arguments))
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(timeout=5)
+            process.kill()
+
+
+def work(pipe, port: int) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, size, case, job, arguments = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            MASTER_ADDR=HOST,
+            MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT=str(case),
+        )
+        try:
+            pipe.send((True, JOBS[job](*arguments)))
+        except BaseException:
+            pipe.send((False, f"rank {rank} of {size}:\n{traceback.format_exc()}"))
+
+
+def five_steps(values: dict, without_forces: str | None, unlabelled: str | None, bucket_bytes: int) -> dict:
+    """Five updates, driven by hand, and everything that two layouts can be compared by.
+
+    without_forces: a task that has no force labels.  unlabelled: a task whose labels are missing in the third step.
+    """
+    multifid.train.build.Gradients = functools.partial(Gradients, bucket_bytes=bucket_bytes)
+    out: dict = {"totals": [], "norms": [], "structures": [], "gradients": []}
+    with groups.world("cpu") as world:
+        config = resolve(parse_config(values, "test"), world.size)
+        sources = open_sources(config.tasks)
+        placement = placement_of(config, sources, world.size)
+        feed = Feed(config, sources, make_draws(config, sources), placement, world.rank)
+        trainer = build(config, sources, placement, 10, world)
+        for step in range(5):
+            micro, _ = feed.step(step)
+            for batch in micro:
+                lose_labels(batch, without_forces, unlabelled if step == 2 else None)
+            totals = Totals(list(config.tasks), trainer.device)
+            outcome = trainer.step(micro, totals)
+            assert outcome.updated and not outcome.stop
+            out["totals"].append(totals.as_tensor().numpy())
+            out["norms"].append(outcome.norm)
+            out["structures"].append([fingerprints(batch) for batch in micro])
+            out["gradients"].append({n: p.grad.numpy().copy() for n, p in trainer.parameters.items()})
+        out["validation"] = trainer.validate(feed.split("validation")).as_tensor().numpy()
+        out["micro"] = len(micro)
+        out["weights"] = {n: p.detach().numpy() for n, p in trainer.parameters.items()}
+        out["averages"] = {n: p.numpy() for n, p in trainer.average.average.items()}
+        out["mesh"] = None if world.mesh is None else (world.mesh.mesh_dim_names, tuple(world.mesh.mesh.shape))
+        out["bytes"] = held_bytes(trainer)
+    return out
+
+
+def lose_labels(batch: Batch, without_forces: str | None, unlabelled: str | None) -> None:
+    for task, targets in batch.targets.items():
+        if task == without_forces:
+            targets.forces = None
+        if task == unlabelled:
+            targets.energy[:] = torch.nan
+            if targets.forces is not None:
+                targets.forces[:] = torch.nan
+
+
+def fingerprints(batch: Batch) -> list[tuple[str, str]]:
+    """(task, what the structure is) of every structure of a batch."""
+    out = []
+    for task, (structures, _) in batch.slices.items():
+        for s in range(structures.start, structures.stop):
+            atoms = batch.structure == s
+            content = batch.positions[atoms].numpy().tobytes() + batch.numbers[atoms].numpy().tobytes()
+            out.append((task, hashlib.sha256(content).hexdigest()))
+    return out
+
+
+def held_bytes(trainer: Trainer) -> dict[str, int]:
+    """Bytes of what this rank holds: parameters, gradients, moments, averages."""
+    state = [t for s in trainer.optimizer.state.values() for t in s.values() if t.dim() > 0]
+    return {
+        "parameters": sum(p.nbytes for p in trainer.parameters.values()),
+        "gradients": sum({p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes()
+                          for p in trainer.parameters.values()}.values()),
+        "moments": sum(t.nbytes for t in state),
+        "averages": sum(t.nbytes for t in trainer.average.average.values()),
+    }
+
+
+def whole_run(values: dict, stop_at: int | None = None, told: int = 0) -> int:
+    """A run by the front door; its exit code. With `stop_at`, rank `told` gets SIGTERM in that step."""
+    original, steps = Trainer.step, []
+
+    def step(self, *arguments, **options):
+        steps.append(1)
+        if len(steps) == stop_at and self.world.rank == told:
+            os.kill(os.getpid(), signal.SIGTERM)
+            options["stop"] = False  # heard in the midst of this step, so the next one carries the flag
+        return original(self, *arguments, **options)
+
+    Trainer.step = step
+    try:
+        train(parse_config(values, "test"), Console(quiet=True))
+    except SystemExit as leaving:
+        return leaving.code
+    finally:
+        Trainer.step = original
+    return 0
+
+
+def newest_checkpoint(run: str) -> tuple[int, list[str], list[str]]:
+    """What each rank would go on from: (step, files, complaints)."""
+    with groups.world("cpu") as world:
+        state, files, complaints = load_checkpoint(Path(run), world)
+    return state["step"], sorted(files), complaints
+
+
+def error_of(values: dict) -> str:
+    """How a run that cannot start ends on this rank."""
+    try:
+        train(parse_config(values, "test"), Console(quiet=True))
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return "it ran"
+
+
+def train_until_killed(values: dict, environment: dict[str, str], patience: float) -> None:
+    """A rank in a process of its own, which the test kills."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    heartbeat.PERIOD, heartbeat.PATIENCE = patience / 10, patience
+    train(parse_config(values, "test"), Console(quiet=True))
+
+
+JOBS = {f.__name__: f for f in (five_steps, whole_run, newest_checkpoint, error_of)}

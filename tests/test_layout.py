@@ -148,6 +148,27 @@ def test_split_puts_several_branches_on_a_rank_where_tasks_outnumber_ranks():
     assert [t for t in alone if alone[t] == alone["t03"]] == ["t03"]
 
 
+def test_costs_may_be_as_small_as_numbers_are():
+    loads = {"a": Load(5e-324), "b": Load(5e-324, 5e-324)}
+    assert set().union(*place(["a", "b"], "auto", 3, loads=loads).values()) == {0, 1, 2}
+
+
+def test_auto_packs_tightly_and_still_leaves_no_rank_idle():
+    loads = {"a": Load(9.0, 0, 3), "b": Load(9.0, 0, 3), "c": Load(9.0, 0, 3), "large": Load(1.0, 0, 8)}
+    for kind in ("auto", "split"):
+        placement = place(list(loads), kind, 3, loads=loads, memory=Memory(10))
+        assert set().union(*placement.values()) == {0, 1, 2}
+        assert max(bytes_of(placement, loads, 3)) <= 10
+
+
+def test_auto_helps_a_task_wherever_memory_is_left():
+    """Laid end to end the tasks do not fit: the second needs a rank alone. The other two ranks share the first."""
+    loads = {"a": Load(8.0, 0.1, 1), "b": Load(2.0, 0.2, 2), "c": Load(1.0, 0.1, 1)}
+    placement = place(list(loads), "auto", 3, loads=loads, memory=Memory(2))
+    assert sum(len(where) == 2 for where in placement.values()) == 1 and len(placement["a"]) == 2
+    assert predicted_step(placement, loads) == pytest.approx((9 + 0.3) / 2)
+
+
 def test_auto_lets_groups_overlap_where_one_task_outweighs_the_others():
     loads = {"big": Load(10.0), "a": Load(1.0), "b": Load(1.0)}
     placement = place(list(loads), "auto", 3, loads=loads)

@@ -92,7 +92,7 @@ def test_on_common_ranks_the_longest_is_within_a_third_of_the_best_of_all_ways()
 
 def test_many_dealt_at_once_are_dealt_as_one_at_a_time():
     rng = np.random.default_rng(4)
-    costs = rng.integers(1, 1000, 300)
+    costs = rng.integers(100, 1000, 300)
     owner = shares({"a": costs}, {"a": range(7)})["a"]
     loads = np.zeros(7)
     for i in np.argsort(-costs, kind="stable"):  # the longest-processing-time rule, word for word
@@ -114,6 +114,23 @@ def test_where_one_task_is_too_much_for_its_ranks_the_others_are_still_even():
 def test_shared_ranks_fill_up_what_is_missing():
     costs = {"a": np.full(40, 1.0), "b": np.full(20, 1.0)}
     assert loads_of(costs, shares(costs, {"a": [0, 1], "b": [1, 2]}), 3).tolist() == [20, 20, 20]
+
+
+def test_a_task_that_can_go_elsewhere_leaves_room_for_one_that_cannot():
+    costs = {"free": np.full(2, 10.0), "bound": np.full(20, 1.0)}
+    assert loads_of(costs, shares(costs, {"free": [0, 1], "bound": [0]}), 2).tolist() == [20, 20]
+
+
+def test_small_structures_of_one_task_fill_the_gaps_that_large_ones_of_another_leave():
+    costs = {"small": np.full(30, 1.0), "large": np.full(3, 10.0)}
+    assert loads_of(costs, shares(costs, {"large": [0, 1], "small": [0, 1, 2]}), 3).tolist() == [20, 20, 20]
+
+
+def test_many_structures_that_cost_nothing_do_not_take_long():
+    costs = np.concatenate([np.full(1919, 5.0), np.zeros(100_000)])
+    started = time.process_time()
+    shares({"a": costs}, {"a": range(1920)})
+    assert time.process_time() - started < 2.0
 
 
 @pytest.mark.parametrize("kind", ["replicated", "split", "auto"])

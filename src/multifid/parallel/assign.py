@@ -19,6 +19,7 @@ GRAIN = 1 << 40  # costs are rounded to this part of the largest: exact arithmet
 SLIVER = 0.02  # of a step: less than this is not worth another holder
 GOOD_ENOUGH = Fraction(51, 50)  # a simpler placement is taken if its step is at most this much longer
 HELPERS = 4  # ranks that are tried as one more holder of a unit
+HALVINGS = 30  # of a level at most: costs may be so small that no number lies between two levels
 NODES = 2_000  # of the search for a packing, before it gives up
 
 
@@ -174,14 +175,17 @@ def _end_to_end(units: Sequence[Unit], ranks: int, free: int | None, order: list
     low = max([(sum(u.cost + u.holding for u in units)) / ranks, *(u.cost / ranks + u.holding for u in units)])
     high = sum(u.cost + u.holding for u in units)
     best = _fill(units, ranks, free, order, high)
-    while high - low > 1e-3 * high:
+    for _ in range(HALVINGS):
+        if high - low <= 1e-3 * high:
+            break
         middle = (low + high) / 2
         held = _fill(units, ranks, free, order, middle)
         if held is None:
             low = middle
         else:
             best, high = held, middle
-    return None if best is None else _employ(units, best, ranks)
+    everyone = best is not None and len({rank for where in best for rank in where}) == ranks
+    return best if everyone else None
 
 
 def _fill(units: Sequence[Unit], ranks: int, free: int | None, order: list[int], level: float) -> Held | None:
@@ -203,15 +207,6 @@ def _fill(units: Sequence[Unit], ranks: int, free: int | None, order: list[int],
                 rank, time, room = rank + 1, level, free
                 if rank == ranks:
                     return None
-    return held
-
-
-def _employ(units: Sequence[Unit], held: Held, ranks: int) -> Held:
-    """Idle ranks help the units whose ranks have most to do."""
-    held = [list(where) for where in held]
-    for rank in sorted(set(range(ranks)) - {rank for where in held for rank in where}):
-        busiest = max(range(len(units)), key=lambda i: (units[i].cost / len(held[i]) + units[i].holding, -i))
-        held[busiest].append(rank)
     return held
 
 

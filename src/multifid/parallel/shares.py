@@ -13,6 +13,7 @@ import numpy as np
 from multifid.parallel.balance import network, spread
 
 BITS = 30  # of the largest cost; the sum over millions of structures stays well within 63
+LEAST = 32  # a structure costs at least the mean by this
 
 
 def shares(costs: Mapping[str, np.ndarray], placement: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
@@ -77,7 +78,7 @@ def _deal(costs: np.ndarray, ranks: np.ndarray, loads: np.ndarray) -> tuple[np.n
 
 
 def _whole(costs: Mapping[str, np.ndarray], placement: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """Costs as whole numbers, none 0: structures of no cost are dealt out in equal numbers."""
+    """Costs as whole numbers, none below a small part of the mean: a structure without edges still has atoms."""
     arrays = {draw: np.asarray(values, np.float64) for draw, values in costs.items()}
     for draw, values in arrays.items():
         if values.ndim != 1 or not (np.isfinite(values) & (values >= 0)).all():
@@ -86,4 +87,7 @@ def _whole(costs: Mapping[str, np.ndarray], placement: Mapping[str, Sequence[int
             raise ValueError(f"no rank holds the branches of {draw!r}: the placement has {dict(placement)}")
     largest = max((float(values.max()) for values in arrays.values() if len(values)), default=0.0)
     shift = BITS - int(np.frexp(largest)[1])  # a power of two: exact
-    return {draw: np.rint(np.ldexp(values, shift)).astype(np.int64) + 1 for draw, values in arrays.items()}
+    whole = {draw: np.rint(np.ldexp(values, shift)).astype(np.int64) for draw, values in arrays.items()}
+    total, count = sum(int(values.sum()) for values in whole.values()), sum(map(len, whole.values()))
+    floor = max(1, total // (LEAST * max(count, 1)))
+    return {draw: np.maximum(values, floor) for draw, values in whole.items()}

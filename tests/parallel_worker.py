@@ -11,8 +11,8 @@ import signal
 import traceback
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch.distributed import TCPStore
@@ -40,22 +40,34 @@ class Pool:
         self.store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         context = get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "multifid.train.run", "parallel_worker"])
-        self.pipes, self.processes = [], []
-        for _ in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=work, args=(there, self.store.port), daemon=True)
-            process.start()
-            self.pipes.append(here)
-            self.processes.append(process)
+        self.context = context
+        self.pipes, self.processes = map(list, zip(*(self._start() for _ in range(size)), strict=True))
         self.cases = 0
+
+    def _start(self):
+        here, there = self.context.Pipe()
+        process = self.context.Process(target=work, args=(there, self.store.port), daemon=True)
+        process.start()
+        there.close()  # so that a death is the end of the pipe
+        return here, process
 
     def run(self, ranks: int, job: str, *arguments):
         """What the job returns on each rank; RuntimeError with the traceback where one raised."""
         self.begin(ranks, job, *arguments)
-        answers = [pipe.recv() for pipe in self.pipes[:ranks]]
+        answers = [self._answer(rank) for rank in range(ranks)]
         if failed := [text for ok, text in answers if not ok]:
             raise RuntimeError("\n".join(failed))
         return [answer for _, answer in answers]
+
+    def _answer(self, rank: int) -> tuple:
+        """What a process says; where one has died, a new one takes its place for the tests that follow."""
+        try:
+            return self.pipes[rank].recv()
+        except (EOFError, OSError):
+            self.processes[rank].join()
+            answer = (False, f"rank {rank} died with exit code {self.processes[rank].exitcode}")
+            self.pipes[rank], self.processes[rank] = self._start()
+            return answer
 
     def begin(self, ranks: int, job: str, *arguments) -> None:
         self.cases += 1
@@ -97,13 +109,14 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
 
     without_forces: a task that has no force labels.  unlabelled: a task whose labels are missing in the third step.
     """
-    multifid.train.build.Gradients = functools.partial(Gradients, bucket_bytes=bucket_bytes)
+    small = functools.partial(Gradients, bucket_bytes=bucket_bytes)
     out: dict = {"totals": [], "norms": [], "structures": [], "gradients": []}
-    with groups.world("cpu") as world:
+    with groups.world("cpu") as world, patch.object(multifid.train.build, "Gradients", small):
         config = resolve(parse_config(values, "test"), world.size)
         sources = open_sources(config.tasks)
-        placement = placement_of(config, sources, world.size)
-        feed = Feed(config, sources, make_draws(config, sources), placement, world.rank)
+        draws = make_draws(config, sources)
+        placement = placement_of(config, sources, draws, world.size)
+        feed = Feed(config, sources, draws, placement, world.rank)
         trainer = build(config, sources, placement, 10, world)
         for step in range(5):
             micro, _ = feed.step(step)
@@ -151,8 +164,12 @@ def held_bytes(trainer: Trainer) -> dict[str, int]:
     state = [t for s in trainer.optimizer.state.values() for t in s.values() if t.dim() > 0]
     return {
         "parameters": sum(p.nbytes for p in trainer.parameters.values()),
-        "gradients": sum({p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes()
-                          for p in trainer.parameters.values()}.values()),
+        "gradients": sum(
+            {
+                p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes()
+                for p in trainer.parameters.values()
+            }.values()
+        ),
         "moments": sum(t.nbytes for t in state),
         "averages": sum(t.nbytes for t in trainer.average.average.values()),
     }

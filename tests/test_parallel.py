@@ -1,6 +1,5 @@
 """One process that holds every branch is the definition; any number of ranks, placed in any way, equals it."""
 
-import json
 import math
 import os
 import random
@@ -12,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_molecules
-from parallel_worker import HOST, Pool, train_until_killed
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import HashStore, TCPStore
 
+from conftest import write_molecules
 from multifid.data.prepare import prepare
 from multifid.parallel import heartbeat
 from multifid.parallel.gradients import Gradients, Part
 from multifid.parallel.groups import Group, Launch, launch
 from multifid.train.checkpoint import load_checkpoint
 from multifid.train.journal import read_journal
+from parallel_worker import HOST, Pool, train_until_killed
 
 TASKS = ("apple", "berry", "cherry", "damson", "elder")
 
@@ -122,3 +121,239 @@ def test_any_number_of_ranks_equals_one_process(pool, five, tasks, ranks, placem
     if max_edges is not None and ranks < tasks:
         assert max(rank["micro"] for rank in many) > 1
     assert_equal_to_one_process(_reference[tasks, mode], many, tolerance=1e-10)
+
+
+def test_in_single_precision_ranks_equal_one_process_to_its_rounding(pool, five):
+    one = pool.run(1, "five_steps", values_of(five, 5, precision="fp32"), None, None, 10_000)[0]
+    many = pool.run(3, "five_steps", values_of(five, 5, precision="fp32", placement="split"), None, None, 2_000)
+    for rank in many:
+        np.testing.assert_allclose(rank["norms"], one["norms"], rtol=1e-4)
+        for a, b in zip(one["totals"], rank["totals"], strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-3)
+
+
+def test_the_shared_branch_is_reduced_over_the_ranks_of_all_its_tasks(pool, five):
+    one = pool.run(1, "five_steps", values_of(five, 3) | {"branches": "shared"}, None, None, 10_000)[0]
+    many = pool.run(3, "five_steps", values_of(five, 3, placement="split") | {"branches": "shared"}, None, None, 900)
+    assert_equal_to_one_process(one, many, tolerance=1e-10)
+
+
+def test_a_rank_holds_the_encoder_and_its_own_branches_and_nothing_else(pool, five):
+    """Counted in what lives, in all four kinds of copies, against the sizes of one process."""
+    one = pool.run(1, "five_steps", values_of(five, 5), None, None, 10_000)[0]
+    size = {part: sum(w.nbytes for n, w in one["weights"].items() if n.startswith(part)) for part in ("encoder",)}
+    size |= {t: sum(w.nbytes for n, w in one["weights"].items() if n.startswith(f"branches.{t}.")) for t in TASKS}
+    many = pool.run(3, "five_steps", values_of(five, 5, placement="split"), None, None, 2_000)
+    for rank in many:
+        own = {n.split(".")[1] for n in rank["weights"] if n.startswith("branches")}
+        assert 0 < len(own) < 5
+        expected = size["encoder"] + sum(size[t] for t in own)
+        assert rank["bytes"] == {
+            "parameters": expected, "gradients": expected, "moments": 2 * expected, "averages": expected
+        }  # fmt: skip
+
+
+def test_even_layouts_are_a_mesh_with_named_axes(pool, five):
+    assert all(
+        rank["mesh"] == (("group", "member"), (2, 2))
+        for rank in pool.run(4, "five_steps", values_of(five, 2, placement="split"), None, None, 2_000)
+    )
+
+
+def through(pool, values: dict, starts: list[tuple[int, str, int | None]]) -> Path:
+    """A run in several starts: (ranks, placement, the step in which its last rank gets SIGTERM)."""
+    for ranks, placement, stop_at in starts:
+        codes = pool.run(ranks, "whole_run", values | {"parallel": {"placement": placement}}, stop_at, ranks - 1)
+        assert codes == [143 if stop_at else 0] * ranks, "SIGTERM on any rank stops all"
+    return Path(values["run"])
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for name in ("last.safetensors", "model.safetensors"):
+        a, b = load_file(one / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        assert all(difference(a[k].numpy(), b[k].numpy()) <= 1e-10 for k in a)
+    for mine, theirs in zip(read_journal(one), read_journal(other), strict=True):
+        assert {k: mine[k] for k in ("step", "task", "split", "structures")} == {
+            k: theirs[k] for k in ("step", "task", "split", "structures")
+        }
+        for key in ("loss", "energy_mae", "forces_mae"):
+            assert math.isclose(mine[key], theirs[key], rel_tol=1e-10)
+    state, files, _ = load_checkpoint(one)
+    state_other, files_other, _ = load_checkpoint(other)
+    assert files.keys() == files_other.keys()
+    assert state["position"]["seen"] == state_other["position"]["seen"], "the same structures in every step"
+    for key in ("step", "places", "draws", "updates", "schedule"):
+        assert state[key] == state_other[key]
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(pool, five, tmp_path):
+    """1 -> 2 -> 5 -> 3 ranks, replicated and split in turn, stopped by SIGTERM on the last rank each time."""
+    whole = through(pool, values_of(five, 5, run=tmp_path / "whole", log_every=2), [(1, "auto", None)])
+    starts = [(1, "auto", 2), (2, "replicated", 3), (5, "split", 2), (3, "replicated", None)]
+    assert_same_run(whole, through(pool, values_of(five, 5, run=tmp_path / "changed", log_every=2), starts))
+
+
+def test_an_automatic_placement_is_written_out_and_chosen_anew_for_other_ranks(pool, five, tmp_path):
+    from multifid.config import load_config
+
+    values = values_of(five, 3, run=tmp_path / "run")
+    for ranks, stop_at in ((2, 2), (3, 2)):
+        pool.run(ranks, "whole_run", values, stop_at)
+        parallel = load_config(tmp_path / "run" / "config.yaml").parallel
+        assert parallel.ranks == ranks and {r for w in parallel.placement.values() for r in w} == set(range(ranks))
+
+
+def test_a_flipped_byte_is_named_and_all_ranks_take_the_checkpoint_before(pool, five, tmp_path):
+    run = through(pool, values_of(five, 5, run=tmp_path / "run", checkpoint_every=4), [(2, "split", None)])
+    damaged = run / "checkpoints" / "step-000012" / "branch-cherry.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 4
+    damaged.write_bytes(content)
+    for step, files, complaints in pool.run(3, "newest_checkpoint", str(run)):
+        assert step == 8 and len(files) == 6
+        assert len(complaints) == 1 and str(damaged) in complaints[0]
+
+
+def test_tasks_join_and_leave_a_run_on_any_number_of_ranks_alike(pool, five, tmp_path):
+    def run(name: str, ranks: tuple[int, int, int]) -> Path:
+        for n, tasks in zip(ranks, (2, 4, 3), strict=True):
+            values = values_of(five, tasks, run=tmp_path / name, change_tasks=True, log_every=1)
+            stop_at = None if tasks == 3 else 3
+            assert pool.run(n, "whole_run", values, stop_at) == [0 if stop_at is None else 143] * n
+        return tmp_path / name
+
+    one, many = run("one", (1, 1, 1)), run("many", (2, 3, 2))
+    assert_same_run(one, many)
+    state, files, _ = load_checkpoint(many)
+    assert set(files) == {"encoder", "branch-apple", "branch-berry", "branch-cherry"}
+    # 12 steps; apple and berry from the beginning, cherry (and damson, who left) from the fifth step on
+    assert state["places"] == {"apple": 36, "berry": 36, "cherry": 24}
+    joined = [k for k in files["branch-cherry"] if k.startswith("updates/")]
+    assert {int(files["branch-cherry"][k]) for k in joined} == {8}
+
+
+def test_other_tasks_are_refused_by_every_rank_unless_told(pool, five, tmp_path):
+    pool.run(2, "whole_run", values_of(five, 2, run=tmp_path / "run"), 2)
+    said = pool.run(3, "error_of", values_of(five, 3, run=tmp_path / "run"))
+    assert len([text for text in said if text.startswith("ValueError") and "train.change_tasks=true" in text]) == 3
+
+
+def test_a_fault_of_one_rank_ends_all(pool, five, tmp_path):
+    """A directory that only rank 0 looks into cannot be written: the others leave with it."""
+    (tmp_path / "file").write_text("not a directory")
+    said = pool.run(3, "error_of", values_of(five, 3, run=tmp_path / "file" / "run"))
+    assert said[0].startswith("NotADirectoryError") and said[1:] == ["SystemExit: 1"] * 2
+
+
+class Recorded(Group):
+    """A group that writes down what is launched, and when."""
+
+    log: list[str] = []  # noqa: RUF012
+
+    def sum_later(self, tensor):
+        self.log.append(f"{self.rank}:{tensor.numel()}")
+
+
+def test_buckets_are_launched_in_the_global_order_whatever_arrives_first():
+    """Gradients arrive encoder first, in the order of construction: the worst one. Nothing leaves out of order."""
+    Recorded.log = log = []
+    layers = [nn.Linear(1, n, bias=False) for n in (3, 4, 5, 6)]
+    parts = [
+        Part("branch-a", [*layers[0].parameters(), *layers[1].parameters()], Recorded(rank=1)),
+        Part("encoder", [*layers[2].parameters(), *layers[3].parameters()], Recorded(rank=2)),
+    ]
+    gradients = Gradients(parts, bucket_bytes=4)
+    x, states = torch.ones(1, 1), []
+    layers[0](x).sum().backward()
+    assert not log, "a micro-batch before the last launches nothing"
+    gradients.start()
+    for layer in (layers[2], layers[3], layers[0], layers[1]):
+        layer(x).sum().backward()
+        states.append(len(log))
+    gradients.finish()
+    assert log == ["1:4", "1:3", "2:6", "2:5"] and states == [0, 0, 0, 4]
+    assert torch.equal(layers[0].weight.grad, torch.full((3, 1), 2.0)), "two micro-batches add up"
+    log.clear()
+    gradients.start(unreached={"branch-a"})
+    assert log == ["1:4", "1:3"], "what cannot be reached is not waited for"
+    gradients.finish()
+    assert log == ["1:4", "1:3", "2:6", "2:5"]
+
+
+def test_the_launch_is_read_from_torchrun_and_from_srun():
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert launch(torchrun) == Launch(3, 8, 1, "10.0.0.1", 29500)
+    srun = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}
+    there = launch(srun | {"SLURM_STEP_NODELIST": "nid[001234-001236,001240]"})
+    assert (there.rank, there.size, there.local_rank, there.address) == (5, 8, 1, "nid001234")
+    assert launch(srun | {"SLURM_STEP_NODELIST": "a7,b[1-2]"}).address == "a7"
+    assert launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "77"}) == Launch(), "a batch script"
+    assert launch({}) == Launch() == launch({"RANK": "0", "WORLD_SIZE": "1"})
+    with pytest.raises(ValueError, match="rank 8 of 8"):
+        launch(torchrun | {"RANK": "8"})
+    with pytest.raises(ValueError, match="MASTER_PORT to a whole number, it is 'x'"):
+        launch(torchrun | {"MASTER_PORT": "x"})
+
+
+class Hanging:
+    """A store behind a network that was cut: calls do not come back."""
+
+    def set(self, key, value):
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(("silent", "expected"), [(1, "rank 1 is silent"), (0, "rank 0 is silent")])
+def test_a_silent_rank_is_heard_of_by_all_others(monkeypatch, silent, expected):
+    monkeypatch.setattr(heartbeat, "PERIOD", 0.02)
+    monkeypatch.setattr(heartbeat, "PATIENCE", 0.4)
+    store, left = HashStore(), {}
+    hearts = {
+        rank: heartbeat.Heartbeat(store, rank, 3, "fault", leave=lambda message, r=rank: left.setdefault(r, message))
+        for rank in {0, 1, 2} - {silent}
+    }
+    for heart in hearts.values():
+        heart.start()
+    time.sleep(0.2)
+    assert not left, "a rank that has not yet spoken is waited for"
+    until = time.monotonic() + 5
+    while len(left) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert set(left) == set(hearts) and all(expected in message for message in left.values())
+
+
+def test_a_store_that_does_not_answer_is_left(monkeypatch):
+    monkeypatch.setattr(heartbeat, "PERIOD", 0.02)
+    monkeypatch.setattr(heartbeat, "PATIENCE", 0.2)
+    left = []
+    heartbeat.Heartbeat(Hanging(), 1, 2, "fault", leave=left.append).start()
+    time.sleep(0.6)
+    assert len(left) == 1 and "cannot reach the rendezvous store" in left[0]
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_a_rank_is_gone_the_others_leave_and_the_run_goes_on(five, pool, tmp_path, blow):
+    values = values_of(five, 3, run=tmp_path / "run", placement="split", steps=100_000, epoch_steps=100_000)
+    values["train"] |= {"checkpoint_every": 2, "log_every": 2, "steps": 100_000}
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    base = {"WORLD_SIZE": "3", "MASTER_ADDR": HOST, "MASTER_PORT": str(store.port)}
+    base |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    context = get_context("forkserver")
+    ranks = [
+        context.Process(target=train_until_killed, args=(values, base | {"RANK": str(r), "LOCAL_RANK": str(r)}, 4.0))
+        for r in range(3)
+    ]
+    for rank in ranks:
+        rank.start()
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+        assert all(rank.is_alive() for rank in ranks)
+        time.sleep(0.02)
+    os.kill(ranks[1].pid, blow)
+    begun = time.monotonic()
+    for rank in (ranks[0], ranks[2]):
+        rank.join(timeout=30)
+        assert rank.exitcode not in (None, 0)
+    assert time.monotonic() - begun < 20
+    ranks[1].kill()
+    (step, _, complaints), *_ = pool.run(2, "newest_checkpoint", str(tmp_path / "run"))
+    assert step > 0 and not complaints

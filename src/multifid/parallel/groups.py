@@ -226,10 +226,10 @@ def world(name: str | None) -> Iterator[World]:
     heart.start()
     try:
         yield here
-        here.group.sum_(torch.zeros(1))  # nobody leaves, and takes the store along, before all are through
+        _leave_together(here)
     except SystemExit as leaving:
-        if leaving.code == STOPPED:  # all ranks stop together
-            here.group.sum_(torch.zeros(1))
+        if leaving.code == STOPPED:  # all ranks stop at the same step
+            _leave_together(here)
         raise
     except Exception as error:
         if not here._known:
@@ -238,6 +238,19 @@ def world(name: str | None) -> Iterator[World]:
     finally:
         heart.stop()
         dist.destroy_process_group()
+
+
+def _leave_together(here: World) -> None:
+    """Wait until all ranks are through: a connection that is closed while others still reduce is a fault to them.
+
+    A barrier would not do: some come out of it, and close their connections, while others are still inside.
+    """
+    here.store.add("left", 1)
+    try:
+        while here.store.add("left", 0) < here.size:
+            time.sleep(POLL)
+    except (RuntimeError, OSError):  # rank 0, the last to be waited for, has left with its store
+        return
 
 
 def _tell(here: World, error: Exception) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from multifid.config import Config, differences, dump_config, load_config
 from multifid.data.loader import Source
+from multifid.data.order import Draw
 from multifid.parallel.layout import place
+from multifid.train.costs import loads, memory
 from multifid.train.settings import NEUTRAL
 
 DEFAULT_BATCH = 32
@@ -77,13 +79,21 @@ def _may_change(difference: str, change_tasks: bool) -> bool:
     return change_tasks and difference.startswith(WITH_TASKS)
 
 
-def placement_of(config: Config, sources: list[Source], ranks: int) -> dict[str, list[int]]:
+def placement_of(config: Config, sources: list[Source], draws: list[Draw], ranks: int) -> dict[str, list[int]]:
     """The ranks of every task. A map that was written out for other ranks or tasks is chosen anew."""
     asked, parallel, tasks = config.parallel.placement, config.parallel, list(config.tasks)
     if isinstance(asked, dict) and parallel.ranks is not None and (parallel.ranks != ranks or set(asked) != set(tasks)):
         asked = "auto"
     together = [list(source.tasks) for source in sources]
-    return place(tasks, asked, ranks, together=together, allow_idle=parallel.allow_idle)
+    return place(
+        tasks,
+        asked,
+        ranks,
+        together=together,
+        loads=loads(config, sources, draws),
+        memory=memory(config),
+        allow_idle=parallel.allow_idle,
+    )
 
 
 def write_config(config: Config, run: Path, placement: dict[str, list[int]], ranks: int) -> None:

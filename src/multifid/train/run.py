@@ -75,7 +75,8 @@ def open_all(config: Config, world: groups.World, console: Console) -> Run:
         config, folder = open_run(config, world.size)
         sources = open_sources(config.tasks, config.train.verify)
         draws = make_draws(config, sources)
-        placement = placement_of(config, sources, world.size)
+        placement = placement_of(config, sources, draws, world.size)
+    placement = world.share(placement)  # computed from floats: one rank decides
     with world.together():  # only now: a run that cannot start leaves nothing behind
         if world.first:
             write_config(config, folder, placement, world.size)

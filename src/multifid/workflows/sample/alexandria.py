@@ -26,7 +26,7 @@ FILES = ("alexandria.json.bz2", "alex_go.json.bz2")
 PER_MATERIAL = 5  # about: the relaxed cell and the steps that it takes
 LONGEST = 5  # trajectory steps that are kept, from the first
 STIFFNESS = 10.0  # eV/angstrom^2, of the first step
-STRAIN, RATTLE = 0.015, 0.06  # relative, and angstrom: where the relaxation starts
+STRAIN, RATTLE = 0.012, 0.05  # relative, and angstrom: where the relaxation starts
 LARGEST_FORCE = 0.1  # eV/angstrom, on atoms and on the cell
 STEPS = 12
 

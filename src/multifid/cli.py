@@ -13,6 +13,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from multifid import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and stop")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
 Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="prepared stores")]
 
 
@@ -67,8 +85,8 @@ def train(
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="trained runs")],
-    data: Annotated[list[str], typer.Option("--data", metavar="[TASK=]STORE", help="what to ask about; repeatable")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="trained runs")],
+    data: Annotated[list[str], typer.Option("--data", metavar="[TASK=]STORE...", help="what to ask about")],
     split: Annotated[str, typer.Option(help="test | validation | train | all")] = "test",
     branch: Annotated[str | None, typer.Option(help="the branch that answers")] = None,
 ) -> None:
@@ -76,10 +94,14 @@ def evaluate(
     from multifid.evaluate.evaluate import data_of, evaluate_run
     from multifid.evaluate.table import rich_table
 
+    more = [text for text in runs if _is_data(text)]  # `--data A B`: an option takes one value, B arrives with the runs
+    models = [Path(text) for text in runs if text not in more]
+    if not models:
+        raise ValueError("evaluate needs a trained run: multifid evaluate RUN... --data STORE...")
     if split not in ("test", "validation", "train", "all"):
         raise ValueError(f"--split {split!r} must be test, validation, train or all")
-    asked = [d for text in data for d in data_of(text)]
-    rows = [row for run in runs for row in evaluate_run(run, asked, split, branch)]
+    asked = [d for text in [*data, *more] for d in data_of(text)]
+    rows = [row for run in models for row in evaluate_run(run, asked, split, branch)]
     for quantity in ("energy", "forces"):
         _console().print(rich_table(rows, quantity))
 
@@ -120,6 +142,11 @@ def study(
     from multifid.workflows.study import study as run
 
     run(load_config(config, overrides))
+
+
+def _is_data(text: str) -> bool:
+    """Whether an argument names a store (STORE or TASK=STORE) and not a run."""
+    return (Path(text.rpartition("=")[2]) / "manifest.json").exists()
 
 
 def _pair(text: str) -> tuple[str, str]:

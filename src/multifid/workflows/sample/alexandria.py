@@ -23,17 +23,17 @@ TASK = FORMAT = "alexandria"
 METHOD = "GFN1-xTB"
 LEVEL_OF_THEORY = "GFN1-xTB, periodic, Gamma point only"
 FILES = ("alexandria.json.bz2", "alex_go.json.bz2")
-PER_MATERIAL = 5  # about: the relaxed cell and the steps that it takes
+PER_MATERIAL = 4.7  # about: the relaxed cell and the steps that it takes
 LONGEST = 5  # trajectory steps that are kept, from the first
 STIFFNESS = 10.0  # eV/angstrom^2, of the first step
-STRAIN, RATTLE = 0.015, 0.06  # relative, and angstrom: where the relaxation starts
+STRAIN, RATTLE = 0.012, 0.05  # relative, and angstrom: where the relaxation starts
 LARGEST_FORCE = 0.1  # eV/angstrom, on atoms and on the cell
 STEPS = 12
 
 
 def jobs(structures: int, seed: int) -> list[tuple]:
     pool = [material for material in MATERIALS if material.relaxes]
-    return [(material, seed) for material in choose(pool, structures // PER_MATERIAL, new_rng(seed, TASK))]
+    return [(material, seed) for material in choose(pool, round(structures / PER_MATERIAL), new_rng(seed, TASK))]
 
 
 def compute(material: Material, seed: int) -> Outcome:

@@ -10,7 +10,7 @@ import orjson
 
 from multifid.workflows.sample import alexandria
 from multifid.workflows.sample.crystals import MATERIALS, Material, distorted, structure_dict, vasp_stress
-from multifid.workflows.sample.plan import choose, new_rng
+from multifid.workflows.sample.plan import choose, new_rng, portions
 from multifid.workflows.sample.xtb import Outcome, Point, Unusable, singlepoint
 
 TASK = FORMAT = "mptrj"
@@ -19,14 +19,15 @@ LEVEL_OF_THEORY = "GFN1-xTB, periodic, Gamma point only"
 FILES = ("mptrj.json",)
 SHARE = 2 / 3  # of the structures asked for: a single point here costs fifty times one of a molecule
 PER_MATERIAL = 3
-STRAIN, RATTLE = 0.015, 0.09  # relative, and angstrom
+STRAIN, RATTLE = 0.015, 0.06  # relative, and angstrom
 
 
 def jobs(structures: int, seed: int) -> list[tuple]:
     taken = {material.serial for material, _ in alexandria.jobs(structures, seed)}  # no material is in both
     pool = [material for material in MATERIALS if material.serial not in taken]
-    chosen = choose(pool, round(SHARE * structures / PER_MATERIAL), new_rng(seed, TASK))
-    return [(material, PER_MATERIAL, seed) for material in chosen]
+    frames = max(1, round(SHARE * structures))
+    chosen = choose(pool, frames // PER_MATERIAL, new_rng(seed, TASK))
+    return [(material, n, seed) for material, n in zip(chosen, portions(frames, len(chosen)), strict=True)]
 
 
 def compute(material: Material, count: int, seed: int) -> Outcome:

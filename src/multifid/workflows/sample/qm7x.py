@@ -5,6 +5,7 @@ comes with and without dispersion: here D3, under the names of the published fil
 """
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import h5py
@@ -36,13 +37,13 @@ def compute(name: str, count: int, seed: int) -> Outcome:
     except Unusable as reason:
         return Outcome(skipped=Counter({str(reason): count}))
     serial = list(library()).index(name) + 1
+    atoms = sum(_free_atom(int(z)) for z in molecule.numbers)
     for k in range(count):
         rng = new_rng(seed, TASK, name, k)
         positions = storable(distorted(molecule, rng, THERMAL)) if k else molecule.positions
         try:
             total = singlepoint(METHOD, molecule.numbers, positions)
             without = singlepoint(METHOD, molecule.numbers, positions, dispersion=False)
-            atoms = sum(_free_atom(int(z)) for z in molecule.numbers)
         except Unusable as reason:
             outcome.skipped[str(reason)] += 1
             continue
@@ -51,6 +52,7 @@ def compute(name: str, count: int, seed: int) -> Outcome:
     return outcome
 
 
+@cache
 def _free_atom(z: int) -> float:
     return singlepoint(METHOD, np.array([z]), np.zeros((1, 3)), unpaired=UNPAIRED[z]).energy
 

@@ -14,9 +14,8 @@ from multifid.workflows.sample.xtb import XTB, Point
 
 METHOD = "GFN1-xTB"
 IMAGES = 7  # between the two end points
-STEPS = (
-    9  # of the band: enough to leave the worst of the interpolation, far from converged, as most published frames are
-)
+# of the band: enough to leave the worst of the interpolation, far from converged, as most published frames are
+STEPS = 7
 
 
 def isomers() -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from multifid.workflows.sample import reactions
 from multifid.workflows.sample.molecules import library
-from multifid.workflows.sample.plan import choose, new_rng, portions
+from multifid.workflows.sample.plan import new_rng, portions
 from multifid.workflows.sample.xtb import Outcome, Point, Unusable
 
 TASK = FORMAT = "transition1x"
@@ -25,10 +25,22 @@ FRACTION = 0.1  # of the reactions for validation, and again for test
 
 
 def jobs(structures: int, seed: int) -> list[tuple]:
-    named = [(f"rxn{i:04d}", *pair) for i, pair in enumerate(reactions.isomers())]
-    chosen = choose(named, structures // PER_REACTION, new_rng(seed, TASK))
+    chosen = _spread(max(1, structures // PER_REACTION), seed)
     counts = portions(structures, len(chosen))
     return [(*reaction, max(1, n - len(END_POINTS)), seed) for reaction, n in zip(chosen, counts, strict=True)]
+
+
+def _spread(wanted: int, seed: int) -> list[tuple[str, str, str]]:
+    """Reactions spread over the formulas: one of each formula before a second of any. (name, reactant, product)."""
+    named = [(f"rxn{i:04d}", *pair) for i, pair in enumerate(reactions.isomers())]
+    met: Counter[str] = Counter()
+    ranked = []
+    for k in new_rng(seed, TASK).permutation(len(named)):
+        formula = library()[named[k][1]].formula
+        ranked.append((met[formula], named[k]))
+        met[formula] += 1
+    ranked.sort(key=lambda entry: entry[0])
+    return sorted(reaction for _, reaction in ranked[:wanted])
 
 
 def compute(name: str, reactant: str, product: str, frames: int, seed: int) -> Outcome:

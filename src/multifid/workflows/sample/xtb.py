@@ -16,10 +16,11 @@ import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
 from ase.units import Bohr, Hartree
 
+from multifid.structures.elements import SYMBOLS
+
 LARGEST_FORCE = 30.0  # eV/angstrom: above it, atoms overlap and tight binding means nothing
-ACCURACY = (
-    10.0  # tblite's threshold factor: 0.02 meV and 1e-3 eV/angstrom from the default 1.0, 30 % faster on crystals
-)
+# tblite's threshold factor for crystals: 0.04 meV/atom and 1e-3 eV/angstrom from its default 1.0, 40 % faster
+ACCURACY = 30.0
 
 
 class Unusable(Exception):
@@ -73,7 +74,7 @@ def singlepoint(
     """
     tblite = interface()
     lattice = {} if cell is None else {"lattice": cell / Bohr, "periodic": np.ones(3, bool)}
-    parameters = method if dispersion else _without_dispersion(method)
+    parameters = method if dispersion else _without_dispersion(method, frozenset(SYMBOLS[int(z)] for z in numbers))
     try:
         calculator = tblite.Calculator(parameters, np.asarray(numbers), positions / Bohr, uhf=unpaired, **lattice)
         calculator.set("verbosity", 0)
@@ -104,14 +105,19 @@ def _gap(result) -> float:
 
 
 @cache
-def _without_dispersion(method: str) -> dict:
+def _without_dispersion(method: str, elements: frozenset[str]) -> dict:
+    """The method's parameters less dispersion, cut down to these elements: tblite reads 86 of them in 90 ms."""
     from tblite import library
 
     export = {"GFN1-xTB": library.export_gfn1_param, "IPEA1-xTB": library.export_ipea1_param}[method]
     parameters, table = library.new_param(), library.new_table()
     export(parameters)
     library.dump_param(parameters, table)
-    return {key: value for key, value in library.table_to_dict(table).items() if key != "dispersion"}
+    kept = {key: value for key, value in library.table_to_dict(table).items() if key != "dispersion"}
+    kept["element"] = {symbol: own for symbol, own in kept["element"].items() if symbol in elements}
+    pairs = kept["hamiltonian"]["xtb"]["kpair"]
+    kept["hamiltonian"]["xtb"]["kpair"] = {p: k for p, k in pairs.items() if set(p.split("-")) <= elements}
+    return kept
 
 
 class XTB(Calculator):

@@ -5,7 +5,7 @@ reads only what is its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -26,6 +26,7 @@ class Feed:
     draws: list[Draw]  # of the sources, in their order
     placement: Mapping[str, Sequence[int]]  # task -> ranks
     rank: int = 0
+    _splits: dict[str, list[np.ndarray]] = field(default_factory=dict, repr=False)  # cut once: splits are large
 
     @property
     def epoch_steps(self) -> int:
@@ -47,8 +48,10 @@ class Feed:
 
     def split(self, split: str) -> Iterator[Batch]:
         """This rank's part of a whole split, store after store, in batches of about a training step's edges."""
-        wholes = [np.asarray(source.store.index(split)).astype(np.int64) for source in self.sources]
-        for source, index in zip(self.sources, self._mine(wholes), strict=True):
+        if split not in self._splits:
+            wholes = [np.asarray(source.store.index(split)).astype(np.int64) for source in self.sources]
+            self._splits[split] = self._mine(wholes)
+        for source, index in zip(self.sources, self._splits[split], strict=True):
             if not len(index):
                 continue
             costs = edge_costs(source, index, self.config.model.cutoff)

@@ -279,3 +279,21 @@ def _device(name: str | None, local_rank: int) -> torch.device:
     chosen = torch.device(chosen.type, local_rank % torch.accelerator.device_count())
     torch.accelerator.set_device_index(chosen.index)
     return chosen
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Processes that start inside compute with one OpenMP thread: those of a pool would fight for the same cores.
+
+    It must be in the environment they are born with; a library that is loaded before it is set does not see it.
+    """
+    name = "OMP_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -58,13 +58,15 @@ def sample(
         raise ValueError(f"structures must be at least 1, not {structures}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
+    from multifid.parallel.groups import one_thread_each  # here: the workers, which import this file, need no torch
+
     interface()  # says at once, and here rather than in a worker, what to install
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "sources.json").unlink(missing_ok=True)
 
     spawned = multiprocessing.get_context("spawn")  # a forked child would inherit the parent's threads and locks
-    with ProcessPoolExecutor(workers or _cores(), spawned, initializer=_one_thread) as pool:
+    with one_thread_each(), ProcessPoolExecutor(workers or _cores(), spawned) as pool:
         try:
             outcomes = _computed(pool, structures, seed, progress)
         except BaseException:
@@ -119,11 +121,6 @@ def _whole(paths: tuple[Path, ...]) -> Iterator[tuple[Path, ...]]:
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
-
-
-def _one_thread() -> None:
-    """In each worker, before tblite loads its OpenMP: threads of several workers would fight for the same cores."""
-    os.putenv("OMP_NUM_THREADS", "1")
 
 
 def _cores() -> int:

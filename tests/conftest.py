@@ -1,5 +1,9 @@
 """Small stores with planted labels, shared by the tests of what trains and evaluates."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: threads of several processes would fight for two cores
+
 from pathlib import Path
 
 import numpy as np

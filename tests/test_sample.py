@@ -26,6 +26,7 @@ from multifid.workflows.sample import (
     transition1x,
     xtb,
 )
+from records import expanded
 
 os.putenv("OMP_NUM_THREADS", "1")  # before tblite loads its OpenMP: many threads on a busy machine are slower than one
 tblite = pytest.importorskip("tblite.interface", reason="the extra 'demo' is not installed")
@@ -50,7 +51,7 @@ def made(tmp_path_factory) -> tuple[Path, dict]:
 
 def read_back(path: Path, form: str) -> list:
     module = reader(form)
-    return list(module.read(path, module.Options(), lambda fraction: None))
+    return list(expanded(module.read(path, module.Options(), lambda fraction: None)))
 
 
 def energy(method: str, structure: Structure, positions: np.ndarray, cell: np.ndarray | None = None) -> float:

@@ -12,6 +12,8 @@ import xxhash
 
 from multifid.data.fields import BLOCK, HEADER, Field, damaged, npy_header
 
+READ_AHEAD = 1 << 17  # bytes: of one request Linux reads no more than the device's read-ahead, 128 KiB by default
+
 
 class ArrayFile:
     """A growing npy file: rows are appended, the header is filled in at the end."""
@@ -24,7 +26,7 @@ class ArrayFile:
         self.file.write(bytes(HEADER))
 
     def append(self, rows: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
+        self.file.write(np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data)
         self.rows += len(rows)
 
     def put(self, value: int) -> None:
@@ -93,6 +95,14 @@ class MappedFile:
         new = touched[~self.verified[touched]]
         for block in np.unique(new):
             self._verify(int(block))
+
+    def ahead(self, start: int, stop: int) -> None:
+        """Ask the kernel for the rows start .. stop-1, and for all of the blocks that will be verified with them."""
+        first, last = HEADER + start * self.row_bytes, HEADER + stop * self.row_bytes
+        if self.left:
+            first, last = first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, len(self.bytes))
+        for at in range(first // READ_AHEAD * READ_AHEAD, last, READ_AHEAD):
+            self.bytes.madvise(mmap.MADV_WILLNEED, at, min(READ_AHEAD, len(self.bytes) - at))
 
     def whole(self) -> np.ndarray:
         """All rows, verified."""

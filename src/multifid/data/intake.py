@@ -1,30 +1,99 @@
-"""The first pass of `prepare`: every record of every file is stored, skipped with a reason, or an isolated atom."""
+"""The first pass of `prepare`: every record of every file is stored, skipped with a reason, or an isolated atom.
+
+Files are cut into parts, processes read them (`parts`), and this one puts what they found together in the order of the
+files. So the store does not depend on how many processes there were, nor on how often they were killed.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from multifid.data.readers import IsolatedAtom, LabelSet, Skip
-from multifid.data.validate import drop_infinite, invalid
+import numpy as np
+
+from multifid.data.fields import file_checksum
+from multifid.data.inputs import Input
+from multifid.data.parts import Assignment, Found, found_in, is_done, pieces_of, read_part
+from multifid.data.readers import LabelSet, Part
+from multifid.data.unfinished import Unfinished
+from multifid.data.workers import Workers
 from multifid.data.writer import StoreWriter
-from multifid.structures.structure import Structure
 
 Advance = Callable[[int, float, int], None]  # (number of the file, fraction of it done, structures stored so far)
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One source file: where it is, how the manifest calls it, and the split it was given for."""
+def jobs(module: ModuleType, options: Any) -> dict[str, Callable[..., Any]]:
+    """What workers can be asked to do."""
+    return {
+        "plan": lambda path, report: module.parts(path, options),
+        "read": lambda work, report: read_part(module, options, work, lambda *far: report(far)),
+        "checksum": lambda path, report: file_checksum(path),
+    }
 
-    path: Path
-    name: str
-    split: str | None
+
+def read_files(files: list[Input], unfinished: Unfinished, workers: Workers, limit: int | None, advance: Advance):
+    """This rank's parts of all files, until they are done; the plan: (number of the file, part) of every part."""
+    plan = unfinished.plan() if unfinished.rank == 0 else unfinished.wait_for_plan()
+    if plan is None:
+        plan = _plan(files, workers, limit)
+        unfinished.write_plan(plan)
+    mine = range(unfinished.rank, len(plan), unfinished.size)
+    todo = [n for n in mine if not is_done(unfinished.part(n))]
+    work = [Assignment(files[plan[n][0]].path, plan[n][1], unfinished.part(n), limit) for n in todo]
+    far = _Progress(plan, advance)
+    for n in mine:
+        if is_done(unfinished.part(n)):
+            far.done(n, found_in(unfinished.part(n)).structures)
+    for event in workers.run("read", work, lambda assigned: str(assigned.path)):
+        n = todo[event.task]
+        if event.done:
+            far.done(n, found_in(unfinished.part(n)).structures)
+        else:
+            far.at(n, *event.value)
+    return plan
+
+
+def checksums(files: list[Input], workers: Workers) -> list[str]:
+    """The xxh3 of every file."""
+    found = [""] * len(files)
+    for event in workers.run("checksum", [file.path for file in files], str):
+        found[event.task] = event.value
+    return found
+
+
+def _plan(files: list[Input], workers: Workers, limit: int | None) -> list[tuple[int, Part]]:
+    """With a limit for each file, a file is one part: where its first structures end is known only by reading."""
+    if limit is not None:
+        return [(number, None) for number in range(len(files))]
+    parts: list[list[Part]] = [[] for _ in files]
+    for event in workers.run("plan", [file.path for file in files], str):
+        parts[event.task] = event.value
+    return [(number, part) for number, found in enumerate(parts) for part in found]
+
+
+class _Progress:
+    """How far the parts of this rank are, told file by file."""
+
+    def __init__(self, plan: list[tuple[int, Part]], advance: Advance) -> None:
+        self.plan, self.advance = plan, advance
+        self.parts_of_file = [0] * (max((file for file, _ in plan), default=-1) + 1)
+        for file, _ in plan:
+            self.parts_of_file[file] += 1
+        self.fraction = [0.0] * len(self.parts_of_file)
+        self.of_part: dict[int, float] = {}
+        self.structures: dict[int, int] = {}
+
+    def done(self, part: int, structures: int) -> None:
+        self.at(part, 1.0, structures)
+
+    def at(self, part: int, fraction: float, structures: int) -> None:
+        file = self.plan[part][0]
+        self.fraction[file] += (fraction - self.of_part.get(part, 0.0)) / self.parts_of_file[file]
+        self.of_part[part], self.structures[part] = fraction, structures
+        self.advance(file, self.fraction[file], sum(self.structures.values()))
 
 
 class Intake:
-    """Reads files into a writer and remembers what does not go into field files.
+    """Puts finished parts into a writer and remembers what does not go into field files.
 
     task, level_of_theory: what the user calls the label set; the records must then hold only one.
     """
@@ -37,39 +106,40 @@ class Intake:
         self.isolated: dict[str, dict[int, float]] = {}  # task -> Z -> eV
         self.dropped: dict[str, int] = {}  # labels that are not numbers, by reason
 
-    def read(self, files: list[Input], options: Any, limit: int | None, advance: Advance) -> None:
-        """All files, one after the other; at most `limit` structures of each."""
-        for number, file in enumerate(files):
-            before = self.writer.structures
+    def take(self, files: list[Input], plan: list[tuple[int, Part]], unfinished: Unfinished) -> None:
+        """All parts in the order of the files."""
+        self.structures_of_file = [0] * len(files)
+        for number, (file, _) in enumerate(plan):
+            found = found_in(unfinished.part(number))
+            self._remember(found, files[file])
+            for piece in pieces_of(unfinished.part(number), found):
+                for where, reason in piece.skips:
+                    self.writer.skip(files[file].name, where, reason)
+                if piece.columns:
+                    columns = self._renamed(piece.columns)
+                    self.writer.append_columns(columns, piece.source_id, piece.source_id_lengths)
+            self.structures_of_file[file] += found.structures
 
-            def report(fraction: float, number: int = number) -> None:
-                advance(number, fraction, self.writer.structures)
+    def _remember(self, found: Found, file: Input) -> None:
+        for name in found.tasks:
+            self._task_of(name)
+        for name, number, energy in found.isolated:
+            energies = self.isolated.setdefault(self._task_of(name), {})
+            if (known := energies.setdefault(number, energy)) != energy:
+                both = f"{known} and {energy} eV"
+                raise ValueError(f"{file.path}: the isolated atom Z={number} has two energies: {both}")
+        for what, count in found.dropped.items():
+            self.dropped[what] = self.dropped.get(what, 0) + count
 
-            for record in self.module.read(file.path, options, report):
-                self._take(record, file)
-                if limit is not None and self.writer.structures - before >= limit:
-                    break
-            self.structures_of_file.append(self.writer.structures - before)
-            report(1.0)
-
-    def _take(self, record: Structure | Skip | IsolatedAtom, file: Input) -> None:
-        match record:
-            case Skip():
-                self.writer.skip(file.name, record.where, record.reason)
-            case IsolatedAtom():
-                energies = self.isolated.setdefault(self._task_of(record.task), {})
-                if (known := energies.setdefault(record.number, record.energy)) != record.energy:
-                    energy = f"{known} and {record.energy} eV"
-                    raise ValueError(f"{file.path}: the isolated atom Z={record.number} has two energies: {energy}")
-            case Structure():
-                record.labels = {self._task_of(name): labels for name, labels in record.labels.items()}
-                dropped = drop_infinite(record)
-                if (reason := invalid(record)) is not None:
-                    self.writer.skip(file.name, record.source_id, reason)
-                    return
-                for what in dropped:
-                    self.dropped[what] = self.dropped.get(what, 0) + 1
-                self.writer.append(record)
+    def _renamed(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        renamed = {}
+        for name, values in columns.items():
+            match name.split("/"):
+                case ["labels", task, kind]:
+                    renamed[f"labels/{self._task_of(task)}/{kind}"] = values
+                case _:
+                    renamed[name] = values
+        return renamed
 
     def _task_of(self, name: str) -> str:
         if name in self.names:

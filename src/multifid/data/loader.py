@@ -154,8 +154,7 @@ def _calibration(store: Store, cutoff: float) -> float:
     """
     measured = store.manifest["edges_per_atom"]
     nearest = min(measured, key=lambda c: abs(float(c) - cutoff))
-    train = store.index("train")
-    sample = train[sampled(len(train))].astype(np.int64)
+    sample = store.pick("train", sampled(store.size("train")))
     estimate = float(_even_edges(store, sample, float(nearest), 1.0).sum())
     counted = float(measured[nearest]) * float(store.rows("natoms", sample).sum())
     return counted / estimate if estimate else 1.0

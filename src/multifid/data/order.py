@@ -7,24 +7,53 @@ the other tasks enter, so resuming is exact anywhere and adding a task leaves th
 The permutation is computed, not stored: a keyed bijection on 0..n-1 (an alternating Feistel network with cycle
 walking: Black & Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). A stored permutation would be simpler
 and costs 8 bytes per structure, task and rank: 2.9 GB for 359 million structures.
+
+A store that does not fit into memory is drawn in blocks, which a disk reads as fast as it can:
+
+    split's index      | b0 | b1 | b2 | b3 | b4 | b5 | b6 | b7 |r|     turned by a number of structures, cut into blocks
+    order of blocks    | b5   b2   b7   b0 | b3   b6   b1   b4  r|     permuted, in windows; the rest r comes last
+    order of a pass    | mixed structures  | mixed structures    |     each window's structures permuted
+
+Every structure still comes once in a pass, anywhere in it; but what comes near it is from the blocks of its window.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from hashlib import blake2b
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+STRETCH = 4096  # places of a pass that are computed together and kept for the steps to come
 _ROUNDS = 8  # even, so that the two halves end where they began
 
 
 class SamplingConfig(BaseModel):
-    """How the structures of a step are divided among the tasks."""
+    """How the structures of a step are divided among the tasks, and in which order they come."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     exponent: float = Field(0.0, ge=0.0, description="share of a task ~ size^exponent; 0: equal shares, 1: by size")
+    order: Literal["random", "blocks"] = Field(
+        "random", description="of a pass; blocks: for stores that exceed the memory, read in long pieces ahead of time"
+    )
+    block: int = Field(16384, gt=0, description="order blocks: neighbouring structures that are read together")
+    window: int = Field(32, gt=0, description="order blocks: so many blocks from anywhere are mixed with each other")
+
+    def blocks(self) -> "Blocks | None":
+        return Blocks(self.block, self.window) if self.order == "blocks" else None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An order in blocks of `block` structures, `window` of which are mixed."""
+
+    block: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -35,20 +64,105 @@ class Order:
     checksum: str  # of the store
     task: str
     size: int  # structures of the training split
+    blocks: Blocks | None = None  # None: in any order
 
     def __call__(self, start: int, count: int) -> np.ndarray:
         """Where the places start .. start+count-1 lie in the split's index: (count,) int64 in 0..size-1."""
-        places = np.arange(start, start + count, dtype=np.int64)
-        passes, within = np.divmod(places, self.size)
-        out = np.empty(count, dtype=np.int64)
-        for number in np.unique(passes):
-            chosen = passes == number
-            out[chosen] = permute(within[chosen], self.size, self._keys(int(number)))
-        return out
+        out, place, stop = [np.zeros(0, np.int64)], start, start + count
+        while place < stop:
+            number, within = divmod(place, self.size)
+            stretch = within // STRETCH * STRETCH
+            part = _stretch(self, number, stretch)[within - stretch : within - stretch + stop - place]
+            out.append(part)
+            place += len(part)
+        return np.concatenate(out)
 
-    def _keys(self, number: int) -> np.ndarray:
-        text = f"{self.seed}\0{self.checksum}\0{self.task}\0{number}".encode()
-        return np.frombuffer(blake2b(text, digest_size=8 * _ROUNDS).digest(), dtype="<u8")
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Of an order in blocks: the parts [first, last) of the split's index that some places need.
+
+        They are those of the windows of the places start .. stop-1, as far as their blocks stand at these places: so
+        the pieces of consecutive ranges of places are read once, and all of a window's are there when it begins if
+        places are asked for `ahead` of time.
+        """
+        if self.blocks is None:
+            return
+        for number in range(start // self.size, -(-stop // self.size)):
+            base = number * self.size
+            yield from self._cut(number, self.blocks).pieces(max(start - base, 0), min(stop - base, self.size))
+
+    @property
+    def ahead(self) -> int:
+        """Of an order in blocks: the most structures of a window, so far ahead its blocks must be read."""
+        return 0 if self.blocks is None else min(self.size, (self.blocks.window + 1) * self.blocks.block)
+
+    def _cut(self, number: int, blocks: Blocks) -> "_Cut":
+        turn = int(self._keys(number, "turn")[0]) % self.size
+        return _Cut(self.size, blocks, turn, lambda name: self._keys(number, name))
+
+    def _keys(self, number: int, name: str = "") -> np.ndarray:
+        text = f"{self.seed}\0{self.checksum}\0{self.task}\0{number}" + (f"\0{name}" if name else "")
+        return np.frombuffer(blake2b(text.encode(), digest_size=8 * _ROUNDS).digest(), dtype="<u8")
+
+
+@lru_cache(maxsize=256)
+def _stretch(order: Order, number: int, start: int) -> np.ndarray:
+    """Some places of a pass from `start`, computed together: for the few of one step it takes ten times as long."""
+    places = np.arange(start, min(start + STRETCH, order.size), dtype=np.int64)
+    if order.blocks is None:
+        return permute(places, order.size, order._keys(number))
+    return order._cut(number, order.blocks).permuted(places)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One pass in blocks. Places, and what lies behind them, are counted within the pass."""
+
+    size: int
+    blocks: Blocks
+    turn: int  # the first block begins at this place of the split's index
+    keys: Callable[[str], np.ndarray]
+
+    @property
+    def full(self) -> int:
+        """Blocks, without the rest."""
+        return self.size // self.blocks.block
+
+    @property
+    def windows(self) -> int:
+        return max(1, -(-self.full // self.blocks.window))
+
+    def start(self, window: int) -> int:
+        """The first place of a window; windows differ by one block at most, and the last one takes the rest."""
+        return self.size if window == self.windows else window * self.full // self.windows * self.blocks.block
+
+    def permuted(self, places: np.ndarray) -> np.ndarray:
+        """Where the structures at these places of the pass lie in the split's index."""
+        position = np.minimum(places // self.blocks.block, max(self.full - 1, 0))
+        windows = ((position + 1) * self.windows - 1) // max(self.full, 1)
+        mixed = np.empty_like(places)
+        for window in np.unique(windows).tolist():
+            chosen, first = windows == window, self.start(window)
+            size = self.start(window + 1) - first
+            mixed[chosen] = first + permute(places[chosen] - first, size, self.keys(f"window {window}"))
+        return self._behind(mixed)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The parts of the split's index at the places start .. stop-1 before structures are mixed, block by block."""
+        borders = [start, *range((start // self.blocks.block + 1) * self.blocks.block, stop, self.blocks.block), stop]
+        for a, b in pairwise(borders):
+            first = int(self._behind(np.array([a]))[0])
+            yield first, min(first + b - a, self.size)
+            if first + b - a > self.size:  # a block that begins at the end of the index and ends at its beginning
+                yield 0, first + b - a - self.size
+
+    def _behind(self, places: np.ndarray) -> np.ndarray:
+        """Places of the order of blocks to places of the split's index."""
+        out = places.copy()
+        number, within = np.divmod(places, self.blocks.block)
+        whole = number < self.full
+        moved = permute(number[whole], self.full, self.keys("blocks")) if whole.any() else number[whole]
+        out[whole] = moved * self.blocks.block + within[whole]
+        return (out + self.turn) % self.size
 
 
 def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
@@ -58,10 +172,16 @@ def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     walk on until they fall inside.
     """
     bits = max(8, int(size - 1).bit_length())  # in narrower networks some permutations are much rarer than others
-    out = _feistel(values.astype(np.uint64), bits, keys)
+    if bits == 8:  # most values fall outside: they walk on a list of all
+        network = _feistel(np.arange(256, dtype=np.uint64), bits, keys).astype(np.int64)
+        return _walk(network[values], size, lambda out: network[out])
+    return _walk(_feistel(values.astype(np.uint64), bits, keys), size, lambda out: _feistel(out, bits, keys))
+
+
+def _walk(out: np.ndarray, size: int, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     outside = np.flatnonzero(out >= size)
     while len(outside):
-        out[outside] = _feistel(out[outside], bits, keys)
+        out[outside] = network(out[outside])
         outside = outside[out[outside] >= size]
     return out.astype(np.int64)
 

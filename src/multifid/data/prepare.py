@@ -1,11 +1,11 @@
 """Published files to a store: read, check, divide, fit reference energies, count, commit.
 
-Streams: structures go to the store's own field files as they come, and what needs a second look (splits, reference
-energies, scale) reads these files again in pieces. The store appears by one rename at the end, or not at all.
+Workers read parts of the files to pieces on disk (`intake`); these are put together in order, and what needs a second
+look (splits, reference energies, scale) reads the store's field files again. The store appears by one rename at the
+end, or not at all, and has the same bytes whatever number of workers and ranks made it, killed however often.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -18,13 +18,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from multifid.data.array_file import Rows
-from multifid.data.fields import TASK_NAME, file_checksum
-from multifid.data.intake import Advance, Input, Intake
+from multifid.data.check import doubts_of_fields, geometries
+from multifid.data.fields import TASK_NAME
+from multifid.data.inputs import Input, find_inputs
+from multifid.data.intake import Advance, Intake, checksums, jobs, read_files
+from multifid.data.leakage import set_aside
 from multifid.data.readers import reader
-from multifid.data.split import DIVIDED, divide, set_unseen_aside
+from multifid.data.split import divide, set_unseen_aside
 from multifid.data.store import Store
 from multifid.data.summary import summary
 from multifid.data.survey import sample_edges, survey_task
+from multifid.data.unfinished import Unfinished
+from multifid.data.workers import Workers
 from multifid.data.writer import StoreWriter
 from multifid.structures.structure import SPLITS
 
@@ -41,72 +46,162 @@ def prepare(
     seed: int = 0,
     options: dict[str, Any] | None = None,
     level_of_theory: str | None = None,
+    trust_units: bool = False,
+    drop_duplicates: bool = False,
+    drop_duplicates_of: Sequence[Path | str] = (),
+    workers: int = 1,
+    rank: int = 0,
+    size: int = 1,
     progress: bool = True,
-) -> Store:
+) -> Store | None:
     """Make one store of one or several files of a published format, and open it.
 
-    task: the name of its label set (by default the format's own). limit: at most so many structures of each file.
-    files_of_split: split -> files that are this split as a whole, in addition to `inputs`. options: what the reader's
-    `Options` take. progress: show a bar on a terminal, and print what the store holds. ValueError or OSError for
-    anything that a user can mend, naming it.
+    inputs: files, directories (all files of the format below them) or patterns. task: the name of its label set (by
+    default the format's own). limit: at most so many structures of each file. files_of_split: split -> files that are
+    this split as a whole, in addition to `inputs`. options: what the reader's `Options` take. trust_units: make
+    the store also where its units look wrong (what speaks against them goes into the manifest). drop_duplicates: set
+    structures aside (split `unused`) that repeat an earlier one. drop_duplicates_of: stores; set aside what is trained
+    on here and tested on there, or the other way round. workers: processes that
+    read. rank, size: this process among others that prepare the same store on a common file system; only the first has
+    a store to return. progress: show a bar on a terminal, and print what the store holds.
+
+    ValueError or OSError for anything that a user can mend, naming it; nothing is left then. What was done when the
+    process was killed or interrupted stays, and the same call goes on with it.
     """
     module = reader(format)
     chosen = _options(module, format, options or {})
     if task is not None and not TASK_NAME.fullmatch(task):
         raise ValueError(f"a task is named by letters, digits, _ and -, not {task!r}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
-    files = _inputs(inputs, files_of_split or {})
-    with StoreWriter(out) as writer:
-        intake = Intake(module, writer, task, level_of_theory)
-        with _bar(files, progress) as advance:
-            intake.read(files, chosen, limit, advance)
-        if writer.structures == 0:
-            raise ValueError(f"{', '.join(str(f.path) for f in files)}: no structure can be used ({writer.skipped})")
-        fields = writer.seal()
-        split, splits = _divide(fields, intake, files, fractions, seed)
-        source_options = {**chosen.model_dump(mode="json"), "limit": limit}
-        writer.commit(
-            split,
-            {
-                "source": {"format": format, "files": _sources(files, intake), "options": source_options},
-                "tasks": {
-                    name: {
-                        "level_of_theory": labels.level_of_theory,
-                        "energy_kind": labels.energy_kind,
-                        "labels": writer.labels[name],
-                        **survey_task(name, fields, split, intake.isolated.get(name, {})),
-                    }
-                    for name, labels in intake.label_sets.items()
-                    if name in writer.labels
-                },
-                "splits": splits,
-                "edges_per_atom": sample_edges(fields, split),
-                "dropped_labels": dict(sorted(intake.dropped.items())),
-            },
-        )
+    for name, value in (("limit", limit), ("workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    others = [Store(path) for path in drop_duplicates_of]
+    files = find_inputs(inputs, files_of_split or {}, module.ENDINGS)
+    if rank and Path(out).exists():  # the first rank was that much faster, or complains of it
+        return None
+    unfinished = Unfinished(Path(out), _question(format, files, chosen, limit), rank, size)
+    try:
+        with Workers(workers, jobs(module, chosen)) as pool:
+            if rank:
+                read_files(files, unfinished, pool, limit, lambda *far: None)
+                return None
+            if Path(out).exists() and unfinished.plan() is not None:  # killed between the rename and the cleaning
+                unfinished.remove()
+                return Store(out)
+            with StoreWriter(out) as writer:
+                intake = Intake(module, writer, task, level_of_theory)
+                with _bar(files, progress) as advance:
+                    plan = read_files(files, unfinished, pool, limit, advance)
+                    unfinished.wait_for_parts(len(plan))
+                intake.take(files, plan, unfinished)
+                if writer.structures == 0:
+                    named = ", ".join(str(f.path) for f in files)
+                    raise ValueError(f"{named}: no structure can be used ({writer.skipped})")
+                source = {
+                    "format": format,
+                    "files": _sources(files, intake, checksums(files, pool)),
+                    "options": {**chosen.model_dump(mode="json"), "limit": limit},
+                }
+
+                def divided(fields: dict[str, Rows]) -> tuple[np.ndarray, dict[str, Any]]:
+                    return _divide(fields, intake, files, fractions, seed, drop_duplicates, others)
+
+                _finish(writer, intake, source, divided, trust_units)
+    except (KeyboardInterrupt, TimeoutError, ChildProcessError):
+        raise  # what is done stays for the next time
+    except Exception as error:
+        unfinished.fail(error)
+        if rank == 0:
+            unfinished.remove()
+        raise
+    finally:
+        unfinished.leave()
+    unfinished.remove()
     store = Store(out)
     if progress:
         Console().print(summary(store))
     return store
 
 
+def _finish(
+    writer: StoreWriter,
+    intake: Intake,
+    source: dict[str, Any],
+    divided: Callable[[dict[str, Rows]], tuple[np.ndarray, dict[str, Any]]],
+    trust_units: bool,
+) -> None:
+    """All structures are written: doubt, divide, fit, count, commit."""
+    fields = writer.seal()
+    doubts = _doubts(fields, intake, writer, trust_units)
+    split, splits = divided(fields)
+    writer.commit(
+        split,
+        {
+            "source": source,
+            "tasks": {
+                name: {
+                    "level_of_theory": labels.level_of_theory,
+                    "energy_kind": labels.energy_kind,
+                    "labels": writer.labels[name],
+                    **survey_task(name, fields, split, intake.isolated.get(name, {})),
+                }
+                for name, labels in intake.label_sets.items()
+                if name in writer.labels
+            },
+            "splits": splits,
+            "edges_per_atom": sample_edges(fields, split),
+            "dropped_labels": dict(sorted(intake.dropped.items())),
+            **({"doubts": doubts} if doubts else {}),
+        },
+    )
+
+
+def _question(format: str, files: list[Input], options: Any, limit: int | None) -> dict[str, Any]:
+    """What decides over the parts of the files: format, options and the files as they are now."""
+    stats = [(file.path, file.path.stat()) for file in files]
+    return {
+        "format": format,
+        "options": options.model_dump(mode="json"),
+        "limit": limit,
+        "files": [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+    }
+
+
+def _doubts(fields: dict[str, Rows], intake: Intake, writer: StoreWriter, trusted: bool) -> list[str]:
+    """What speaks against the declared units, one line each; a ValueError unless they are trusted."""
+    levels = {name: about.level_of_theory for name, about in intake.label_sets.items() if name in writer.labels}
+    found = [str(doubt) for doubt in doubts_of_fields(fields, levels)]
+    if found and not trusted:
+        listed = "\n  ".join(found)
+        raise ValueError(f"units are doubtful (--trust-units, where they are right all the same):\n  {listed}")
+    return found
+
+
 def _divide(
-    fields: dict[str, Rows], intake: Intake, files: list[Input], fractions: tuple[float, float, float], seed: int
+    fields: dict[str, Rows],
+    intake: Intake,
+    files: list[Input],
+    fractions: tuple[float, float, float],
+    seed: int,
+    drop_duplicates: bool,
+    others: list[Store],
 ) -> tuple[np.ndarray, dict[str, Any]]:
     file = np.repeat(np.arange(len(files), dtype=np.uint32), intake.structures_of_file)
     given = [f.split for f in files]
     divided = divide(fields["relative"][:], fields["split"][:], file, given, intake.module.RELATIVE, fractions, seed)
+    aside = {}
+    if drop_duplicates or others:
+        aside["duplicates"] = set_aside(divided.split, geometries(fields), drop_duplicates, others)
     unseen = set_unseen_aside(divided.split, fields["numbers"], fields["offsets"])
     counts = {name: int((divided.split == code).sum()) for code, name in enumerate(SPLITS)}
-    splits = {**counts, "seed": seed, "rule": divided.rule, "fractions": list(fractions), "unseen_elements": unseen}
-    return divided.split, splits
+    rule = {"seed": seed, "rule": divided.rule, "fractions": list(fractions)}
+    return divided.split, {**counts, **rule, "unseen_elements": unseen, **aside}
 
 
-def _sources(files: list[Input], intake: Intake) -> list[dict[str, Any]]:
+def _sources(files: list[Input], intake: Intake, sums: list[str]) -> list[dict[str, Any]]:
     return [
-        {"name": f.name, "bytes": f.path.stat().st_size, "xxh3": file_checksum(f.path), "structures": n}
-        for f, n in zip(files, intake.structures_of_file, strict=True)
+        {"name": file.name, "bytes": file.path.stat().st_size, "xxh3": digest, "structures": count}
+        for file, digest, count in zip(files, sums, intake.structures_of_file, strict=True)
     ]
 
 
@@ -117,28 +212,6 @@ def _options(module: ModuleType, format: str, given: dict[str, Any]) -> Any:
         known = ", ".join(module.Options.model_fields) or "none"
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"options of {format}: {problems} (there are: {known})") from error
-
-
-def _inputs(inputs: Sequence[Path | str], files_of_split: dict[str, list[Path]]) -> list[Input]:
-    """All files in the order given, those of a split last; a file that is both is only its split's."""
-    split_of: dict[Path, str | None] = {}
-    for name, paths in files_of_split.items():
-        if name not in DIVIDED:
-            raise ValueError(f"files can be given for {', '.join(DIVIDED)}, not for {name!r}")
-        for path in map(Path, paths):
-            if path in split_of:
-                raise ValueError(f"{path} is given twice: for {split_of[path]} and for {name}")
-            split_of[path] = name
-    paths = [*(path for path in map(Path, inputs) if path not in split_of), *split_of]
-    if not paths:
-        raise ValueError("no input file is given")
-    for i, path in enumerate(paths):
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        if any(path.samefile(other) for other in paths[:i]):
-            raise ValueError(f"{path} is given twice: its structures would count twice")
-    above = os.path.commonpath([path.resolve().parent for path in paths])
-    return [Input(path, path.resolve().relative_to(above).as_posix(), split_of.get(path)) for path in paths]
 
 
 @contextmanager
@@ -157,10 +230,11 @@ def _bar(files: list[Input], wanted: bool) -> Iterator[Advance]:
     with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
         shown = bar.add_task("preparing", total=sum(sizes), structures=0, rate=0.0)
 
-        drawn = 0.0
+        drawn, done = 0.0, [0.0] * len(files)
 
         def advance(number: int, fraction: float, structures: int) -> None:
             nonlocal drawn
+            done[number] = fraction
             if bar.disable or (fraction < 1.0 and monotonic() - drawn < 0.1):
                 return
             drawn = monotonic()
@@ -168,7 +242,7 @@ def _bar(files: list[Input], wanted: bool) -> Iterator[Advance]:
             bar.update(
                 shown,
                 description=files[number].name,
-                completed=sum(sizes[:number]) + fraction * sizes[number],
+                completed=sum(part * size for part, size in zip(done, sizes, strict=True)),
                 structures=structures,
                 rate=structures / elapsed if elapsed else 0.0,
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from multifid.data.array_file import MappedFile
-from multifid.data.fields import BLOCK, CHECKSUMS, FIELDS, LABELS, MANIFEST, SKIPPED, blocks
+from multifid.data.fields import BLOCK, CHECKSUMS, FIELDS, LABELS, MANIFEST, SKIPPED, blocks, field
 from multifid.data.manifest import check_array, check_size, open_checksums, read_manifest, verify_text
 from multifid.structures.structure import SPLITS, Packed, PackedLabels
 
@@ -69,6 +69,29 @@ class Store:
         if split not in SPLITS:
             raise ValueError(f"there is no split {split!r}: splits are {', '.join(SPLITS)}")
         return self.field(f"index/{split}")
+
+    def size(self, split: str) -> int:
+        """The number of structures of a split."""
+        return int(self.manifest["splits"][split])
+
+    def pick(self, split: str, places: np.ndarray | slice) -> np.ndarray:
+        """The structures at some places of a split's index, (n,) int64; only the blocks they lie in are verified.
+
+        IndexError for places outside 0..size(split)-1.
+        """
+        size = self.size(split)
+        if isinstance(places, slice):
+            places = np.arange(*places.indices(size))
+        return self._rows(f"index/{split}", _checked(places, size, f"{self.path}/index/{split}")).astype(np.int64)
+
+    def read_ahead(self, start: int, stop: int, tasks: Sequence[str]) -> None:
+        """Ask the kernel for what `read` needs of the structures start .. stop-1. Returns before it is there."""
+        first, last = (int(x) for x in self._rows("offsets", np.array([start, stop])))
+        kinds = [f"labels/{task}/{kind}" for task in tasks for kind in LABELS]
+        for name in ("natoms", "offsets", "numbers", "positions", "cell", "pbc", "charge", "spin", *kinds):
+            if name in self._files:
+                a, b = (first, last) if field(name).rows == "atoms" else (start, stop)
+                self._files[name].ahead(a, b)
 
     def source_id(self, i: int) -> str:
         """Where structure `i` lies in its source file (`source_file`)."""
@@ -139,15 +162,7 @@ class Store:
         return file.rows.take(atoms, axis=0)
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
-        if len(indices) == 0:
-            return np.zeros(0, np.int64)
-        if indices.dtype.kind not in "iu":
-            raise IndexError(f"structures are read by integers, not by {indices.dtype}")
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= self.structures:
-            bad = low if low < 0 else high
-            raise IndexError(f"structure {bad} of {self.path}: it has structures 0..{self.structures - 1}")
-        return indices.astype(np.int64, copy=False)
+        return _checked(indices, self.structures, str(self.path))
 
     def _open_files(self) -> dict[str, MappedFile]:
         checksums = open_checksums(self.path, self.manifest)
@@ -175,3 +190,15 @@ class Store:
         if missing := sorted(required - set(opened)):
             raise ValueError(f"{self.path / MANIFEST} lists no file for {', '.join(missing)}")
         return opened
+
+
+def _checked(indices: np.ndarray, size: int, where: str) -> np.ndarray:
+    """Indices as int64, all of them in 0..size-1."""
+    if len(indices) == 0:
+        return np.zeros(0, np.int64)
+    if indices.dtype.kind not in "iu":
+        raise IndexError(f"structures are read by integers, not by {indices.dtype}")
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= size:
+        raise IndexError(f"structure {low if low < 0 else high} of {where}: it has structures 0..{size - 1}")
+    return indices.astype(np.int64, copy=False)

@@ -6,6 +6,8 @@ from multifid.data.store import Store
 from multifid.structures.elements import SYMBOLS
 from multifid.structures.structure import SPLITS
 
+SHOWN = 10  # reference energies that are listed one by one
+
 
 def summary(store: Store) -> Table:
     """A table of two columns: counts, splits, labels and reference energies of each task, what was skipped and why."""
@@ -15,6 +17,8 @@ def summary(store: Store) -> Table:
     table.add_row("elements", " ".join(SYMBOLS[z] for z in store.elements))
     splits = manifest["splits"]
     table.add_row("splits", ", ".join(f"{name} {splits[name]:,}" for name in SPLITS) + f" ({splits['rule']})")
+    if splits.get("duplicates"):
+        table.add_row("duplicates set aside", f"{splits['duplicates']:,}")
     for name, task in manifest["tasks"].items():
         labels = ", ".join(f"{kind} {count:,}" for kind, count in task["labels"].items() if count)
         table.add_row(f"task {name}", f"{task['level_of_theory']}, {task['energy_kind']}: {labels}")
@@ -23,6 +27,8 @@ def summary(store: Store) -> Table:
     for what in ("skipped", "dropped_labels"):
         for reason, count in manifest[what].items():
             table.add_row(what.replace("_", " "), f"{count:,}: {reason}")
+    for doubt in manifest.get("doubts", []):
+        table.add_row("doubtful, but trusted", doubt)
     edges = manifest["edges_per_atom"]
     table.add_row(
         "edges per atom", ", ".join(f"{value:.1f} within {cutoff} angstrom" for cutoff, value in edges.items())
@@ -31,9 +37,15 @@ def summary(store: Store) -> Table:
 
 
 def _references(task: dict) -> str:
-    energies = ", ".join(f"{SYMBOLS[int(z)]} {energy:.4f}" for z, energy in task["references"].items())
-    text = f"{energies} eV (rank {task['rank']}, residual {task['residual']:.1f} meV/atom)"
+    energies = [(energy, SYMBOLS[int(z)]) for z, energy in task["references"].items()]
+    if len(energies) <= SHOWN:
+        listed = ", ".join(f"{symbol} {energy:.4f}" for energy, symbol in energies)
+    else:
+        (low, first), (high, last) = min(energies), max(energies)
+        listed = f"{len(energies)} elements, from {first} {low:.4f} to {last} {high:.4f}"
+    text = f"{listed} eV (rank {task['rank']}, residual {task['residual']:.1f} meV/atom)"
     if task["undetermined"]:
-        groups = "; ".join(" ".join(SYMBOLS[z] for z in group) for group in task["undetermined"])
-        text += f"\nnot determined separately: {groups}"
+        groups = ["-".join(SYMBOLS[z] for z in group) for group in task["undetermined"]]
+        text += f"\nnot determined separately: {'; '.join(groups[:SHOWN])}"
+        text += f" and {len(groups) - SHOWN} more" if len(groups) > SHOWN else ""
     return text

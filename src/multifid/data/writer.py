@@ -20,12 +20,12 @@ import xxhash
 
 from multifid import __version__
 from multifid.data.array_file import ArrayFile, Rows
+from multifid.data.block import Block, pack, tasks_of
 from multifid.data.fields import (
     CHECKSUMS,
     HEADER,
     LABELS,
     MANIFEST,
-    NO_SPLIT,
     SCHEMA,
     SKIPPED,
     Field,
@@ -34,7 +34,7 @@ from multifid.data.fields import (
 )
 from multifid.data.manifest import manifest_bytes
 from multifid.structures.elements import MAX_Z
-from multifid.structures.structure import SPLITS, Labels, Structure
+from multifid.structures.structure import SPLITS, Structure
 
 
 class StoreWriter:
@@ -62,30 +62,36 @@ class StoreWriter:
 
     def append(self, structure: Structure) -> None:
         """Store one structure, which must be valid (`multifid.data.validate`)."""
-        numbers = np.asarray(structure.numbers)
-        source = np.frombuffer(structure.source_id.encode(), np.uint8)
-        self._source_bytes += len(source)
-        self._file("numbers").append(numbers)
-        self._file("positions").append(structure.positions)
-        self._file("natoms").put(len(numbers))
-        self._file("offsets").put(self.atoms + len(numbers))
-        self._file("split").put(NO_SPLIT if structure.split is None else SPLITS.index(structure.split))
-        self._file("relative").put(xxhash.xxh3_64_intdigest(structure.relative.encode()))
-        self._file("source_id").append(source)
-        self._file("source_id_offsets").put(self._source_bytes)
-        if structure.pbc is not None and np.any(structure.pbc):
-            pbc = np.asarray(structure.pbc, bool)
-            self._optional("pbc", pbc)
-            self._optional("cell", np.where(pbc[:, None], np.asarray(structure.cell, np.float64), 0.0))
-        if structure.charge != 0:
-            self._optional("charge", np.int8(structure.charge))
-        if structure.spin != 1:
-            self._optional("spin", np.uint8(structure.spin))
-        for task, labels in structure.labels.items():
-            self._label(task, labels)
-        self.elements += np.bincount(numbers, minlength=MAX_Z + 1)
-        self.structures += 1
-        self.atoms += len(numbers)
+        self.append_block(pack([structure]))
+
+    def append_block(self, block: Block) -> None:
+        """Store structures, which must be valid (`multifid.data.validate`)."""
+        sources = [source.encode() for source in block.sources]
+        lengths = np.array([len(source) for source in sources], np.int64)
+        self.append_columns(block.columns, np.frombuffer(b"".join(sources), np.uint8), lengths)
+
+    def append_columns(self, columns: dict[str, np.ndarray], source_id: np.ndarray, lengths: np.ndarray) -> None:
+        """Store structures as columns (`Block`), with their source ids end to end and the length of each in bytes."""
+        natoms = columns["natoms"].astype(np.int64)
+        self._file("offsets").append(self.atoms + np.cumsum(natoms))
+        self._file("source_id").append(source_id)
+        self._file("source_id_offsets").append(self._source_bytes + np.cumsum(lengths))
+        for task in tasks_of(columns):
+            self.labels.setdefault(task, dict.fromkeys(LABELS, 0))
+        for name, values in columns.items():
+            if name.startswith("labels/"):
+                _, task, kind = name.split("/")
+                self.labels[task][kind] += (labelled := _labelled(name, values, natoms))
+                if not labelled:
+                    continue
+            array = self._file(name)
+            if array.what.absent is not None:  # those before this block may have said nothing
+                array.pad(self.structures if array.what.rows == "structures" else self.atoms)
+            array.append(values)
+        self.elements += np.bincount(columns["numbers"], minlength=MAX_Z + 1)
+        self.structures += len(natoms)
+        self.atoms += int(natoms.sum())
+        self._source_bytes += int(lengths.sum())
 
     def skip(self, file: str, where: str, reason: str) -> None:
         """Count a record that is not stored and list it in `skipped.jsonl`."""
@@ -158,22 +164,6 @@ class StoreWriter:
             self._files[name] = ArrayFile(self.partial / f"{name}.npy", field(name))
         return self._files[name]
 
-    def _optional(self, name: str, value: np.ndarray | np.generic) -> None:
-        """A field that most structures may lack: those before this one get the value that says nothing."""
-        self._file(name).pad(self.structures)
-        self._file(name).append(np.asarray(value)[None])
-
-    def _label(self, task: str, labels: Labels) -> None:
-        counts = self.labels.setdefault(task, dict.fromkeys(LABELS, 0))
-        for kind, what in LABELS.items():
-            value = getattr(labels, kind)
-            if value is None or np.isnan(value).all():
-                continue
-            counts[kind] += 1
-            array = self._file(f"labels/{task}/{kind}")
-            array.pad(self.structures if what.rows == "structures" else self.atoms)
-            array.append(value if what.rows == "atoms" else np.asarray(value)[None])
-
     def _whole(self, name: str, values: np.ndarray) -> None:
         """Write (or write again) a field that is known as a whole."""
         what = field(name)
@@ -192,6 +182,16 @@ class StoreWriter:
         if self._skipped_file is not None:
             files[SKIPPED] = {"bytes": (self.partial / SKIPPED).stat().st_size, "dtype": None, "shape": None}
         return files
+
+
+def _labelled(name: str, values: np.ndarray, natoms: np.ndarray) -> int:
+    """How many structures have a label in a column."""
+    if not np.isnan(values).any():
+        return len(natoms)
+    has = ~np.isnan(values.reshape(len(values), -1)).all(axis=1)
+    if field(name).rows == "atoms":
+        has = np.logical_or.reduceat(has, np.cumsum(natoms) - natoms)
+    return int(has.sum())
 
 
 def _refuse_existing(directory: Path) -> None:

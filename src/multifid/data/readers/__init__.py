@@ -1,23 +1,29 @@
 """Raw files to structures: one file per published format, one entry each in `READERS`.
 
-A reader is a function `read(path, options, progress)` that streams one file: it yields a `Structure` (in our units), a
-`Skip` for a record that cannot be used (never an exception: one bad record must not cost the file), or an
-`IsolatedAtom`. It raises `ValueError` naming the file where the file as a whole is not what it should be. Memory does
-not grow with the file. `progress` is called now and then with the fraction of the file done, 0..1.
+A reader is a function `read(path, options, progress, part=None)` that streams one file: it yields a `Structure` (in our
+units), many at once as a `Block` (whose values may still be unfit: prepare looks at them), a `Skip` for a record that
+cannot be used (never an exception: one bad record must not cost the file), or an `IsolatedAtom`. It raises `ValueError`
+naming the file where the file as a whole is not what it should be. Memory does not grow with the file. `progress` is
+called now and then with the fraction done, 0..1.
 
-Beside `read`, a reader's module says what prepare writes into the manifest:
+`parts(path, options)` cuts a file into parts that can be read by different processes: `(start, stop)` in whatever the
+reader counts, and `read` with one of them yields what lies there. All parts one after the other are the file.
+
+Beside the two, a reader's module says what prepare writes into the manifest:
 
     TASKS     task (label set) -> LabelSet, for the default options; the first is the default
+    ENDINGS   of the names of files of the format, lower case: which files of a directory are read
     RELATIVE  what makes structures relatives (they share a split): "formula", "material", ...
     Options   pydantic model of what the user may choose, each field with a description
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from multifid.data.block import Block
 from multifid.structures.structure import Structure
 
 Progress = Callable[[float], None]
@@ -48,8 +54,29 @@ class IsolatedAtom:
     energy: float  # eV
 
 
-Record = Structure | Skip | IsolatedAtom
-Read = Callable[[Path, object, Progress], Iterator[Record]]
+Record = Structure | Block | Skip | IsolatedAtom
+Part = tuple[int, int] | None  # None: the whole file
+Read = Callable[[Path, object, Progress, Part], Iterator[Record]]
+
+
+def one_part(path: Path, options: object) -> list[Part]:
+    """The one part of a file that can only be read from its beginning."""
+    return [None]
+
+
+def cut(sizes: Sequence[int], most: int) -> list[Part]:
+    """Consecutive things cut into parts of at least `most` together (the last may be smaller), as (first, end)."""
+    parts: list[Part] = []
+    start = filled = 0
+    for end, size in enumerate(sizes, start=1):
+        filled += size
+        if filled >= most:
+            parts.append((start, end))
+            start, filled = end, 0
+    if start < len(sizes) or not parts:
+        parts.append((start, len(sizes)))
+    return parts
+
 
 READERS: dict[str, str] = {
     "ani1x": "multifid.data.readers.ani1x",

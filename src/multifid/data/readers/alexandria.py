@@ -20,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from multifid.data.readers import LabelSet, Progress, Record, Skip
-from multifid.data.readers.crystal_json import crystal, items, pairs, streamed
+from multifid.data.readers import LabelSet, Part, Progress, Record, Skip
+from multifid.data.readers.crystal_json import crystal
+from multifid.data.readers.json_file import elements, first_key, json_parts, pairs
 from multifid.data.readers.records import (
     BadRecord,
     number,
@@ -35,6 +36,7 @@ from multifid.structures.structure import Labels, Structure
 TASK = "alexandria"
 TASKS = {TASK: LabelSet("PBE / PBE+U (VASP, Alexandria)", "total, uncorrected (VASP)")}
 RELATIVE = "material"
+ENDINGS = (".json", ".json.bz2")
 
 
 class Options(BaseModel):
@@ -49,24 +51,29 @@ class Options(BaseModel):
     )
 
 
-def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
+def parts(path: Path, options: Options) -> list[Part]:
+    """Byte ranges between materials; a packed file is one part."""
+    return json_parts(path, 2 if first_key(path)[0] == "entries" else 1)
+
+
+def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
     """Every entry or trajectory step of the file, or why it is skipped. Memory holds one material.
 
     Null, NaN or malformed forces are a skip; a null stress is a missing label. Entries and trajectories of one
     material are relatives. `source_id`: `mat_id`, or `mat_id/calculation/step`. ValueError if the file is truncated
     or neither entries nor trajectories.
     """
-    with streamed(path, progress) as (key, opening, stream):
-        if key and opening != b"[":
-            raise ValueError(
-                f'{path}: {{"entries": [...]}} or {{mat_id: [...]}} is expected, but {key!r} does not hold an array'
-            )
-        if key == "entries":
-            for place, entry in enumerate(items(stream, "entries")):
-                yield _entry(entry, place, options)
-        else:
-            for mat_id, calculations in pairs(stream):
-                yield from _trajectories(mat_id, calculations, options)
+    key, opening = first_key(path)
+    if key and opening != b"[":
+        raise ValueError(
+            f'{path}: {{"entries": [...]}} or {{mat_id: [...]}} is expected, but {key!r} does not hold an array'
+        )
+    if key == "entries":
+        for place, entry in elements(path, progress, part):
+            yield _entry(entry, place, options)
+    else:
+        for mat_id, calculations in pairs(path, progress, part):
+            yield from _trajectories(mat_id, calculations, options)
     progress(1.0)
 
 
@@ -74,7 +81,7 @@ def _entry(entry: Any, place: int, options: Options) -> Record:
     data = entry.get("data") if isinstance(entry, dict) else None
     mat_id = data.get("mat_id") if isinstance(data, dict) else None
     if not isinstance(mat_id, str) or not mat_id:
-        return Skip("entry without data.mat_id", f"entries[{place}]")
+        return Skip("entry without data.mat_id", f"entry at byte {place}")
 
     return structure_or_skip(mat_id, _relaxed, entry.get("structure"), data, mat_id, options)
 

@@ -11,12 +11,15 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from multifid.data.readers import LabelSet, Progress, Record, Skip
+from multifid.data.block import Block, relative_hash
+from multifid.data.fields import NO_SPLIT
+from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, cut
+from multifid.data.readers.molecule_hdf5 import opened
 from multifid.structures.elements import MAX_Z, formula
-from multifid.structures.structure import Labels, Structure
 
 HARTREE = 27.211386245988  # eV, CODATA 2018
 CHUNK = 4096  # conformers read at once
+PART = 1 << 15  # conformers of a part
 
 # fidelity -> (keys whose sum is the total energy, key of the forces, level of theory). All methods but DFT come
 # without forces; the file stores their correlation energies apart from the Hartree-Fock energy.
@@ -42,6 +45,7 @@ TASKS = {
     **{name: LabelSet(level, "total") for name, (_, _, level) in FIDELITIES.items()},
 }
 RELATIVE = "formula"
+ENDINGS = (".h5", ".hdf5")
 
 
 class Options(BaseModel):
@@ -69,19 +73,32 @@ class Options(BaseModel):
         return value
 
 
-def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
-    """Stream the conformers of one file; a conformer without any label that was asked for is a Skip."""
+def parts(path: Path, options: Options) -> list[Part]:
+    """Groups in the order of their names, about PART conformers together."""
+    with opened(path) as file:
+        return cut([_conformers(file[name]) for name in _groups(file)], PART)
+
+
+def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
+    """Stream the conformers of one file in blocks; part: which groups."""
     asked = {("ani1x" if options.fidelities == (DEFAULT,) else name): FIDELITIES[name] for name in options.fidelities}
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} is not an HDF5 file that can be read: {error}") from error
-    with file:
-        groups = [name for name in file if isinstance(file[name], h5py.Group)]
-        _check(path, file, groups, asked)
-        for i, name in enumerate(groups):
+    with opened(path) as file:
+        groups = _groups(file)
+        start, stop = part or (0, len(groups))
+        if start == 0:
+            _check(path, file, groups, asked)
+        for i, name in enumerate(groups[start:stop]):
             yield from _group(path, file[name], name, asked)
-            progress((i + 1) / len(groups))
+            progress((i + 1) / (stop - start))
+
+
+def _groups(file: h5py.File) -> list[str]:
+    return [name for name in file if file.get(name, getclass=True) is h5py.Group]
+
+
+def _conformers(group: h5py.Group) -> int:
+    coordinates = group.get("coordinates")
+    return coordinates.shape[0] if isinstance(coordinates, h5py.Dataset) and coordinates.ndim else 0
 
 
 def _check(path: Path, file: h5py.File, groups: list[str], asked: dict) -> None:
@@ -105,33 +122,36 @@ def _group(path: Path, group: h5py.Group, name: str, asked: dict) -> Iterator[Re
             shapes |= {key: (count,) for key in energies if key in group}
             if forces is not None and forces in group:
                 shapes[forces] = (count, len(numbers), 3)
-        if wrong := [key for key, shape in shapes.items() if group[key].shape != shape]:
-            yield from (Skip(f"{wrong[0]} of another shape than the atoms", f"{name}/{i}") for i in range(count))
-            return
-        if numbers.size and not 1 <= numbers.min() <= numbers.max() <= MAX_Z:
-            yield from (Skip("unknown atomic number", f"{name}/{i}") for i in range(count))
+        wrong = [f"{key} of another shape than the atoms" for key, shape in shapes.items() if group[key].shape != shape]
+        if not numbers.size:
+            wrong.append("no atoms")
+        elif not 1 <= numbers.min() <= numbers.max() <= MAX_Z:
+            wrong.append("unknown atomic number")
+        if wrong:
+            yield from (Skip(wrong[0], f"{name}/{i}") for i in range(count))
             return
         for start in range(0, count, CHUNK):
-            yield from _conformers(group, name, numbers, slice(start, min(start + CHUNK, count)), asked)
-    except OSError as error:  # a damaged chunk: HDF5 cannot go on behind it
+            yield _block(group, name, numbers, slice(start, min(start + CHUNK, count)), asked)
+    except (OSError, RuntimeError) as error:  # a damaged chunk: HDF5 cannot go on behind it
         raise ValueError(f"{path}: group {name} cannot be read: {error}") from error
 
 
-def _conformers(group: h5py.Group, name: str, numbers: np.ndarray, rows: slice, asked: dict) -> Iterator[Record]:
-    positions = group["coordinates"][rows]
-    relative = formula(numbers)
-    read = {task: _labels(group, rows, energies, forces) for task, (energies, forces, _) in asked.items()}
-    for i in range(len(positions)):
-        where = f"{name}/{rows.start + i}"
-        labels = {}
-        for task, (energy, forces) in read.items():
-            has_forces = forces is not None and not np.isnan(forces[i]).all()
-            if has_forces or not np.isnan(energy[i]):
-                labels[task] = Labels(float(energy[i]), forces[i] if has_forces and forces is not None else None)
-        if labels:
-            yield Structure(numbers, positions[i], labels, relative, where)
-        else:
-            yield Skip(f"no label of {' or '.join(asked)}", where)
+def _block(group: h5py.Group, name: str, numbers: np.ndarray, rows: slice, asked: dict) -> Block:
+    """Conformers of one group, also those without a label."""
+    count, atoms = rows.stop - rows.start, len(numbers)
+    columns = {
+        "natoms": np.full(count, atoms),
+        "numbers": np.tile(numbers.astype(np.uint8), count),
+        "positions": group["coordinates"][rows].reshape(-1, 3),
+        "relative": np.full(count, relative_hash(formula(numbers)), np.uint64),
+        "split": np.full(count, NO_SPLIT, np.uint8),
+    }
+    for task, (keys, of_forces, _) in asked.items():
+        energy, forces = _labels(group, rows, keys, of_forces)
+        columns[f"labels/{task}/energy"] = energy
+        if forces is not None:
+            columns[f"labels/{task}/forces"] = forces.reshape(-1, 3)
+    return Block(columns, [f"{name}/{i}" for i in range(rows.start, rows.stop)])
 
 
 def _labels(

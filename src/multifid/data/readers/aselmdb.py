@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ import lmdb
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from multifid.data.readers import LabelSet, Progress, Record, Skip
+from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.data.readers.records import (
     BadRecord,
     array,
@@ -45,7 +46,9 @@ TASKS = {
     "oc20": LabelSet("RPBE (VASP)", "total, uncorrected (VASP)"),
 }
 RELATIVE = "material or formula"
+ENDINGS = (".aselmdb",)
 
+PART = 20_000  # keys of a part
 LARGEST_ROW = 1 << 25  # bytes of JSON; the largest published rows are below 2^22
 MATERIAL = re.compile(r"(agm\d+|mp-\d+|mvc-\d+|wbm-\d+-\d+)(?:_|$)")
 
@@ -60,26 +63,36 @@ class Options(BaseModel):
     )
 
 
-def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
-    """Every row of the database, or why it is skipped. Memory holds one row. `source_id` is the row's key.
+def parts(path: Path, options: Options) -> list[Part]:
+    """Keys in the order of the file, PART at a time."""
+    with _rows(path) as (_, entries, _):
+        return cut([1] * entries, PART)
 
-    A row without energy is a skip; without forces or stress, a missing label. ValueError if the file is truncated or
-    not LMDB.
+
+def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
+    """Every row of the database, or why it is skipped; part: which of its keys. Memory holds one row.
+
+    A row without energy is a skip; without forces or stress, a missing label. `source_id` is the row's key. ValueError
+    if the file is truncated or not LMDB.
     """
     with _rows(path) as (cursor, entries, deleted):
-        rows = 0
-        for done, (key, value) in enumerate(cursor):
-            if done % 100 == 0:
-                progress(done / entries)
+        start, stop = part or (0, entries)
+        keys = 0
+        for place, key in enumerate(islice(cursor.iternext(values=False), stop)):
+            if place < start:
+                keys += key.isdigit()
+                continue
+            if place % 100 == 0:
+                progress((place - start) / (stop - start))
             if not key.isdigit():
                 continue
-            rows += 1
+            keys += 1
             where = key.decode("ascii")
             if int(where) in deleted:
                 yield Skip("row is deleted", where)
             else:
-                yield structure_or_skip(where, _structure, value, where, options.dataset)
-        if not rows:
+                yield structure_or_skip(where, _structure, cursor.value(), where, options.dataset)
+        if not keys and stop == entries:
             raise ValueError(f"{path}: not an ASE database: no key is the number of a row")
     progress(1.0)
 

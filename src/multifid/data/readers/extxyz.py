@@ -17,12 +17,13 @@ from typing import Literal, TextIO
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from multifid.data.readers import IsolatedAtom, LabelSet, Progress, Record, Skip
-from multifid.structures.elements import NUMBERS, formula
+from multifid.data.readers import IsolatedAtom, LabelSet, Part, Progress, Record, Skip, one_part
+from multifid.structures.elements import MAX_Z, NUMBERS, formula
 from multifid.structures.structure import Labels, Structure
 
 TASKS = {"extxyz": LabelSet("unknown", "total")}
 RELATIVE = "formula"
+ENDINGS = (".xyz", ".extxyz")
 
 # CODATA 2018
 ENERGY_UNITS = {
@@ -63,13 +64,18 @@ class _Bad(Exception):
     """A frame that cannot be used; the message is a short constant phrase."""
 
 
-def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
+parts = one_part
+
+
+def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
     """Stream the frames of one file. ValueError where the file is no extended XYZ or ends within a frame."""
     size = max(path.stat().st_size, 1)
     with path.open(encoding="utf-8", errors="replace") as file:
         frame = done = 0
+        asked = _Asked(options)
         for natoms, comment, lines in _frames(path, file):
             done += len(comment) + sum(map(len, lines))
+            asked.look(comment, natoms)
             try:
                 yield _record(natoms, comment, lines, str(frame), options)
             except _Bad as bad:
@@ -78,7 +84,41 @@ def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
             progress(min(done / size, 1.0))
     if frame == 0:
         raise ValueError(f"{path} holds no frame")
+    asked.check(path)
     progress(1.0)
+
+
+class _Asked:
+    """The keys that the options name, until a frame has them: a key that no frame has is mistyped, not missing.
+
+    Files of isolated atoms need none, files without another column of vectors no forces, molecules no stress.
+    """
+
+    def __init__(self, options: Options) -> None:
+        given = {name: key for name, key in options.model_dump().items() if name.endswith("_key") and key is not None}
+        self.missing = {
+            name: re.compile(rf"(?<![\w-])\"?{re.escape(key)}\"?(?=[=:\s]|$)") for name, key in given.items()
+        }
+        self.given, self.first = given, ""
+        self.needed = {"energy_key": False, "forces_key": False, "stress_key": False}
+
+    def look(self, comment: str, natoms: int) -> None:
+        if not self.missing or (natoms == 1 and "isolated" in comment.lower()):
+            return
+        self.first = self.first or comment
+        self.needed["energy_key"] = True
+        self.needed["forces_key"] |= comment.count(":R:3") > 1
+        self.needed["stress_key"] |= "Lattice" in comment
+        self.missing = {name: key for name, key in self.missing.items() if not key.search(comment)}
+
+    def check(self, path: Path) -> None:
+        like = {"virial_key": "stress_key", "charge_key": "energy_key", "spin_key": "energy_key"}
+        for name in self.missing:
+            if self.needed[like.get(name, name)]:
+                there = [key.strip('"') for key, _ in _PAIR.findall(self.first)]
+                columns = re.findall(r"(?:=|:)\"?([^:\s=\"]+):[A-Z]:\d", self.first)
+                listed = ", ".join(dict.fromkeys([*columns, *there]))
+                raise ValueError(f"{path}: no frame has {self.given[name]!r} ({name}); its first has {listed}")
 
 
 def _frames(path: Path, file: TextIO) -> Iterator[tuple[int, str, list[str]]]:
@@ -156,8 +196,11 @@ def _numbers(columns: dict[str, np.ndarray]) -> np.ndarray:
             return np.array([NUMBERS[s] for s in columns["species"][:, 0].tolist()])
         for key in ("Z", "numbers"):
             if key in columns:
-                return columns[key][:, 0].astype(np.int64)
-    except (KeyError, ValueError):
+                numbers = columns[key][:, 0].astype(np.int64)
+                if not 1 <= numbers.min() <= numbers.max() <= MAX_Z:
+                    raise ValueError
+                return numbers
+    except (KeyError, ValueError, OverflowError):
         raise _Bad("unknown element") from None
     raise _Bad("no species")
 

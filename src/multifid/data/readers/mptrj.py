@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from multifid.data.readers import LabelSet, Progress, Record, Skip
-from multifid.data.readers.crystal_json import crystal, pairs, streamed
+from multifid.data.readers import LabelSet, Part, Progress, Record, Skip
+from multifid.data.readers.crystal_json import crystal
+from multifid.data.readers.json_file import first_key, json_parts, pairs
 from multifid.data.readers.records import number, stress_of_vasp, stress_tensor, structure_or_skip, vectors
 from multifid.structures.structure import Labels, Structure
 
@@ -27,6 +28,7 @@ TASKS = {
     "mptrj_corrected": LabelSet(LEVEL, "total, with MP2020 corrections (the forces are without)"),
 }
 RELATIVE = "material"
+ENDINGS = (".json", ".json.bz2")
 
 
 class Options(BaseModel):
@@ -40,25 +42,30 @@ class Options(BaseModel):
     )
 
 
-def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
+def parts(path: Path, options: Options) -> list[Part]:
+    """Byte ranges between materials."""
+    return json_parts(path, 1)
+
+
+def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
     """Every frame of the file, or why it is skipped. Memory holds one material.
 
     A null force or stress is a missing label; an array of the wrong shape or with NaN in the forces is a skip.
     `source_id` is `mp_id/frame_id`. ValueError if the file is truncated or not MPtrj.
     """
-    with streamed(path, progress) as (key, opening, stream):
-        if key and opening != b"{":
-            raise ValueError(f"{path}: an object of materials is expected, but the value of {key!r} is not an object")
-        for mp_id, frames in pairs(stream):
-            if not isinstance(frames, dict):
-                yield Skip("material is not an object of frames", mp_id)
-                continue
-            for frame_id, frame in frames.items():
-                where = f"{mp_id}/{frame_id}"
-                if isinstance(frame, dict):
-                    yield structure_or_skip(where, _structure, frame, mp_id, where, options)
-                else:
-                    yield Skip("frame is not an object", where)
+    key, opening = first_key(path)
+    if key and opening != b"{":
+        raise ValueError(f"{path}: an object of materials is expected, but the value of {key!r} is not an object")
+    for mp_id, frames in pairs(path, progress, part):
+        if not isinstance(frames, dict):
+            yield Skip("material is not an object of frames", mp_id)
+            continue
+        for frame_id, frame in frames.items():
+            where = f"{mp_id}/{frame_id}"
+            if isinstance(frame, dict):
+                yield structure_or_skip(where, _structure, frame, mp_id, where, options)
+            else:
+                yield Skip("frame is not an object", where)
     progress(1.0)
 
 

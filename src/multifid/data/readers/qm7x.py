@@ -20,10 +20,10 @@ from typing import Literal
 import h5py
 from pydantic import BaseModel, ConfigDict, Field
 
-from multifid.data.readers import IsolatedAtom, LabelSet, Progress, Record, Skip
+from multifid.data.readers import IsolatedAtom, LabelSet, Part, Progress, Record, Skip, cut
 from multifid.data.readers.molecule_hdf5 import dataset, opened
 from multifid.data.readers.records import atomic_numbers, number, structure_or_skip, vectors
-from multifid.data.readers.unpack import hdf5_files
+from multifid.data.readers.unpack import HDF5_MAGIC, hdf5_files
 from multifid.structures.structure import Labels, Structure
 
 PAIRS = {"pbe0+mbd": ("qm7x", "ePBE0+MBD", "totFOR"), "pbe0": ("qm7x_pbe0", "ePBE0", "pbe0FOR")}
@@ -32,6 +32,7 @@ TASKS = {
     "qm7x_pbe0": LabelSet("PBE0/tight (FHI-aims)", "total"),
 }
 RELATIVE = "molecule"
+ENDINGS = (".hdf5", ".h5", ".xz")
 
 # eV, PBE0 free atoms published with the data; the dispersion energy of a free atom is zero, so they serve both levels
 FREE_ATOMS = {
@@ -42,6 +43,7 @@ FREE_ATOMS = {
     16: -10828.707468187,
     17: -12516.444619523,
 }
+PART = 100  # molecules of a part
 CONFORMATION = re.compile(r"(Geom-m\d+-i\d+-c\d+)-(opt|d?\d+)")
 
 
@@ -63,17 +65,26 @@ class Options(BaseModel):
     )
 
 
-def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
-    """Every geometry of the file, or why it is skipped. Memory holds one geometry; displacements share their molecule.
+def parts(path: Path, options: Options) -> list[Part]:
+    """Molecules of a plain file, PART at a time; a packed one is unpacked once, by one process."""
+    with path.open("rb") as file:
+        if file.read(len(HDF5_MAGIC)) != HDF5_MAGIC:
+            return [None]
+    with opened(path) as molecules:
+        return cut([1] * len(molecules), PART)
 
-    `source_id` is `idmol/idconf`. ValueError if the file is damaged or holds no HDF5.
+
+def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
+    """Every geometry of the file, or why it is skipped; part: which molecules. Memory holds one geometry.
+
+    Displacements share their molecule. `source_id` is `idmol/idconf`. ValueError if it is damaged or holds no HDF5.
     """
     duplicates = _duplicates(options.duplicates) if options.duplicates else frozenset()
-    if options.free_atoms:
+    if options.free_atoms and (part is None or part[0] == 0):
         yield from (IsolatedAtom(PAIRS[options.level][0], z, energy) for z, energy in FREE_ATOMS.items())
     with tempfile.TemporaryDirectory(prefix="multifid-qm7x-") as scratch:
         for file, start, stop in hdf5_files(path, Path(scratch) / "unpacked.hdf5", progress):
-            yield from _molecules(file, path, duplicates, options, _part(progress, start, stop))
+            yield from _molecules(file, path, duplicates, options, _share(progress, start, stop), part)
     progress(1.0)
 
 
@@ -83,17 +94,22 @@ def _values(group: h5py.Group) -> Iterator[h5py.Group]:
     return (member for member in members if isinstance(member, h5py.Group))
 
 
-def _part(progress: Progress, start: float, stop: float) -> Progress:
+def _share(progress: Progress, start: float, stop: float) -> Progress:
     return lambda fraction: progress(start + fraction * (stop - start))
 
 
 def _molecules(
-    file: Path, path: Path, duplicates: frozenset[str], options: Options, progress: Progress
+    file: Path, path: Path, duplicates: frozenset[str], options: Options, progress: Progress, part: Part
 ) -> Iterator[Record]:
     with opened(file, str(path)) as molecules:
-        if not any("atNUM" in conformation for group in molecules.values() for conformation in _values(group)):
+        names = list(molecules)
+        first, end = part or (0, len(names))
+        if first == 0 and not any(
+            "atNUM" in conformation for group in molecules.values() for conformation in _values(group)
+        ):
             raise ValueError(f"{path}: not a QM7-X file: no molecule has a conformation with `atNUM`")
-        for done, (molecule, conformations) in enumerate(molecules.items()):
+        for done, molecule in enumerate(names[first:end], start=1):
+            conformations = molecules[molecule]
             if not isinstance(conformations, h5py.Group):
                 yield Skip("molecule is not a group of conformations", molecule)
                 continue
@@ -103,7 +119,7 @@ def _molecules(
                     yield Skip("duplicate of another molecule", where)
                 else:
                     yield structure_or_skip(where, _structure, conformation, molecule, where, options)
-            progress((done + 1) / len(molecules))
+            progress(done / (end - first))
 
 
 def _structure(group: h5py.Group, molecule: str, where: str, options: Options) -> Structure:

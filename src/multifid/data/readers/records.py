@@ -52,9 +52,12 @@ def atomic_numbers(values: object) -> np.ndarray:
 def numbers_of(symbols: list) -> np.ndarray:
     """(atoms,) int64 from element symbols."""
     try:
-        return atomic_numbers([NUMBERS[symbol] for symbol in symbols])
+        numbers = np.array([NUMBERS[symbol] for symbol in symbols], np.int64)
     except (KeyError, TypeError):
         raise BadRecord("unknown element") from None
+    if not len(numbers):
+        raise BadRecord("no atoms")
+    return numbers
 
 
 def vectors(values: object, atoms: int, what: str) -> np.ndarray:
@@ -108,7 +111,7 @@ def stress_of_vasp(kbar: np.ndarray | None) -> np.ndarray | None:
 def periodicity(matrix: object, flags: object) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Cell (3, 3) angstrom, rows zero where not periodic, and pbc (3,) bool; both None where nothing is periodic."""
     pbc = array(flags, "pbc")
-    if pbc.shape != (3,) or not np.isin(pbc, (0.0, 1.0)).all():
+    if pbc.shape != (3,) or not all(flag in (0.0, 1.0) for flag in pbc.tolist()):
         raise BadRecord("pbc is not three flags")
     periodic = pbc.astype(bool)
     if not periodic.any():

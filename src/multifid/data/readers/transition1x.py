@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from multifid.data.readers import LabelSet, Progress, Record, Skip
+from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.data.readers.molecule_hdf5 import dataset, opened
 from multifid.data.readers.records import BadRecord, array, atomic_numbers, number, structure_or_skip, vectors
 from multifid.structures.structure import Labels, Structure
@@ -28,10 +28,12 @@ from multifid.structures.structure import Labels, Structure
 TASK = "transition1x"
 TASKS = {TASK: LabelSet("wB97X/6-31G(d) (ORCA 5.0.2)", "total")}
 RELATIVE = "formula"
+ENDINGS = (".h5", ".hdf5")
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 END_POINTS = ("reactant", "transition_state", "product")
 ENERGY, FORCES = "wB97x_6-31G(d).energy", "wB97x_6-31G(d).forces"
+PART = 1 << 14  # frames of a part
 SAME = 1e-5  # angstrom: two geometries closer than this in every coordinate are one
 
 
@@ -41,25 +43,45 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def read(path: Path, options: Options, progress: Progress) -> Iterator[Record]:
-    """Every frame and end point of the file, or why it is skipped. Memory holds one reaction.
+def parts(path: Path, options: Options) -> list[Part]:
+    """Formulas in the order of the file, about PART frames together."""
+    with opened(path) as file:
+        return cut([_count(file[name][formula]) for name, formula in _formulas(path, file)], PART)
+
+
+def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
+    """Every frame and end point of the file, or why it is skipped; part: which formulas. Memory holds one reaction.
 
     `source_id`: `split/formula/reaction/frame`, the frame a number or the name of an end point. ValueError if the file
     is damaged or has neither splits nor `data`.
     """
     with opened(path) as file:
-        groups = [name for name in SPLITS if name in file] or [name for name in ("data",) if name in file]
-        if not groups:
-            raise ValueError(f"{path}: groups train, val, test or data are expected, found {sorted(file)[:10]}")
-        formulas = [(name, formula) for name in groups for formula in file[name]]
-        for done, (name, formula) in enumerate(formulas):
+        formulas = _formulas(path, file)
+        start, stop = part or (0, len(formulas))
+        for done, (name, formula) in enumerate(formulas[start:stop], start=1):
             reactions = file[name][formula]
             if not isinstance(reactions, h5py.Group):
                 yield Skip("formula is not a group of reactions", f"{name}/{formula}")
                 continue
             for reaction, group in reactions.items():
                 yield from _reaction(group, f"{name}/{formula}/{reaction}", formula, SPLITS.get(name))
-            progress((done + 1) / len(formulas))
+            progress(done / (stop - start))
+    progress(1.0)
+
+
+def _formulas(path: Path, file: h5py.File) -> list[tuple[str, str]]:
+    groups = [name for name in SPLITS if name in file] or [name for name in ("data",) if name in file]
+    if not groups:
+        raise ValueError(f"{path}: groups train, val, test or data are expected, found {sorted(file)[:10]}")
+    return [(name, formula) for name in groups for formula in file[name]]
+
+
+def _count(reactions: h5py.Group | h5py.Dataset) -> int:
+    """Frames of all reactions of a formula; what is none counts as nothing."""
+    if not isinstance(reactions, h5py.Group):
+        return 0
+    energies = (group.get(ENERGY) for group in reactions.values() if isinstance(group, h5py.Group))
+    return sum(energy.size for energy in energies if isinstance(energy, h5py.Dataset))
 
 
 def _reaction(group: h5py.Group, where: str, formula: str, split: str | None) -> Iterator[Record]:

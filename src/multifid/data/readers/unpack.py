@@ -17,7 +17,7 @@ HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 XZ_MAGIC = b"\xfd7zXZ\x00"
 CHUNK = 1 << 20
 MEMORY = 1 << 29  # bytes the decoder may use; `xz -9` needs 2^26
-MOST = (1 << 30, 200)  # unpacked bytes: this many and this many times the packed ones; real files stay below 10 times
+MOST = (1 << 28, 200)  # unpacked bytes: this many and this many times the packed ones; real files stay below 10 times
 
 
 def hdf5_files(path: Path, scratch: Path, progress: Progress) -> Iterator[tuple[Path, float, float]]:

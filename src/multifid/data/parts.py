@@ -1,0 +1,210 @@
+"""One part of a source file: read, screened and laid down in pieces that a store is put together from.
+
+A part is what one process reads at a time; how a file is cut into parts depends on the file alone, so that the store is
+the same whatever reads it. Each part becomes some pieces of bounded size (`NAME.0000.piece`, safetensors) and, when it
+is whole, `NAME.json` with their sizes, checksums and what is no column: a part is there if this file is.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from multifid.data.block import Block, join, pack, tasks_of
+from multifid.data.readers import IsolatedAtom, Part, Skip
+from multifid.data.validate import malformed, screen
+from multifid.structures.structure import Structure
+
+AT_ONCE = 1024, 1 << 16  # structures and atoms that are laid into columns together, at most
+PIECE = 1 << 24  # bytes of columns of a piece
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A part of a file, and the path of what is made of it without its ending."""
+
+    path: Path
+    part: Part
+    out: Path
+    limit: int | None
+
+
+@dataclass(slots=True)
+class Found:
+    """What a part holds, beside its columns."""
+
+    structures: int = 0
+    tasks: list[str] = field(default_factory=list)  # label sets as the reader calls them, in order
+    isolated: list[tuple[str, int, float]] = field(default_factory=list)  # label set, Z, eV
+    dropped: dict[str, int] = field(default_factory=dict)
+    pieces: list[tuple[int, str]] = field(default_factory=list)  # bytes and xxh3 of each
+
+
+def read_part(module: ModuleType, options: Any, work: Assignment, report: Callable[[float, int], None]) -> None:
+    """Read a part to its pieces. report(fraction done, structures so far)."""
+    pieces = _Pieces(work)
+
+    def progress(fraction: float) -> None:
+        report(fraction, pieces.found.structures)
+
+    for record in module.read(work.path, options, progress, work.part):
+        pieces.take(record)
+        if pieces.full:
+            break
+    pieces.finish()
+
+
+def is_done(out: Path) -> bool:
+    return out.with_name(f"{out.name}.json").is_file()
+
+
+def found_in(out: Path) -> Found:
+    """What a finished part holds."""
+    return Found(**json.loads(out.with_name(f"{out.name}.json").read_text()))
+
+
+class Piece(NamedTuple):
+    """Structures as columns, their source ids as bytes laid end to end and the length of each, and what was skipped."""
+
+    columns: dict[str, np.ndarray]
+    source_id: np.ndarray
+    source_id_lengths: np.ndarray
+    skips: list[tuple[str, str]]  # (where, reason)
+
+
+def pieces_of(out: Path, found: Found) -> Iterator[Piece]:
+    """The pieces of a finished part."""
+    for number, (size, digest) in enumerate(found.pieces):
+        path = _piece(out, number)
+        data = path.read_bytes() if path.is_file() else b""
+        if len(data) != size or xxhash.xxh3_64_hexdigest(data) != digest:
+            raise ValueError(f"{path} is damaged or was changed: remove {path.parent} and prepare again")
+        try:
+            columns = load(data)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not what it should be: {error}") from error
+        skips = [(where, reason) for where, reason in json.loads(columns.pop("skips").tobytes())]
+        text, lengths = columns.pop("source_id"), columns.pop("source_id_lengths")
+        yield Piece(columns, text, lengths, skips)
+
+
+def _piece(out: Path, number: int) -> Path:
+    return out.with_name(f"{out.name}.{number:04}.piece")
+
+
+class _Pieces:
+    """Takes records, lays them into columns, and writes a piece whenever there is enough for one."""
+
+    def __init__(self, work: Assignment) -> None:
+        self.work, self.found = work, Found()
+        self.records: list[Structure | Skip] = []  # in the order of reading
+        self.atoms = 0
+        self.blocks: list[Block] = []
+        self.skips: list[tuple[str, str]] = []
+        self.bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many structures as were asked for."""
+        limit = self.work.limit
+        if limit is not None and self.found.structures + len(self.records) >= limit:
+            self._flush()
+        return limit is not None and self.found.structures >= limit
+
+    def take(self, record: Structure | Skip | IsolatedAtom | Block) -> None:
+        match record:
+            case Block():
+                self._flush()
+                self._screened(record, list(range(len(record))), [])
+            case IsolatedAtom():
+                self.found.isolated.append((record.task, record.number, record.energy))
+                self._name(record.task)
+            case Skip():
+                self.records.append(record)
+            case Structure():
+                reason = malformed(record)
+                self.records.append(record if reason is None else Skip(reason, record.source_id))
+                self.atoms += len(record.numbers) if reason is None else 0
+        if len(self.records) >= AT_ONCE[0] or self.atoms >= AT_ONCE[1]:
+            self._flush()
+
+    def finish(self) -> None:
+        self._flush()
+        self._write()
+        done = self.work.out.with_name(f"{self.work.out.name}.json")
+        text = json.dumps({name: getattr(self.found, name) for name in Found.__slots__})
+        _replace(done, text.encode())
+
+    def _flush(self) -> None:
+        """What was taken record by record goes into columns."""
+        records, self.records, self.atoms = self.records, [], 0
+        places = [k for k, record in enumerate(records) if isinstance(record, Structure)]
+        skips = [(k, (r.where, r.reason)) for k, r in enumerate(records) if isinstance(r, Skip)]
+        if places:
+            self._screened(pack([r for r in records if isinstance(r, Structure)]), places, skips)
+        else:
+            self._skipped(skips)
+
+    def _screened(self, block: Block, places: list[int], skips: list[tuple[int, tuple[str, str]]]) -> None:
+        """Take what a store may take. The structures lay at `places` among the records, and `skips` between them."""
+        reasons, dropped = screen(block)
+        good = [s for s, reason in enumerate(reasons) if reason is None]
+        room = len(good) if self.work.limit is None else self.work.limit - self.found.structures
+        if len(good) > room:  # cut behind the last structure that is asked for
+            end = good[room - 1] + 1
+            skips = [skip for skip in skips if skip[0] < places[end - 1]]
+            self._screened(block.take(np.arange(len(block)) < end), places[:end], skips)
+            return
+        for task in tasks_of(block.columns):
+            self._name(task)
+        for what, count in dropped.items():
+            self.found.dropped[what] = self.found.dropped.get(what, 0) + count
+        refused = [(places[s], (block.sources[s], reason)) for s, reason in enumerate(reasons) if reason is not None]
+        self._skipped(sorted([*refused, *skips]))
+        if good:
+            kept = block.take(np.array([reason is None for reason in reasons]))
+            self.blocks.append(kept)
+            self.found.structures += len(kept)
+            self.bytes += sum(values.nbytes for values in kept.columns.values())
+        if self.bytes >= PIECE:
+            self._write()
+
+    def _skipped(self, skips: list[tuple[int, tuple[str, str]]]) -> None:
+        self.skips += [skip for _, skip in skips]
+        self.bytes += sum(len(where) + len(reason) + 100 for _, (where, reason) in skips)
+
+    def _name(self, task: str) -> None:
+        if task not in self.found.tasks:
+            self.found.tasks.append(task)
+
+    def _write(self) -> None:
+        """What was screened becomes a piece."""
+        if not self.blocks and not self.skips:
+            return
+        block = join(self.blocks)
+        source = [text.encode() for text in block.sources]
+        columns = {
+            **block.columns,
+            "source_id": np.frombuffer(b"".join(source), np.uint8),
+            "source_id_lengths": np.array([len(text) for text in source], np.int64),
+            "skips": np.frombuffer(json.dumps(self.skips).encode(), np.uint8),
+        }
+        data = save(columns)
+        _replace(_piece(self.work.out, len(self.found.pieces)), data)
+        self.found.pieces.append((len(data), xxhash.xxh3_64_hexdigest(data)))
+        self.blocks, self.skips, self.bytes = [], [], 0
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that it is there as a whole or not at all, whoever else writes it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(path)

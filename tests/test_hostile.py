@@ -1,0 +1,339 @@
+"""Damaged and hostile files: an error that names the file, or a counted skip; no crash, no hang, no wrong number."""
+
+import bz2
+import io
+import json
+import lzma
+import os
+import pickle
+import subprocess
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import lmdb
+import numpy as np
+import pytest
+
+from multifid.data.prepare import prepare
+from multifid.data.store import Store
+from multifid.structures.neighbors import neighbor_list
+
+WATER = np.array([[0, 0, 0], [0, 0.76, 0.59], [0, -0.76, 0.59]])
+SECONDS = 10.0  # 5 s from reaching the place, on a machine that does other things too
+
+
+def frames(count: int = 24, extra: str = "") -> str:
+    """Distinct bent molecules as extended XYZ."""
+    random = np.random.default_rng(0)
+    text = ""
+    for _ in range(count):
+        positions = WATER + random.normal(0, 0.02, (3, 3))
+        force = random.normal(0, 0.5, (3, 3))
+        text += f"3\nProperties=species:S:1:pos:R:3:forces:R:3 energy={-2080 + random.normal()} {extra}\n"
+        for symbol, p, f in zip("OHH", positions, force, strict=True):
+            text += " ".join([symbol, *(f"{x:.8f}" for x in (*p, *f))]) + "\n"
+    return text
+
+
+def write_xyz(path: Path) -> None:
+    path.write_text(frames())
+
+
+def write_ani1x(path: Path) -> None:
+    random = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for k in range(12):
+            group = file.create_group(f"H2O1_{k}")
+            group["atomic_numbers"] = np.array([8, 1, 1], np.uint8)
+            place = WATER + random.normal(0, 0.02, (9, 3, 3))
+            group.create_dataset("coordinates", data=place.astype(np.float32), chunks=(9, 3, 3), compression="gzip")
+            group["wb97x_dz.energy"] = -76.4 + random.normal(0, 0.01, 9)
+            group["wb97x_dz.forces"] = random.normal(0, 0.01, (9, 3, 3)).astype(np.float32)
+
+
+def crystal(i: int) -> dict:
+    a = 4.2 + 0.01 * i
+    sites = [{"species": [{"element": e, "occu": 1}], "xyz": [x, x, x]} for e, x in (("Na", 0.0), ("Cl", a / 2))]
+    return {"lattice": {"matrix": [[a, 0, 0], [0, a, 0], [0, 0, a]], "pbc": [True] * 3}, "sites": sites}
+
+
+def write_mptrj(path: Path) -> None:
+    materials = {
+        f"mp-{m}": {
+            f"mp-{m}-0-{i}": {
+                "structure": crystal(i),
+                "uncorrected_total_energy": -7.0 - 0.01 * i,
+                "force": [[0.0, 0.0, 0.01], [0.0, 0.0, -0.01]],
+                "stress": None,
+            }
+            for i in range(3)
+        }
+        for m in range(12)
+    }
+    path.write_text(json.dumps(materials))
+
+
+def entries(count: int = 36) -> bytes:
+    found = [
+        {"structure": crystal(i), "data": {"mat_id": f"agm{i}", "energy_total": -7.0 - 0.01 * i}} for i in range(count)
+    ]
+    return json.dumps({"entries": found}).encode()
+
+
+def write_alexandria(path: Path) -> None:
+    path.write_bytes(bz2.compress(entries()))
+
+
+def write_rows(path: Path, values: list[bytes]) -> None:
+    with (
+        lmdb.open(str(path), subdir=False, lock=False, map_size=1 << 22) as database,
+        database.begin(write=True) as into,
+    ):
+        for k, value in enumerate(values, start=1):
+            into.put(str(k).encode(), value)
+    Path(f"{path}-lock").unlink(missing_ok=True)
+
+
+def row(i: int) -> bytes:
+    place = WATER + np.random.default_rng(i).normal(0, 0.02, (3, 3))
+    content = {
+        "numbers": [8, 1, 1], "positions": place.tolist(), "cell": np.zeros((3, 3)).tolist(), "pbc": [False] * 3,
+        "energy": -2080.0 - i, "forces": (place * 0.1).tolist(), "data": {"sid": str(i)},
+    }  # fmt: skip
+    return zlib.compress(json.dumps(content).encode())
+
+
+def write_aselmdb(path: Path) -> None:
+    write_rows(path, [row(i) for i in range(40)])
+
+
+def write_qm7x(path: Path) -> None:
+    plain = io.BytesIO()
+    random = np.random.default_rng(0)
+    with h5py.File(plain, "w") as file:
+        for m in range(12):
+            for c in range(2):
+                group = file.create_group(f"{m}/Geom-m{m}-i1-c1-{c + 1}")
+                group["atNUM"] = np.array([8, 1, 1])
+                group["atXYZ"] = WATER + random.normal(0, 0.02, (3, 3))
+                group["ePBE0+MBD"] = np.array([-2080.0 + random.normal()])
+                group["totFOR"] = random.normal(0, 0.5, (3, 3))
+    path.write_bytes(lzma.compress(plain.getvalue()))
+
+
+FORMATS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "extxyz": ("in.xyz", write_xyz),
+    "ani1x": ("in.h5", write_ani1x),
+    "qm7x": ("in.xz", write_qm7x),
+    "mptrj": ("in.json", write_mptrj),
+    "alexandria": ("in.json.bz2", write_alexandria),
+    "aselmdb": ("in.aselmdb", write_aselmdb),
+}
+CHECKED = {"qm7x", "alexandria"}  # xz and bz2 carry checksums of what is in them
+
+
+def made(format: str, path: Path, out: Path, **more) -> Store | str:
+    """The store, or the message of the error; any other exception, or too long a time, is a failure."""
+    start = time.monotonic()
+    try:
+        result = prepare(format, [path], out, trust_units=True, progress=False, **more)
+    except (ValueError, OSError) as error:
+        assert path.name in str(error) or "split" in str(error) or "test" in str(error), error
+        result = str(error)
+        assert not out.exists()
+        assert not [p.name for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")], "half a store is left"
+    assert time.monotonic() - start < SECONDS
+    return result
+
+
+def content(store: Store) -> bytes:
+    packed = store.read(np.arange(store.structures))
+    labels = next(iter(packed.labels.values()))
+    return packed.positions.tobytes() + labels.energy.tobytes()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_files_are_errors_or_skips_and_checked_ones_never_wrong(format, tmp_path):
+    name, write = FORMATS[format]
+    path = tmp_path / name
+    write(path)
+    whole = path.read_bytes()
+    right = content(prepare(format, [path], tmp_path / "right", trust_units=True, progress=False))
+    random = np.random.default_rng(5)
+    damages = [whole[:n] for n in (0, 1, 100, len(whole) // 3, len(whole) // 2, len(whole) - 1)]
+    for _ in range(12):
+        flipped = bytearray(whole)
+        flipped[random.integers(len(whole))] ^= 1 << int(random.integers(8))
+        damages.append(bytes(flipped))
+    damages.append(whole[: len(whole) // 2] + random.bytes(64) + whole[len(whole) // 2 + 64 :])
+    for i, damage in enumerate(damages):
+        path.write_bytes(damage)
+        found = made(format, path, tmp_path / f"out{i}")
+        if format in CHECKED and not isinstance(found, str):
+            assert content(found) == right
+
+
+def test_a_store_truncated_or_with_a_flipped_bit_is_an_error_that_names_file_and_place_or_right(tmp_path):
+    (tmp_path / "in.xyz").write_text(frames(200))
+    store = prepare("extxyz", [tmp_path / "in.xyz"], tmp_path / "store", trust_units=True, progress=False)
+    files = sorted(p for p in store.path.rglob("*") if p.is_file())
+    right = content(store)
+    for file in files:
+        whole = file.read_bytes()
+        for end in range(0, len(whole), 4096):
+            file.write_bytes(whole[:end])
+            with pytest.raises(ValueError, match=file.name):
+                content(Store(store.path))
+        file.write_bytes(whole)
+    random = np.random.default_rng(0)
+    sizes = np.array([f.stat().st_size for f in files])
+    caught = 0
+    for _ in range(1000):
+        file = files[random.choice(len(files), p=sizes / sizes.sum())]
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[random.integers(len(whole))] ^= 1 << int(random.integers(8))
+        file.write_bytes(flipped)
+        try:
+            assert content(Store(store.path)) == right  # a field that was not read
+        except ValueError as error:
+            assert file.name in str(error)
+            caught += 1
+        file.write_bytes(whole)
+    assert caught > 500
+
+
+def json_bomb(head: bytes, repeated: bytes) -> bytes:
+    """bz2 streams one after the other: some 20 GB out of 20 kB."""
+    return bz2.compress(head) + bz2.compress(repeated * (9_000_000 // len(repeated))) * 2000
+
+
+@pytest.mark.parametrize("repeated", [b" ", b"1", b'{"a":', b"{},"], ids=["spaces", "digits", "objects", "records"])
+@pytest.mark.parametrize("format", ["alexandria", "mptrj"])
+def test_a_bz2_bomb_is_an_error(format, repeated, tmp_path):
+    head = b'{"entries": [' if format == "alexandria" else b'{"mp-1": {"mp-1-0-0": '
+    path = tmp_path / "bomb.json.bz2"
+    path.write_bytes(json_bomb(head, repeated))
+    assert "bomb.json.bz2" in made(format, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["alexandria", "mptrj"])
+def test_json_nested_100_000_deep_is_an_error_or_a_skip(format, tmp_path):
+    deep = b"[" * 100_000 + b"]" * 100_000
+    path = tmp_path / "deep.json"
+    if format == "alexandria":
+        path.write_bytes(b'{"entries": [' + deep + b"]}")
+    else:
+        path.write_bytes(b'{"mp-1": {"mp-1-0-0": {"structure": ' + deep + b"}}}")
+    assert "deep.json" in made(format, path, tmp_path / "out")
+
+
+class Evil:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_bad_values_in_a_database_are_skipped_and_no_pickle_is_executed(tmp_path):
+    trace = tmp_path / "executed"
+    evil = pickle.dumps(Evil(trace))
+    bad = [evil, zlib.compress(evil), zlib.compress(b"[" * 100_000), zlib.compress(bytes(1 << 28)), b"", row(0)[:40]]
+    write_rows(tmp_path / "in.aselmdb", bad + [row(i) for i in range(40)])
+    store = made("aselmdb", tmp_path / "in.aselmdb", tmp_path / "out")
+    assert isinstance(store, Store) and store.structures == 40 and sum(store.manifest["skipped"].values()) == len(bad)
+    assert not trace.exists()
+
+
+def test_hostile_frames_are_counted_skips(tmp_path):
+    cell = 'Lattice="4 0 0 0 4 0 0 0 4" pbc="T T T"'
+    bad = [
+        ("H", "nan 0 0", "", ""),
+        ("H", "inf 0 0", "", ""),
+        ("H", "1e300 0 0", "", ""),
+        ("X", "0 0 0", "", ""),
+        ("Xx", "0 0 0", "", ""),
+        ("H", "0 0 1e-5", "", "H 0 0 0"),
+        ("H", "0 0 0", 'Lattice="4 0 0 8 0 0 0 0 4" pbc="T T T"', ""),
+        ("H", "0 0 0", 'Lattice="nan 0 0 0 4 0 0 0 4" pbc="T T T"', ""),
+        ("H", "0 0 0", 'Lattice="0 0 0 0 0 0 0 0 0" pbc="T T T"', ""),
+        ("H", "0 0 3.99999", cell, "H 0 0 0"),
+        ("H", "0 0 0", "charge=1e400", ""),
+        ("H", "0 0 0", "energy=inf", ""),
+    ]
+    text = frames()
+    for symbol, place, comment, second in bad:
+        energy = "" if "energy" in comment else "energy=-13"
+        text += f"{1 + bool(second)}\n{comment} {energy}\n{symbol} {place}\n" + (f"{second}\n" if second else "")
+    text += "0\nenergy=-1\n" + "1\nenergy=-1 Properties=Z:I:1:pos:R:3\n0 0 0 0\n"
+    text += "1\nenergy=-1 Properties=Z:I:1:pos:R:3\n119 0 0 0\n"
+    (tmp_path / "in.xyz").write_text(text)
+    store = made("extxyz", tmp_path / "in.xyz", tmp_path / "out")
+    assert isinstance(store, Store) and store.structures == 24
+    assert sum(store.manifest["skipped"].values()) == len(bad) + 3
+
+
+def test_odd_but_valid_cells_are_taken_and_have_the_right_neighbours(tmp_path):
+    cells = {"left-handed": "4 0 0 0 0 4 0 4 0", "two angstrom": "2 0 0 0 2 0 0 0 2", "sheared": "3 0 0 9 3 0 0 9 3"}
+    one = [f'1\nLattice="{c}" pbc="T T T" energy=-1 config_type=bulk\nNa 0.1 0.2 0.3\n' for c in cells.values()]
+    (tmp_path / "in.xyz").write_text("".join(one) * 10 + "1\nenergy=-1\nNa 0 0 0\n")
+    store = prepare("extxyz", [tmp_path / "in.xyz"], tmp_path / "out", trust_units=True, progress=False)
+    assert store.structures == 31 and store.manifest["skipped"] == {}
+    packed = store.read(np.arange(31))
+    receivers = np.bincount(neighbor_list(packed, 5.0)[0][0], minlength=31)
+    steps = np.stack(np.meshgrid(*[np.arange(-20, 21)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    for s in range(31):
+        images = steps @ packed.cell[s] if packed.pbc[s].any() else np.zeros((1, 3))
+        assert receivers[s] == (np.linalg.norm(images, axis=1) < 5.0).sum() - 1
+
+
+def test_names_with_spaces_and_unicode(tmp_path):
+    folder = tmp_path / "a folder, ünïcode ☃"
+    folder.mkdir()
+    for format, (name, write) in FORMATS.items():
+        path = folder / f"my file é {name}"
+        write(path)
+        store = made(format, path, folder / f"störe {format}")
+        assert isinstance(store, Store) and store.source_file(0) == path.name
+
+
+def test_a_mistyped_key_is_an_error_that_names_those_there_are(tmp_path):
+    (tmp_path / "in.xyz").write_text(frames(extra='Lattice="9 0 0 0 9 0 0 0 9" stress="1 0 0 0 1 0 0 0 1"'))
+    for key in ("forces_key", "energy_key", "stress_key", "virial_key", "charge_key"):
+        with pytest.raises(ValueError, match=r"in\.xyz.*forzes.*energy"):
+            prepare("extxyz", [tmp_path / "in.xyz"], tmp_path / "out", options={key: "forzes"}, progress=False)
+
+
+@contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_and_a_read_only_target_are_errors_that_leave_nothing(tmp_path):
+    write_xyz(tmp_path / "in.xyz")
+    with (tmp_path / "big.xyz").open("w") as file:
+        file.writelines([frames(400)] * 20)
+    with small_disk(tmp_path / "disk", 1024) as disk:
+        with pytest.raises(OSError, match=r"No space left"):
+            prepare("extxyz", [tmp_path / "big.xyz"], disk / "store", trust_units=True, progress=False)
+        assert list(disk.iterdir()) == []
+        assert (
+            prepare("extxyz", [tmp_path / "in.xyz"], disk / "store", trust_units=True, progress=False).structures == 24
+        )
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(OSError, match=r"[Rr]ead-only"):
+            prepare("extxyz", [tmp_path / "in.xyz"], disk / "other", trust_units=True, progress=False)

@@ -434,6 +434,22 @@ def test_charge_and_spin_matter_and_unseen_ones_act_as_neutral(encoder):
     assert (energy(1, 2) - energy(0, 1)).abs() > 1e-8
 
 
+@every_encoder
+def test_charge_and_spin_states_of_one_geometry_are_told_apart_by_training(encoder):
+    z, x, cell, pbc, *_ = system(3)
+    batch = batch_of(*((z, x, cell, pbc, charge, spin) for charge, spin in ((0, 1), (1, 2), (-1, 2), (0, 3))))
+    energy = torch.tensor([0.0, 1.0, -1.0, 0.5], dtype=torch.float64)  # a blind model: 2.19 at best
+    config = ModelConfig(cutoff=CUTOFF, encoder=EncoderConfig(name=encoder, layers=1, hidden=12))
+    model = Potential(config, ["a"], {"a": "a"}, seed=0).double()
+    optimizer = torch.optim.Adam(model.parameters(), 0.002)
+    for _ in range(120):
+        error = (model(batch)["a"].energy - energy).square()
+        optimizer.zero_grad()
+        error.sum().backward()
+        optimizer.step()
+    assert error.detach().sum() < 0.2
+
+
 def test_vectors_are_the_encoders_choice():
     assert build_encoder(EncoderConfig(name="egnn"), CUTOFF).vectors == 8
     assert build_encoder(EncoderConfig(name="egnn", vectors=3), CUTOFF).vectors == 3

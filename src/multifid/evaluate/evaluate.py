@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from multifid.model.saved import Description, load_potential
 from multifid.structures.batch import Batch
 
 EDGES = 20_000  # of a batch: small enough for any machine, large enough to keep it busy
+AT_ONCE = 1 << 16  # structures whose costs are looked at together
 Collector = Callable[[Prediction, Batch, str], None]  # hears (prediction in eV, batch, data) of every batch
 
 
@@ -80,11 +81,8 @@ def evaluate(
     elements, scale = _elements(description, answers), description["tasks"][answers]["scale"]
     stress = description["architecture"]["branch"]["forces"] == "conservative"
     errors = Errors()
-    index = _structures(data.store, split)
-    for piece in cut(edge_costs(source, index, description["cutoff"]), EDGES):
-        if piece.start == piece.stop:
-            continue
-        whole = collate([(source, index[piece])], description["cutoff"])
+    for index in _batches(data.store, split, lambda i: edge_costs(source, i, description["cutoff"])):
+        whole = collate([(source, index)], description["cutoff"])
         with torch.no_grad():
             scaled = potential(whole.to(dtype=next(potential.parameters()).dtype), stress=stress)[answers]
         sigma = None if scaled.stress is None else scaled.stress.double() * scale
@@ -100,19 +98,21 @@ def references_row(data: Data, split: str = "test") -> Row:
     about = data.store.manifest["tasks"][data.label_set]
     source = Source(data.store, {data.name: data.label_set}, {data.name: References.from_manifest(about)})
     errors = Errors()
-    index = _structures(data.store, split)
-    for piece in cut(data.store.natoms[index].astype(float), EDGES):
-        packed = collate([(source, index[piece])], 0.1)
+    for index in _batches(data.store, split, lambda i: data.store.rows("natoms", i).astype(float)):
+        packed = collate([(source, index)], 0.1)
         targets = packed.targets[data.name]
         zero = torch.zeros_like
         errors.add(zero(targets.energy), zero(packed.positions), zero(packed.cell), targets, packed.natoms)
     return errors.row("References", data.name, split)
 
 
-def _structures(store: Store, split: str) -> np.ndarray:
-    if split == "all":
-        return np.arange(store.structures, dtype=np.int64)
-    return np.asarray(store.index(split)).astype(np.int64)
+def _batches(store: Store, split: str, costs: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+    """The structures of a split (or "all"), in batches of about EDGES; memory does not grow with the split."""
+    size = store.structures if split == "all" else store.size(split)
+    for start in range(0, size, AT_ONCE):
+        part = slice(start, min(start + AT_ONCE, size))
+        index = np.arange(part.start, part.stop) if split == "all" else store.pick(split, part)
+        yield from (index[piece] for piece in cut(costs(index), EDGES))
 
 
 def _who_answers(description: Description, data: Data, branch: str | None) -> tuple[str, References]:

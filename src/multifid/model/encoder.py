@@ -3,7 +3,8 @@
 An encoder is a module whose `forward(batch)` gives `NodeFeatures`: scalars that no rotation, reflection or translation
 changes, and vectors that turn with the structure. It reads positions and cell through `edge_vectors` only, is twice
 differentiable, and says in `hidden` and `vectors` how wide its features are. To add one: a file in `encoders/` and an
-entry in `ENCODERS`; the contract tests then run over it.
+entry in `ENCODERS`; the contract tests then run over it. What is large stands in layers, in a `ModuleList`, which take
+and return tensors and are called once in a pass: between them a sharded encoder is cut.
 """
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator

@@ -6,10 +6,12 @@ from the same numbers whatever else is built beside it and whatever the global r
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 from multifid.structures.elements import MAX_Z
 
@@ -78,6 +80,10 @@ class MLP(nn.Module):
             Linear(a, b, gain=gain) for a, b, gain in zip(widths[:-1], widths[1:], gains, strict=True)
         )
 
+    def linears(self) -> list[Linear]:
+        """The maps, in order."""
+        return list(self.maps)  # type: ignore[arg-type]
+
     def forward(self, x: Tensor) -> Tensor:
         for k, linear in enumerate(self.maps):
             x = linear(silu(x) if k else x)
@@ -100,7 +106,12 @@ def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
 class NodeEmbedding(nn.Module):
     """What an atom is before it sees its neighbours: its element, and the charge and spin of its structure.
 
-    Neutral singlets add nothing, and a charge or spin that training never showed acts as they do.
+    Neutral singlets add nothing, and a charge or spin that training never showed acts as they do. Data that say nothing
+    of charge and spin are taken as neutral singlets, so their rows are exactly those of a model without these tables.
+
+    Every atom is told of the total charge and spin of its structure: which atom carries the charge is for the network
+    to learn. So energies are extensive for neutral singlets only: two far copies of a cation are one structure of
+    charge 2, and a sum over atoms that see the total cannot know that they are not one dication.
     """
 
     def __init__(self, width: int):
@@ -141,6 +152,13 @@ def envelope(distance: Tensor, cutoff: float) -> Tensor:
     """
     x = (distance / cutoff).clamp(max=1.0)[:, None]
     return 1.0 - x**6 * (28.0 - 48.0 * x + 21.0 * x**2)
+
+
+def call(layer: nn.Module, recompute: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """layer(*inputs); with `recompute` only the inputs are kept, and the layer runs again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return layer(*inputs)
 
 
 def sum_over(values: Tensor, index: Tensor, size: int) -> Tensor:

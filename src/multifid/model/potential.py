@@ -4,7 +4,8 @@ batch -> encoder (once, over all structures) -> node features -> branch of each 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +54,8 @@ class Potential(nn.Module):
             raise ValueError(f"a branch must not be called {taken[0]!r}: torch uses that name; choose another")
         self.config = config
         self.branch_of = dict(branch_of)
+        # What surrounds the gradient that gives conservative forces, for those who hook into backward passes.
+        self.inner_gradient: Callable[[], AbstractContextManager] = nullcontext
         self.encoder = build_encoder(config.encoder, config.cutoff)
         width, vectors = self.encoder.hidden, self.encoder.vectors
         self.branches = nn.ModuleDict({name: Branch(width, vectors, config.branch) for name in branches})
@@ -72,8 +75,9 @@ class Potential(nn.Module):
         """The predictions of every task in `batch.slices`; with `stress` also stresses, if forces are conservative."""
         if self.config.branch.forces == "direct":
             features = self.encoder(batch)
-            heads = {task: self._branch(task, features, batch) for task in batch.slices}
-            return {task: Prediction(energy, forces, None) for task, (energy, forces) in heads.items()}
+            # A backward pass begins with what was computed last: gradients arrive in the order of the tasks.
+            heads = {task: self._branch(task, features, batch) for task in reversed(batch.slices)}
+            return {task: Prediction(*heads[task], None) for task in batch.slices}
         return self._conservative(batch, stress)
 
     def _branch(self, task: str, features: NodeFeatures, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -101,9 +105,15 @@ class Potential(nn.Module):
             for k, tasks in enumerate(rounds):
                 total = torch.stack([energies[task].sum() for task in tasks]).sum()
                 keep = training or k + 1 < len(rounds)
-                slopes = torch.autograd.grad(
-                    total, wanted, create_graph=training, retain_graph=keep, allow_unused=True, materialize_grads=True
-                )
+                with self.inner_gradient():
+                    slopes = torch.autograd.grad(
+                        total,
+                        wanted,
+                        create_graph=training,
+                        retain_graph=keep,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
                 for task in tasks:
                     structures, atoms = batch.slices[task]
                     energy = energies[task] if training else energies[task].detach()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import multifid
@@ -86,13 +87,12 @@ def start_from(potential: Potential, run: Path) -> list[str]:
     path = run / "model.safetensors"
     if not path.exists():
         raise ValueError(f"init: {path} not found; is {run} the directory of a trained run?")
-    given = load_file(path)
     fresh = []
-    with torch.no_grad():
+    with torch.no_grad(), safe_open(path, "pt", backend="pread") as given:  # only what lives here is read
+        names = set(given.keys())
         for name, parameter in potential.state_dict().items():
-            same = name in given and given[name].shape == parameter.shape
-            if same:
-                parameter.copy_(given[name])
+            if name in names and tuple(given.get_slice(name).get_shape()) == parameter.shape:
+                parameter.copy_(given.get_tensor(name))
             elif name.startswith("encoder."):
                 raise ValueError(f"init: the encoder of {run} is another: {name} is {tuple(parameter.shape)} here")
             else:

@@ -16,8 +16,8 @@ point from throwing a training step off.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
+from multifid.model.encoders.edge_messages import EdgeWeights, aligned, matmul_type, messages, pad_columns, padded
 from multifid.model.layers import (
     MLP,
     SILU_GAIN,
@@ -26,6 +26,7 @@ from multifid.model.layers import (
     NodeEmbedding,
     NodeFeatures,
     RadialBasis,
+    call,
     envelope,
     sum_over,
 )
@@ -36,6 +37,8 @@ TYPICAL_NEIGHBORS = 16.0  # M
 
 class EGNN(nn.Module):
     """Scalars of width `hidden` and `vectors` vector channels per atom (8 if not given) after `layers` layers."""
+
+    recompute = False  # keep nothing between the layers' ends for the backward pass
 
     def __init__(self, layers: int, hidden: int, vectors: int | None, radial: int, cutoff: float):
         super().__init__()
@@ -55,7 +58,7 @@ class EGNN(nn.Module):
         d = torch.linalg.vector_norm(r, dim=1)
         b, u = self.radial(d), envelope(d, self.cutoff)
         for layer in self.layers:
-            h, v = layer(h, v, i, j, r, b, u)
+            h, v = call(layer, self.recompute, h, v, i, j, r, b, u)
         return NodeFeatures(self.norm(h), v)
 
 
@@ -82,13 +85,30 @@ class EGNNLayer(nn.Module):
         n = self.norm(h)
         x = r[:, None, :] + v.index_select(0, j) - v.index_select(0, i)  # (E, C, 3)
         x2 = x.square().sum(dim=2)  # (E, C)
-        pair = self.pair(torch.cat([x2 * self.per_area, b], dim=1))
-        m = silu(self.receiver(n).index_select(0, i) + self.sender(n).index_select(0, j) + pair)
-        m = silu(self.message(m))
-        m = torch.sigmoid(self.gate(m)) * m  # (E, H)
+        width = aligned(h.shape[1])
+        of_receiver, of_sender = pad_columns(self.receiver(n), width), pad_columns(self.sender(n), width)
+        pair = torch.cat([x2 * self.per_area, b], dim=1)
+        pair = pair.to(of_receiver.dtype)
+        m_sum, phi_x = messages(of_receiver, of_sender, pair, u, i, j, self.edge_weights(width))
 
-        weight = u * self.move(m) * torch.rsqrt(x2 + 1.0)  # (E, C)
+        weight = u * phi_x * torch.rsqrt(x2 + 1.0)  # (E, C)
         v = v + sum_over(weight[:, :, None] * x, i, len(h)) / TYPICAL_NEIGHBORS**0.5
-        m_sum = sum_over(u * m, i, len(h)) / TYPICAL_NEIGHBORS
+        m_sum = m_sum[:, : h.shape[1]] / TYPICAL_NEIGHBORS
         h = h + self.node(torch.cat([n, m_sum, torch.log1p(v.square().sum(dim=2))], dim=1))
         return h, v
+
+    def edge_weights(self, width: int) -> EdgeWeights:
+        """The maps that act on edges, padded to `width` hidden units, in the type of matrix products."""
+        first, last = self.move.linears()
+        weights = EdgeWeights(
+            pair=padded(self.pair.weight, width, self.pair.in_features),
+            message=padded(self.message.weight, width, width),
+            message_bias=padded(self.message.bias, width),
+            gate=padded(self.gate.weight, 1, width),
+            gate_bias=self.gate.bias,
+            move=padded(first.weight, width, width),
+            move_bias=padded(first.bias, width),
+            weight=padded(last.weight, last.out_features, width),
+            weight_bias=last.bias,
+        )
+        return EdgeWeights(*(x.to(matmul_type(x)) for x in weights))

@@ -23,6 +23,7 @@ from multifid.model.layers import (
     NodeEmbedding,
     NodeFeatures,
     RadialBasis,
+    call,
     envelope,
     sum_over,
 )
@@ -33,6 +34,8 @@ TYPICAL_NEIGHBORS = 16.0  # M
 
 class PaiNN(nn.Module):
     """Scalars of width `hidden` and as many vector channels per atom after `layers` layers."""
+
+    recompute = False  # keep nothing between the layers' ends for the backward pass
 
     def __init__(self, layers: int, hidden: int, vectors: int | None, radial: int, cutoff: float):
         super().__init__()
@@ -56,7 +59,7 @@ class PaiNN(nn.Module):
         direction = r / d[:, None]
         basis, u = self.radial(d), envelope(d, self.cutoff)
         for layer in self.layers:
-            s, v = layer(s, v, i, j, direction, basis, u)
+            s, v = call(layer, self.recompute, s, v, i, j, direction, basis, u)
         return NodeFeatures(self.norm(s), v)
 
 

@@ -1,0 +1,67 @@
+"""EGNN as its authors publish it: what every figure of `training.py` is compared with, and the reference of the tests.
+
+One concatenated input per edge, every operation on its own, the expressions of the published code (`h[row]`,
+`scatter_add_`). The same mathematics, widths and weights as `multifid.model.encoders.egnn`, whose equations it follows.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from multifid.model.encoders.egnn import EGNN, TYPICAL_NEIGHBORS
+from multifid.model.layers import MLP, NodeFeatures, envelope
+from multifid.structures.batch import Batch, edge_vectors
+
+
+class PlainEGNN(nn.Module):
+    """The plain form of a given encoder, with a copy of its weights."""
+
+    def __init__(self, encoder: EGNN):
+        super().__init__()
+        self.hidden, self.vectors, self.cutoff = encoder.hidden, encoder.vectors, encoder.cutoff
+        self.embedding, self.radial, self.norm = encoder.embedding, encoder.radial, encoder.norm
+        self.layers = nn.ModuleList(PlainLayer(layer) for layer in encoder.layers)
+
+    def forward(self, batch: Batch) -> NodeFeatures:
+        h = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
+        v = batch.positions.new_zeros((len(h), self.vectors, 3))
+        r = edge_vectors(batch)
+        d = torch.linalg.vector_norm(r, dim=1)
+        for layer in self.layers:
+            h, v = layer(h, v, batch.edges, r, self.radial(d), envelope(d, self.cutoff))
+        return NodeFeatures(self.norm(h), v)
+
+
+class PlainLayer(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.per_area, self.norm, self.node = layer.per_area, layer.norm, plain(layer.node)
+        hidden = layer.message.in_features
+        self.first = nn.Linear(2 * hidden + layer.pair.in_features, hidden, dtype=layer.pair.weight.dtype)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.cat([layer.receiver.weight, layer.sender.weight, layer.pair.weight], dim=1))
+            self.first.bias.copy_(layer.receiver.bias)
+        self.message, self.gate, self.move = layer.message, layer.gate, plain(layer.move)
+
+    def forward(self, h: Tensor, v: Tensor, edges: Tensor, r: Tensor, b: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        row, col = edges
+        n = self.norm(h)
+        x = r[:, None, :] + v[col] - v[row]
+        x2 = torch.sum(x**2, dim=2)
+        m = silu(self.first(torch.cat([n[row], n[col], x2 * self.per_area, b], dim=1)))
+        m = silu(self.message(m))
+        m = torch.sigmoid(self.gate(m)) * m
+        moved = (u * self.move(m) / torch.sqrt(x2 + 1.0))[:, :, None] * x
+        v = v + segment_sum(moved.flatten(1), row, len(h)).view_as(v) / TYPICAL_NEIGHBORS**0.5
+        m_sum = segment_sum(u * m, row, len(h)) / TYPICAL_NEIGHBORS
+        return h + self.node(torch.cat([n, m_sum, torch.log1p(torch.sum(v**2, dim=2))], dim=1)), v
+
+
+def segment_sum(values: Tensor, segment: Tensor, size: int) -> Tensor:
+    return values.new_zeros(size, values.shape[1]).scatter_add_(0, segment[:, None].expand_as(values), values)
+
+
+def plain(mlp: MLP) -> nn.Sequential:
+    """The same maps with SiLU between them."""
+    blocks = [block for linear in mlp.maps for block in (linear, nn.SiLU())]
+    return nn.Sequential(*blocks[:-1])

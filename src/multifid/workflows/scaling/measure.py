@@ -1,0 +1,162 @@
+"""Steps of real training, timed part by part, on the ranks of one launch.
+
+A rank's clock is told by the trainer which part of a step begins. What a rank waits for the others inside a reduction
+is told apart from the reduction itself by the times that all ranks spent computing.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from multifid.config import Config
+from multifid.data.loader import Source, ahead, open_sources
+from multifid.parallel.groups import World
+from multifid.train.build import build
+from multifid.train.feed import Feed, make_draws
+from multifid.train.resolve import placement_of
+from multifid.train.step import Totals, Trainer
+
+PHASES = ("data", "forward", "backward", "communication", "waiting", "optimizer", "bookkeeping")
+PLACEMENTS = ("replicated", "split")
+Mode = Literal["weak", "strong"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination that is measured, or forecast."""
+
+    mode: Mode
+    placement: str
+    ranks: int
+    batch: float  # structures of a step, over all tasks and ranks
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a step at a point, in the mean over epochs and ranks."""
+
+    point: Point
+    step: float
+    phases: dict[str, float]  # sum: step
+    epochs: list[float]  # seconds of each epoch
+    spread: float  # standard deviation of the ranks' computing times in a step, as a part of their mean
+    edge: float  # seconds to prepare a batch, for each of its edges
+    edges: float  # of a step, all ranks together, in the mean
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Measured":
+        return Measured(**(values | {"point": Point(**values["point"])}))
+
+
+@dataclass
+class Clock:
+    """Seconds by the part of a step that they were spent in."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    phase: str | None = None
+    since: float = 0.0
+
+    def begins(self, phase: str | None) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        if self.phase is not None:
+            self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
+
+    def take(self) -> list[float]:
+        """What has been counted, and begin anew."""
+        out = [self.seconds[phase] for phase in PHASES]
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        return out
+
+
+def points(ranks: int, tasks: int, local_batch: float, global_batch: float) -> list[Point]:
+    """What is measured on one number of ranks; one rank knows one placement only."""
+    names = PLACEMENTS if ranks > 1 else PLACEMENTS[:1]
+    batches: list[tuple[Mode, float]] = [("weak", local_batch * ranks), ("strong", global_batch)]
+    for mode, batch in batches:
+        if batch < tasks:
+            raise ValueError(
+                f"{mode} scaling on {ranks} ranks: {batch:g} structures a step are fewer than {tasks} tasks"
+            )
+    return [Point(mode, name, ranks, batch) for mode, batch in batches for name in names]
+
+
+def measure(config: Config, wanted: Sequence[Point], world: World, epochs: int, epoch_steps: int) -> list[Measured]:
+    """Train at every point, an epoch to warm up and `epochs` that count; nothing is written."""
+    sources = open_sources(config.tasks, config.train.verify)
+    return [_measure(config, sources, point, world, epochs, epoch_steps) for point in wanted]
+
+
+def at_point(config: Config, point: Point) -> Config:
+    """The config with the batch and the placement of a point."""
+    train = config.train.model_copy(update={"batch": point.batch / len(config.tasks), "local_batch": None})
+    parallel = config.parallel.model_copy(update={"placement": point.placement, "ranks": None})
+    return config.model_copy(update={"train": train, "parallel": parallel})
+
+
+def _measure(
+    config: Config, sources: list[Source], point: Point, world: World, epochs: int, epoch_steps: int
+) -> Measured:
+    config = at_point(config, point)
+    draws = make_draws(config, sources)
+    placement = world.share(placement_of(config, sources, draws, world.size))
+    feed = Feed(config, sources, draws, placement, world.rank)
+    trainer = build(config, sources, placement, epoch_steps, world)
+    clock = Clock(world.device)
+    trainer.begins = clock.begins
+    edge = _preparing(feed)
+    rows = np.array(_steps(trainer, feed, clock, (1 + epochs) * epoch_steps, config.train.workers))[epoch_steps:]
+    table = _of_all_ranks(rows, world)
+    return _summary(point, table[:, :, :-1], epochs, edge, float(table[:, :, -1].sum(axis=0).mean()))
+
+
+def _steps(trainer: Trainer, feed: Feed, clock: Clock, count: int, workers: int) -> list[list[float]]:
+    """Seconds of every part of every step on this rank, and its edges: (steps, parts + 1)."""
+    rows = []
+    steps = ahead(feed.step, 0, count, workers)
+    for _ in range(count):
+        clock.begins("data")
+        micro, _ = next(steps)
+        trainer.step(micro, Totals([t.name for t in trainer.tasks], trainer.device))
+        clock.begins(None)
+        rows.append([*clock.take(), float(sum(batch.edges.shape[1] for batch in micro))])
+    return rows
+
+
+def _preparing(feed: Feed) -> float:
+    """Seconds to prepare a batch, for each of its edges."""
+    feed.step(0)  # touches the files
+    started = time.perf_counter()
+    micro, _ = feed.step(1)
+    return (time.perf_counter() - started) / max(sum(batch.edges.shape[1] for batch in micro), 1)
+
+
+def _of_all_ranks(rows: np.ndarray, world: World) -> np.ndarray:
+    """(ranks, steps, parts + 1), on every rank."""
+    table = torch.zeros(world.size, *rows.shape, dtype=torch.float64)
+    table[world.rank] = torch.from_numpy(rows)
+    return world.group.sum_(table).numpy()
+
+
+def _summary(point: Point, table: np.ndarray, epochs: int, edge: float, edges: float) -> Measured:
+    part = {phase: table[:, :, k] for k, phase in enumerate(PHASES)}
+    computing = part["data"] + part["forward"] + part["backward"]  # (ranks, steps)
+    waiting = float((computing.max(axis=0) - computing.mean(axis=0)).mean())
+    phases = {phase: float(seconds.mean()) for phase, seconds in part.items()}
+    phases["waiting"] = min(waiting, phases["communication"])
+    phases["communication"] -= phases["waiting"]
+    steps = table.sum(axis=2).mean(axis=0)
+    passes = part["forward"] + part["backward"]
+    spread = float((passes.std(axis=0) / passes.mean(axis=0)).mean())
+    by_epoch = [float(chunk.sum()) for chunk in np.array_split(steps, epochs)]
+    return Measured(point, float(steps.mean()), phases, by_epoch, spread, edge, edges)

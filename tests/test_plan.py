@@ -1,0 +1,188 @@
+"""What `multifid plan` says beforehand is what a run then takes; forecasts agree with other ways to find the same."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
+
+from multifid.config import parse_config
+from multifid.data.loader import open_sources
+from multifid.model.potential import ModelConfig
+from multifid.parallel.groups import alone
+from multifid.parallel.layout import place
+from multifid.parallel.machines import MACHINES, Link, Machine, all_reduce, read_machine, write_machine
+from multifid.parallel.predict import Kind, expected_slowest, exposed, taking_turns, unevenness
+from multifid.parallel.shares import shares
+from multifid.train.build import build
+from multifid.train.feed import Feed, make_draws
+from multifid.train.resolve import resolve
+from multifid.train.step import Totals
+from multifid.workflows.forecast import TaskLoad, forecast, make_subject
+from multifid.workflows.here import this_machine
+from multifid.workflows.plan import STATE, make_plan, plan, ranges
+from test_train import config_of
+
+SLOW = Machine("slow", 2, 1e9, 1e9, 1e9, 1e-6, Link(1e-5, 1e8), Link(1e-4, 1e7), queued=False)
+
+
+def measured(config, folder: Path) -> dict[str, int]:
+    """Live bytes of one process that has made a step, and the most that the allocator held in another one beside."""
+    config = resolve(config, 1)
+    sources = open_sources(config.tasks)
+    draws = make_draws(config, sources)
+    placement = place(list(config.tasks), "replicated", 1)
+    trainer = build(config, sources, placement, 10, alone("cpu"))
+    (batch,), _ = Feed(config, sources, draws, placement).step(0)
+    trainer.step([batch], Totals(list(config.tasks), trainer.device))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainer.step([batch], Totals(list(config.tasks), trainer.device))
+    profiled.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    memory = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    whole = (batch.numbers, batch.charge, batch.spin, batch.natoms, batch.structure, batch.edges)  # not copied here
+    storages = {
+        p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in trainer.parameters.values()
+    }
+    return {
+        "parameters": sum(p.nbytes for p in trainer.parameters.values()),
+        "gradients": sum(storages.values()),
+        "optimizer": sum(t.nbytes for s in trainer.optimizer.state.values() for t in s.values()),
+        "averages": sum(t.nbytes for t in trainer.average.average.values()),
+        "activations": max(itertools.accumulate(size for _, size in memory)) + sum(t.nbytes for t in whole),
+    }
+
+
+@pytest.mark.parametrize(
+    ("encoder", "hidden", "forces"),
+    [(e, h, "direct") for e in ("egnn", "painn") for h in (16, 64, 160)] + [("egnn", 64, "conservative")],
+)
+def test_bytes_are_those_of_a_run(stores, tmp_path, encoder, hidden, forces):
+    layers = 2 if (encoder, hidden, forces) == ("egnn", 160, "direct") else 1  # counting takes a second for a layer
+    model = {"cutoff": 6.0, "encoder": {"name": encoder, "layers": layers, "hidden": hidden}}
+    model["branch"] = {"hidden": [hidden, hidden], "forces": forces}
+    config = parse_config(config_of(stores, tmp_path / "run", model=model, train={"batch": 40}), "test")
+    planned = make_plan(config, 1, SLOW).forecasts["replicated"].bytes_per_rank
+    seen = measured(config, tmp_path)
+    assert {k: planned[k] for k in STATE} == {k: seen[k] for k in STATE}
+    assert planned["activations"] == pytest.approx(seen["activations"], rel=0.1)
+
+
+def test_the_largest_batch_is_the_largest_that_fits(stores, tmp_path):
+    config = parse_config(config_of(stores, tmp_path / "run", train={"batch": 20}), "test")
+    roomy = replace(SLOW, memory=3e6)
+    largest = make_plan(config, 1, roomy).forecasts["split"].largest_local_batch
+    assert largest > 20
+    for local, fits in ((largest, True), (largest + 6, False)):
+        changed = config.model_copy(
+            update={"train": config.train.model_copy(update={"batch": None, "local_batch": local})}
+        )
+        made = make_plan(changed, 1, roomy)
+        assert made.fits("split") == fits
+
+
+def test_json_says_what_was_promised(stores, tmp_path, capsys):
+    config = parse_config(config_of(stores, tmp_path / "run"), "test")
+    plan(config, 6, "frontier", as_json=True, console=Console(width=200))
+    said = json.loads(capsys.readouterr().out)
+    assert said["ranks"] == 6 and said["case"] in (1, 2, 3) and said["chosen"] in said["placements"]
+    assert set(said["parameters"]) == {"encoder", "branches"} and set(said["parameters"]["branches"]) == set(stores)
+    sharing = {"replicated", "split", "auto"}
+    assert sharing <= set(said["placements"])
+    for name, about in said["placements"].items():
+        assert {"parameters", "gradients", "optimizer", "activations"} <= set(about["bytes_per_rank"])
+        assert about["largest_local_batch"] > 0 and about["step_seconds"] == pytest.approx(
+            sum(about["phases"].values())
+        )
+        assert about["bytes_per_step"] > 0 and {r for w in about["ranks_of"].values() for r in w} == set(range(6)), name
+    held = {name: about["bytes_per_rank"]["parameters"] for name, about in said["placements"].items()}
+    encoder, branch = said["parameters"]["encoder"], next(iter(said["parameters"]["branches"].values()))
+    assert held["replicated"] == 4 * (encoder + 3 * branch) and held["split"] == 4 * (encoder + branch)
+    assert held["split_sharded"] < held["split"]
+    plan(config, 6, "frontier", console=Console(width=80))
+    shown = capsys.readouterr().out
+    assert "…" not in shown and "2-3" in shown, "no number is cut, and ranks are ranges"
+
+
+def test_many_tasks_on_many_ranks_are_planned_quickly_and_read_easily():
+    tasks = {f"t{k:02}": TaskLoad(128 * 30.0, 20.0, 300.0, 0.4) for k in range(64)}
+    model = ModelConfig.model_validate({"encoder": {"layers": 2, "hidden": 32}, "branch": {"hidden": [64]}})
+    subject = make_subject(model, tasks)
+    split = forecast(subject, place(list(tasks), "split", 1920), MACHINES["aurora"])
+    assert ranges(split.ranks_of["t63"]) == "1890-1919" and ranges([0, 1, 2, 8, 10, 11]) == "0-2, 8, 10-11"
+    replicated = forecast(subject, place(list(tasks), "replicated", 1920), MACHINES["aurora"])
+    assert replicated.bytes_per_step > split.bytes_per_step and replicated.bytes > split.bytes
+
+
+def test_reductions_take_what_rings_and_trees_take():
+    assert all_reduce(SLOW, 1, 1e9) == 0.0
+    assert all_reduce(SLOW, 2, 1e8) == pytest.approx(2 * 1e-5 + 1.0)  # a ring of two sends everything once
+    # 4 nodes of 2: 2 (3/4) 1e8 bytes leave a node at 1e7 a second; 2 log2(4) steps between nodes, 2 inside
+    assert all_reduce(SLOW, 8, 1e8) == pytest.approx(15.0 + 2 * 2 * 1e-4 + 2 * 1e-5)
+
+
+def test_only_what_the_backward_pass_cannot_hide_is_waited_for():
+    one = all_reduce(SLOW, 2, 1e6)
+    assert exposed(SLOW, 1e3, 0.3, [(2, 1e6)], (2, 1e6), 1e9) == pytest.approx(one)  # only the last bucket
+    assert exposed(SLOW, 0.0, 0.3, [(2, 1e6)], (2, 2e6), 1e6) == pytest.approx(3 * one)  # nothing to hide behind
+    blocked = replace(SLOW, overlap=0.0)
+    assert exposed(blocked, 1e3, 0.3, [(2, 1e6)], (2, 1e6), 1e9) == pytest.approx(2 * one)
+
+
+def test_the_slowest_of_many_is_as_sampled():
+    means, deviations, counts = [1.0, 1.1, 0.5], [0.1, 0.05, 0.3], [40, 10, 100]
+    generator = np.random.default_rng(0)
+    drawn = [
+        np.concatenate([generator.normal(m, s, n) for m, s, n in zip(means, deviations, counts, strict=True)]).max()
+        for _ in range(4000)
+    ]
+    assert expected_slowest(means, deviations, counts) == pytest.approx(np.mean(drawn), rel=3e-3)
+    assert expected_slowest([2.0, 1.0], [0.0, 0.0], [3, 4]) == 2.0
+
+
+def test_ranks_that_share_cores_end_when_all_work_is_done():
+    assert taking_turns([1.0], [4], 2) == pytest.approx(2.0)
+    assert taking_turns([1.0, 3.0], [3, 1], 2) == pytest.approx(2.0 + 2.0)  # the last one ends alone on its core
+    assert taking_turns([1.0, 2.0], [2, 2], 4) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("count", [2.5, 40])
+def test_waiting_for_the_slowest_is_as_sampled(balanced, count):
+    """Forecast from moments against whole steps, cut by `shares` from wrong estimates or by number."""
+    ranks, generator = 60, np.random.default_rng(1)
+    kinds = [Kind(count, 1.0, 0.5, 0.1), Kind(count / 2, 3.0, 0.3, 0.05)]
+    ratios = []
+    for _ in range(20):
+        load = np.zeros(ranks)
+        true = [generator.gamma(1 / k.spread**2, k.cost * k.spread**2, round(k.count * ranks)) for k in kinds]
+        told = {
+            str(i): t * generator.normal(1, k.error, len(t)) for i, (t, k) in enumerate(zip(true, kinds, strict=True))
+        }
+        owner = shares(told, {i: list(range(ranks)) for i in told})
+        for i, t in enumerate(true):
+            load += np.bincount(owner[str(i)] if balanced else np.arange(len(t)) % ranks, weights=t, minlength=ranks)
+        ratios.append(load.max() / load.mean())
+    even, deviation = unevenness(kinds, ranks, balanced)
+    assert expected_slowest([even], [even * deviation], [ranks]) == pytest.approx(np.mean(ratios), rel=0.1)
+
+
+def test_a_machine_can_be_described_in_a_file(tmp_path):
+    write_machine(MACHINES["aurora"], tmp_path / "m.yaml")
+    assert read_machine(str(tmp_path / "m.yaml")) == MACHINES["aurora"]
+    (tmp_path / "n.yaml").write_text("name: x\nspeed: 3\n")
+    with pytest.raises(ValueError, match="speed"):
+        read_machine(str(tmp_path / "n.yaml"))
+    with pytest.raises(ValueError, match="perlmutter, frontier, aurora"):
+        read_machine("summit")
+
+
+def test_this_machine_is_measured():
+    here = this_machine("cpu")
+    assert 1e8 < here.flops < 1e13 and 1e8 < here.traffic < 1e13 and 1e-8 < here.launch < 1e-3
+    assert math.isfinite(here.memory)

@@ -25,7 +25,7 @@ def pair_energy_forces(numbers, positions, depth):
 def write_molecules(path: Path, count: int, depth: float, offset: float, seed: int) -> None:
     """Random small molecules as extended XYZ, labelled by the pair potential plus an energy for each element."""
     rng = np.random.default_rng(seed)
-    reference = {"H": -1.0 + offset, "C": -38.0 - offset, "O": -75.0 + 2 * offset}
+    reference = {"H": -2.0 + offset, "C": -9.0 - offset, "O": -5.0 + 2 * offset}
     z = {"H": 1, "C": 6, "O": 8}
     with path.open("w") as file:
         for _ in range(count):
@@ -58,3 +58,25 @@ def stores(tmp_path_factory) -> dict[str, Path]:
         prepare("extxyz", [folder / f"{task}.xyz"], folder / task, task=task, fractions=(0.6, 0.2, 0.2), progress=False)
         out[task] = folder / task
     return out
+
+
+@pytest.fixture(scope="session")
+def five(stores, tmp_path_factory) -> dict[str, Path]:
+    """Two more tasks beside the three of all tests."""
+    folder = tmp_path_factory.mktemp("more")
+    out = dict(stores)
+    for task, count, depth, offset in (("damson", 30, 0.9, 0.5), ("elder", 18, 1.1, -1.0)):
+        write_molecules(folder / f"{task}.xyz", count, depth, offset, seed=count)
+        prepare("extxyz", [folder / f"{task}.xyz"], folder / task, task=task, fractions=(0.6, 0.2, 0.2), progress=False)
+        out[task] = folder / task
+    return out
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Processes that are the ranks of many small worlds (see `parallel_worker`)."""
+    from parallel_worker import Pool
+
+    pool = Pool(7)
+    yield pool
+    pool.close()

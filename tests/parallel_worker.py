@@ -16,8 +16,11 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 from torch.distributed import TCPStore
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 import multifid.train.build
+from memory_worker import measured_run
 from multifid.config import parse_config
 from multifid.data.loader import open_sources
 from multifid.parallel import groups, heartbeat
@@ -109,8 +112,14 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
 
     without_forces: a task that has no force labels.  unlabelled: a task whose labels are missing in the third step.
     """
-    small = functools.partial(Gradients, bucket_bytes=bucket_bytes)
-    out: dict = {"totals": [], "norms": [], "structures": [], "gradients": []}
+    out: dict = {"totals": [], "norms": [], "structures": [], "gradients": [], "late": []}
+
+    class Watched(Gradients):
+        def finish(self) -> None:
+            out["late"].append(len(self.buckets) - self._next)
+            super().finish()
+
+    small = functools.partial(Watched, bucket_bytes=bucket_bytes)
     with groups.world("cpu") as world, patch.object(multifid.train.build, "Gradients", small):
         config = resolve(parse_config(values, "test"), world.size)
         sources = open_sources(config.tasks)
@@ -118,6 +127,7 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
         placement = placement_of(config, sources, draws, world.size)
         feed = Feed(config, sources, draws, placement, world.rank)
         trainer = build(config, sources, placement, 10, world)
+        out["built"] = held_bytes(trainer)
         for step in range(5):
             micro, _ = feed.step(step)
             for batch in micro:
@@ -128,14 +138,76 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
             out["totals"].append(totals.as_tensor().numpy())
             out["norms"].append(outcome.norm)
             out["structures"].append([fingerprints(batch) for batch in micro])
-            out["gradients"].append({n: p.grad.numpy().copy() for n, p in trainer.parameters.items()})
+            out["gradients"].append(wholes(trainer, {n: p.grad for n, p in trainer.parameters.items()}))
         out["validation"] = trainer.validate(feed.split("validation")).as_tensor().numpy()
         out["micro"] = len(micro)
-        out["weights"] = {n: p.detach().numpy() for n, p in trainer.parameters.items()}
-        out["averages"] = {n: p.numpy() for n, p in trainer.average.average.items()}
+        out["weights"] = wholes(trainer, trainer.parameters)
+        out["averages"] = wholes(trainer, trainer.average.average)
         out["mesh"] = None if world.mesh is None else (world.mesh.mesh_dim_names, tuple(world.mesh.mesh.shape))
         out["bytes"] = held_bytes(trainer)
     return out
+
+
+def recorded_steps(values: dict, poisoned: int) -> dict:
+    """Four steps in which all collectives over tensors are written down, one of them with a NaN on the first rank.
+
+    Returns the log of each step, whether it made an update, and whether the weights stayed as they were.
+    """
+    log: list[str] = []
+
+    class Gather(DefaultAllGather):
+        def __call__(self, output_tensor, input_tensor, group, async_op=False):
+            log.append(f"gather {input_tensor.numel()}")
+            return super().__call__(output_tensor, input_tensor, group, async_op)
+
+    class Scatter(DefaultReduceScatter):
+        def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+            log.append(f"scatter {output_tensor.numel()}")
+            return super().__call__(output_tensor, input_tensor, group, op, async_op)
+
+    def sum_later(group, tensor, original=groups.Group.sum_later):
+        log.append(f"sum {tensor.numel()} over {group.ranks}")
+        return original(group, tensor)
+
+    small = functools.partial(Gradients, bucket_bytes=200)
+    out: dict = {"logs": [], "updated": [], "kept": []}
+    with (
+        groups.world("cpu") as world,
+        patch.object(multifid.train.build, "Gradients", small),
+        patch.object(groups.Group, "sum_later", sum_later),
+    ):
+        config = resolve(parse_config(values, "test"), world.size)
+        sources = open_sources(config.tasks)
+        draws = make_draws(config, sources)
+        placement = placement_of(config, sources, draws, world.size)
+        feed = Feed(config, sources, draws, placement, world.rank)
+        trainer = build(config, sources, placement, 10, world)
+        for module in trainer.potential.encoder.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(Gather())
+                module.set_custom_reduce_scatter(Scatter())
+        for step in range(4):
+            micro, _ = feed.step(step)
+            for batch in micro:
+                lose_labels(batch, "apple", None)
+            if step == poisoned and world.first:
+                micro[0].positions[:] = torch.nan
+            before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+            log.clear()
+            outcome = trainer.step(micro, Totals(list(config.tasks), trainer.device))
+            out["logs"].append(list(log))
+            out["updated"].append(outcome.updated)
+            out["kept"].append(all(torch.equal(p, before[n]) for n, p in trainer.parameters.items() if p.numel()))
+        out["buckets"] = [f"sum {b.flat.numel()} over {b.group.ranks}" for b in trainer.gradients.buckets]
+    return out
+
+
+def wholes(trainer: Trainer, tensors: dict) -> dict:
+    """Arrays by name; of a sharded encoder on the first rank only, put together."""
+    shards = trainer.gradients.shards
+    pieces = {} if shards is None else shards.pieces
+    out = {n: shards.whole(n, t) if n in pieces else t.detach() for n, t in tensors.items()}
+    return {n: t.numpy().copy() for n, t in out.items() if t is not None}
 
 
 def lose_labels(batch: Batch, without_forces: str | None, unlabelled: str | None) -> None:
@@ -160,19 +232,16 @@ def fingerprints(batch: Batch) -> list[tuple[str, str]]:
 
 
 def held_bytes(trainer: Trainer) -> dict[str, int]:
-    """Bytes of what this rank holds: parameters, gradients, moments, averages."""
-    state = [t for s in trainer.optimizer.state.values() for t in s.values() if t.dim() > 0]
-    return {
-        "parameters": sum(p.nbytes for p in trainer.parameters.values()),
-        "gradients": sum(
-            {
-                p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes()
-                for p in trainer.parameters.values()
-            }.values()
-        ),
-        "moments": sum(t.nbytes for t in state),
-        "averages": sum(t.nbytes for t in trainer.average.average.values()),
+    """Bytes of the memory in which this rank holds parameters, gradients, moments, averages."""
+    parameters = list(trainer.parameters.values())
+    held = {
+        "parameters": parameters,
+        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "moments": [t for s in trainer.optimizer.state.values() for t in s.values() if t.dim() > 0],
+        "averages": list(trainer.average.average.values()),
     }
+    storages = {kind: {t.untyped_storage().data_ptr(): t.untyped_storage() for t in ts} for kind, ts in held.items()}
+    return {kind: sum(storage.nbytes() for storage in found.values()) for kind, found in storages.items()}
 
 
 def whole_run(values: dict, stop_at: int | None = None, told: int = 0) -> int:
@@ -220,4 +289,4 @@ def train_until_killed(values: dict, environment: dict[str, str], patience: floa
     train(parse_config(values, "test"), Console(quiet=True))
 
 
-JOBS = {f.__name__: f for f in (five_steps, whole_run, newest_checkpoint, error_of)}
+JOBS = {f.__name__: f for f in (five_steps, recorded_steps, whole_run, newest_checkpoint, error_of, measured_run)}

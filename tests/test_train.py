@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from multifid.config import load_config, parse_config
 from multifid.data.loader import collate, open_sources
@@ -28,7 +30,7 @@ from multifid.train.checkpoint import load_checkpoint
 from multifid.train.feed import Feed, make_draws
 from multifid.train.journal import read_journal
 from multifid.train.run import train
-from multifid.train.step import Totals
+from multifid.train.step import Totals, Trainer
 
 
 def config_of(stores, run: Path, **changes) -> dict:
@@ -78,6 +80,23 @@ def assert_same_bits(run: Path, other: Path) -> None:
         assert all(torch.equal(a[k], b[k]) for k in a)
     drop = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]  # noqa: E731
     assert drop(read_journal(run)) == drop(read_journal(other))
+
+
+def test_a_run_in_blocks_from_copies_of_the_stores_is_the_run_from_the_stores(stores, tmp_path):
+    blocks = {"order": "blocks", "block": 5, "window": 2}
+    plain = start(config_of(stores, tmp_path / "plain", sampling=blocks))
+    near = start(config_of(stores, tmp_path / "near", sampling=blocks, train={"stage": str(tmp_path / "stage")}))
+    assert_same_bits(plain, near)
+    assert len(list((tmp_path / "stage").iterdir())) == 3
+
+
+def test_a_split_is_validated_in_pieces_and_each_structure_once(stores, monkeypatch):
+    config = parse_config(config_of(stores, Path("unused")), "test")
+    sources = open_sources(config.tasks)
+    whole = [b.natoms.tolist() for b in feed_of(config, sources).split("validation")]
+    monkeypatch.setattr("multifid.train.feed.AT_ONCE", 4)
+    pieces = [b.natoms.tolist() for b in feed_of(config, sources).split("validation")]
+    assert len(pieces) > len(whole) and sorted(chain(*pieces)) == sorted(chain(*whole))
 
 
 def test_training_lowers_the_errors_of_every_task(stores, tmp_path):
@@ -151,6 +170,34 @@ def test_sigterm_finishes_the_step_saves_and_says_so_by_143(stores, tmp_path):
     state, _, _ = load_checkpoint(tmp_path / "run")
     assert 0 < state["step"] < 100_000
     assert state["places"] == dict.fromkeys(stores, 3 * state["step"])
+
+
+def test_training_goes_on_while_a_checkpoint_is_being_written(stores, tmp_path, monkeypatch):
+    """The disk stands still until training is three steps further; what is written is nevertheless of its own step."""
+    steps, weights, further, original = [], {}, threading.Event(), Trainer.step
+
+    def step(self, *arguments, **options):
+        if len(steps) == 3:
+            weights.update({name: p.detach().clone() for name, p in self.parameters.items()})
+        outcome = original(self, *arguments, **options)
+        steps.append(1)
+        if len(steps) == 6:
+            further.set()
+        return outcome
+
+    def slow_disk(tensors, path):
+        assert further.wait(60), "training waits for the disk"
+        save_file(tensors, path)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr("multifid.train.checkpoint.save_file", slow_disk)
+    run = start(
+        config_of(stores, tmp_path / "run", train={"steps": 8, "epoch_steps": 8, "checkpoint_every": 3, "keep": 9})
+    )
+    written = {}
+    for file in (run / "checkpoints" / "step-000003").glob("*.safetensors"):
+        written |= load_file(file)
+    assert weights and all(torch.equal(written[f"weight/{name}"], held) for name, held in weights.items())
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(stores, tmp_path, capsys):

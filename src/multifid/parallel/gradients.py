@@ -10,11 +10,13 @@ ranks that swap two reductions of equal shape get wrong sums without any error. 
     reductions of rank 1                     b, bucket 0, 1 ...            encoder, bucket 0, 1 ...
 
 The hooks are post-accumulate hooks of the leaves. In a backward pass each fires at most once, also through a double
-backward (forces that are minus the gradient of the energy). What no structure reached never fires and is launched at
-the end, with its zeros.
+backward (forces that are minus the gradient of the energy). What it will not reach is read from the graph before it
+begins, and launched at once with its zeros: branches without a structure here, a force head where no structure has
+forces, what conservative forces leave unused in the last layer of an encoder. Nothing behind them waits for the end.
+An encoder in pieces has no buckets: see `shard.py`, also for when those of branches leave then.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from multifid.parallel.groups import Group
+from multifid.parallel.shard import Shards
 
 BUCKET_BYTES = 25 << 20  # large enough for the bandwidth of a network, small enough to start early
 
@@ -33,6 +36,7 @@ class Part:
     name: str
     parameters: list[nn.Parameter]
     group: Group
+    shards: Shards | None = None  # the parameters are pieces, which have a way of their own to be summed
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Bucket:
     part: str
     group: Group
     flat: Tensor
-    size: int  # parameters in it
+    members: list[nn.Parameter]
     missing: int = 0  # gradients that have not yet arrived in this backward pass
     work: dist.Work | None = None
 
@@ -52,7 +56,10 @@ class Gradients:
 
     def __init__(self, parts: Sequence[Part], bucket_bytes: int = BUCKET_BYTES) -> None:
         self.parts = list(parts)
-        self.buckets = [bucket for part in parts for bucket in self._fill(part, bucket_bytes)]
+        self.buckets = [b for part in parts if part.shards is None for b in self._fill(part, bucket_bytes)]
+        self.shards = next((part.shards for part in parts if part.shards is not None), None)
+        if self.shards is not None:
+            self.shards.before_encoder = self._launch_all
         self._next: int | None = None  # the bucket to launch next; None: not reducing
 
     def _fill(self, part: Part, bucket_bytes: int) -> list[Bucket]:
@@ -69,7 +76,7 @@ class Gradients:
 
     def _bucket(self, part: Part, members: list[nn.Parameter]) -> Bucket:
         flat = members[0].new_zeros(sum(p.numel() for p in members)).detach()
-        bucket = Bucket(part.name, part.group, flat, len(members))
+        bucket = Bucket(part.name, part.group, flat, list(members))
         for parameter, piece in zip(members, flat.split([p.numel() for p in members]), strict=True):
             parameter.grad = piece.view_as(parameter)  # zero, not None: every placement decays and moves alike
             parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
@@ -77,16 +84,22 @@ class Gradients:
 
     def zero(self) -> None:
         """Forget the gradients of the step before."""
-        torch._foreach_zero_([bucket.flat for bucket in self.buckets])
+        if self.buckets:
+            torch._foreach_zero_([bucket.flat for bucket in self.buckets])
+        if self.shards is not None:
+            self.shards.zero()
 
-    def start(self, unreached: Collection[str] = ()) -> None:
-        """Begin to reduce: the next backward pass is the last one of the step.
+    def start(self, loss: Tensor | None) -> None:
+        """Begin to reduce: the next backward pass, from `loss`, is the last one of the step; None: there is none here.
 
-        unreached: parts that it cannot reach, because no structure of theirs is in it. They need not be waited for.
+        What it cannot reach is not waited for. Ranks differ in that; the order of launches is the same on all.
         """
+        expected = reached_from(loss)
         for bucket in self.buckets:
-            bucket.missing = 0 if bucket.part in unreached else bucket.size
+            bucket.missing = sum(id(p) in expected for p in bucket.members)
         self._next = 0
+        if self.shards is not None:
+            self.shards.start()
         self._launch_ready()
 
     def _arrived(self, bucket: Bucket) -> None:
@@ -103,11 +116,17 @@ class Gradients:
             bucket.work = bucket.group.sum_later(bucket.flat)
             self._next += 1
 
-    def finish(self) -> None:
-        """Launch what is left and wait until all sums are there."""
+    def _launch_all(self) -> None:
+        """Launch what is left: whatever of it has not arrived never will."""
         for bucket in self.buckets:
             bucket.missing = 0
         self._launch_ready()
+
+    def finish(self) -> None:
+        """Launch what is left and wait until all sums are there."""
+        self._launch_all()
+        if self.shards is not None:
+            self.shards.finish()
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()
@@ -117,12 +136,31 @@ class Gradients:
     def squared_norm(self) -> Tensor:
         """This rank's share of the squared norm over all parts, wherever they live: float64, no dimension.
 
-        Every part counts once, on the first rank of its group. Summed over the world it is the squared norm.
+        Every part counts once, on the first rank of its group; pieces count where they lie. Summed over the world it is
+        the squared norm.
         """
-        mine = [bucket.flat for bucket in self.buckets if bucket.group.first]
+        flats = self._flats()
+        mine = [flat for flat, counts in flats if counts]
         norms = torch._foreach_norm(mine) if mine else []
-        zero = self.buckets[0].flat.new_zeros((), dtype=torch.float64)
+        zero = flats[0][0].new_zeros((), dtype=torch.float64)
         return torch.stack([zero, *(norm.double().square() for norm in norms)]).sum()
 
     def scale(self, factor: float) -> None:
-        torch._foreach_mul_([bucket.flat for bucket in self.buckets], factor)
+        torch._foreach_mul_([flat for flat, _ in self._flats()], factor)
+
+    def _flats(self) -> list[tuple[Tensor, bool]]:
+        """All gradients of this rank, and whether they count for their groups."""
+        pieces = [] if self.shards is None else self.shards.gradients()
+        return [(bucket.flat, bucket.group.first) for bucket in self.buckets] + [(piece, True) for piece in pieces]
+
+
+def reached_from(loss: Tensor | None) -> set[int]:
+    """The leaves, by `id`, that a backward pass from `loss` gives a gradient (or may: some functions give none)."""
+    todo = [] if loss is None or loss.grad_fn is None else [loss.grad_fn]
+    seen = set(todo)
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return {id(node.variable) for node in seen if not node.next_functions and hasattr(node, "variable")}

@@ -1,4 +1,4 @@
-"""Who I am among the ranks, and sums over groups of them. The environment is read here and nowhere else.
+"""Who I am among the ranks, and sums over groups of them. The environment is read here and in `launch` only.
 
     world      0 1 2 3 4                 encoder gradients, counts, norms: everybody
     ani1x      0 1                       gradients of a branch: the ranks that hold it. Groups may overlap,
@@ -11,7 +11,6 @@ is not a sum of tensors goes through it: small JSON values, the state of files t
 
 import json
 import os
-import re
 import socket
 import sys
 import time
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from multifid.parallel.heartbeat import Heartbeat
+from multifid.parallel.launch import launch
 from multifid.parallel.layout import mesh_shape
 
 # A rank that is gone is noticed by its heart; a rank that compiles or validates for an hour is not gone.
@@ -37,56 +38,6 @@ FAULT = "fault"  # the key under which the first fault of any rank is told to al
 STOPPED = 143  # the exit code after SIGTERM
 POLL = 0.005  # seconds between two looks into the store
 LAST_WORDS = 3.0  # seconds to wait for another rank's fault when a connection breaks
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What torchrun or srun says of this process."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    address: str = ""  # host and port of the rendezvous
-    port: int = 0
-
-
-def launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """The launch of this process: torchrun's variables, else srun's, else one process.
-
-    A batch script that Slurm runs carries SLURM_PROCID too, but no step: it is one process. ValueError for variables
-    that contradict each other.
-    """
-    e = environment
-    if "RANK" in e and "WORLD_SIZE" in e:
-        found = Launch(_integer(e, "RANK"), _integer(e, "WORLD_SIZE"), int(e.get("LOCAL_RANK", 0)))
-    elif "SLURM_PROCID" in e and ("SLURM_STEP_ID" in e or "SLURM_JOB_ID" not in e):
-        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS"
-        found = Launch(_integer(e, "SLURM_PROCID"), _integer(e, size), int(e.get("SLURM_LOCALID", 0)))
-    else:
-        return Launch()
-    if not 0 <= found.rank < found.size:
-        raise ValueError(f"the launcher says rank {found.rank} of {found.size}: ranks must be 0..size-1")
-    if found.size == 1:
-        return Launch(local_rank=found.local_rank)
-    address = e.get("MASTER_ADDR") or _first_host(e.get("SLURM_STEP_NODELIST") or e.get("SLURM_JOB_NODELIST") or "")
-    job = int(e.get("SLURM_JOB_ID", 0)) * 31 + int(e.get("SLURM_STEP_ID", 0))
-    port = _integer(e, "MASTER_PORT") if "MASTER_PORT" in e else 20_000 + job % 10_000
-    if not address:
-        raise ValueError(f"{found.size} ranks were launched, but MASTER_ADDR (the host of rank 0) is not set")
-    return Launch(found.rank, found.size, found.local_rank, address, port)
-
-
-def _integer(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name)
-    if text is None or not text.isdecimal():
-        raise ValueError(f"the launcher must set {name} to a whole number, it is {text!r}")
-    return int(text)
-
-
-def _first_host(nodes: str) -> str:
-    """The first host of Slurm's list: nid[0012-0015,0020],login1 -> nid0012."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-    return (match[1] + (match[2] or "")) if match else ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +63,19 @@ class Group:
         if work is not None:
             work.wait()
         return tensor
+
+    @property
+    def index(self) -> int:
+        """The place of this process among the ranks of the group."""
+        return self.ranks.index(self.rank)
+
+    def gather(self, tensor: Tensor) -> Tensor | None:
+        """The host tensors of all ranks, stacked, on the first rank of the group; None on the others."""
+        if self.process_group is None:
+            return tensor[None]
+        out = tensor.new_empty(self.size, *tensor.shape) if self.first else None
+        dist.gather(tensor, None if out is None else list(out), group=self.process_group, group_dst=0)
+        return out
 
     def sum_later(self, tensor: Tensor) -> dist.Work | None:
         """Begin to sum in place; `tensor` is ready when the work has been waited for, or at once where that is None."""
@@ -161,6 +125,18 @@ class World:
             for where in sorted(set(sets.values()) - set(made)):
                 made[where] = dist.new_group(list(where)) if len(where) > 1 else None
         return {key: Group(where, self.rank, made.get(where)) for key, where in sets.items()}
+
+    def on_this_host(self) -> list[int]:
+        """The ranks that run on the same host as this one, ascending, itself among them; called on all ranks."""
+        name = blake2b(socket.gethostname().encode(), digest_size=7).digest()
+        hosts = torch.zeros(self.size, dtype=torch.int64)
+        hosts[self.rank] = int.from_bytes(name, "little")
+        hosts = self.group.sum_(hosts)
+        return torch.nonzero(hosts == hosts[self.rank]).flatten().tolist()
+
+    def mesh_apart(self) -> DeviceMesh:
+        """All ranks as a mesh with a process group of its own, whose collectives queue behind no others."""
+        return DeviceMesh.from_group(dist.new_group(list(self.group.ranks)), self.device.type)
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank, as JSON brings it over. Called on all ranks, in the same order."""

@@ -42,7 +42,11 @@ class ParallelConfig(BaseModel):
     ranks: int | None = Field(
         None, gt=0, description="for how many ranks `auto` was written out as this map; for others it is chosen anew"
     )
-    shard_encoder: Literal[False] = Field(False, description="sharding needs several ranks, which this version lacks")
+    shard_encoder: bool = Field(
+        False,
+        description="cut the encoder, its gradients, moments and averages into a piece for each rank (one rank: one "
+        "piece, the whole)",
+    )
 
 
 @dataclass(frozen=True)

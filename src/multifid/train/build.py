@@ -15,6 +15,7 @@ from multifid.model.potential import Potential
 from multifid.model.saved import start_from
 from multifid.parallel.gradients import Gradients, Part
 from multifid.parallel.groups import World
+from multifid.parallel.shard import Shards, shard
 from multifid.train.optimizer import MovingAverage, Schedule, adamw
 from multifid.train.step import ENCODER, Task, Trainer, part_of_branch
 
@@ -30,10 +31,14 @@ def build(
     potential = Potential(config.model, mine, {k: b for k, b in branch_of.items() if b in mine}, config.seed)
     if config.init is not None:
         start_from(potential, Path(config.init))
-    potential.to(device=world.device, dtype=torch.float64 if t.precision == "fp64" else torch.float32).train()
+    potential.to(dtype=torch.float64 if t.precision == "fp64" else torch.float32).train()
+    shards = apply_shards(potential, config, world)
+    potential.encoder.recompute = t.recompute
+    potential.branches.to(world.device)
     parts = [Part(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]
-    parts.append(Part(ENCODER, [p for _, p in potential.encoder_parameters()], world.group))
-    parameters = dict(potential.named_parameters())
+    encoder = dict(potential.encoder_parameters()) if shards is None else shards.pieces
+    parts.append(Part(ENCODER, list(encoder.values()), world.group, shards))
+    parameters = encoder | {name: p for b in mine for name, p in potential.branch_parameters(b)}
     scales = task_scales(config, sources)
     return Trainer(
         potential=potential,
@@ -52,6 +57,18 @@ def build(
         clip=t.clip,
         lr=t.lr,
     )
+
+
+def apply_shards(potential: Potential, config: Config, world: World) -> Shards | None:
+    """The encoder on the device of this rank: in pieces (`parallel.shard_encoder`, several ranks), or whole."""
+    conservative = config.model.branch.forces == "conservative"
+    wanted = config.parallel.shard_encoder
+    shards = shard(potential.encoder, ENCODER, world, keep_gathered=conservative) if wanted else None
+    if shards is None:
+        potential.encoder.to(world.device)
+    else:
+        potential.inner_gradient = shards.inner_gradient
+    return shards
 
 
 def holders(branch_of: Mapping[str, str], placement: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

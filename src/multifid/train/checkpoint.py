@@ -15,16 +15,17 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from multifid.parallel.groups import World, alone
+from multifid.train.tensor_file import TensorFile
 
 State = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -51,13 +52,13 @@ class Saver:
     ) -> None:
         """Begin to write a checkpoint: `mine` are the files of this rank, `names` those of all ranks together.
 
-        Returns when everything is copied to host memory. before_commit: rank 0 calls it with the directory of all
-        files before that becomes a checkpoint. Errors of the last save are raised here, and by `check` and `wait`.
+        The tensors lie in host memory, and nobody will change them. before_commit: rank 0 calls it with the directory
+        of all files before that becomes a checkpoint. Errors of the last save are raised here, and by `check` and
+        `wait`.
         """
         self.wait()
-        copied = {f: {k: v.detach().to("cpu", copy=True).contiguous() for k, v in t.items()} for f, t in mine.items()}
         self._number += 1
-        arguments = (self._number, step, copied, names, state, before_commit)
+        arguments = (self._number, step, mine, names, state, before_commit)
         self._thread = threading.Thread(target=self._in_thread, args=arguments, name="saver", daemon=True)
         self._thread.start()
 
@@ -132,8 +133,10 @@ class Saver:
 
 def load_checkpoint(
     run: Path, world: World | None = None, parts: Collection[str] | None = None
-) -> tuple[State, dict[str, Tensors], list[str]] | None:
+) -> tuple[State, dict[str, Mapping[str, Tensor]], list[str]] | None:
     """The newest whole checkpoint: (state, tensors by file, what was wrong with newer ones); None if there is none.
+
+    Tensors are read when they are looked up.
 
     Every rank verifies its share of the files, and all take the same checkpoint. parts: files to read (those that
     exist of them); None: all. ValueError if there are checkpoints, but none is whole.
@@ -148,8 +151,8 @@ def load_checkpoint(
             complaints += bad
             continue
         stems = [Path(n).stem for n in state["files"]]
-        files = {s: load_file(folder / f"{s}.safetensors") for s in stems if parts is None or s in parts}
-        return state, files, complaints
+        files = {s: TensorFile(folder / f"{s}.safetensors") for s in stems if parts is None or s in parts}
+        return state, dict(files), complaints
     if complaints:
         raise ValueError("no checkpoint of the run is whole:\n  " + "\n  ".join(complaints))
     return None
@@ -158,18 +161,6 @@ def load_checkpoint(
 def folder_of(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run / "checkpoints" / f"step-{step:06d}"
-
-
-def consolidate(folder: Path, path: Path) -> None:
-    """The weights of a checkpoint (the averaged ones where there are some) as one file, committed by rename."""
-    tensors: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        held = load_file(file)
-        kind = "ema/" if any(name.startswith("ema/") for name in held) else "weight/"
-        tensors |= {name.removeprefix(kind): t for name, t in held.items() if name.startswith(kind)}
-    part = path.with_suffix(".part")
-    save_file(tensors, part)
-    os.replace(part, path)
 
 
 def _read_state(folder: Path) -> State | str:

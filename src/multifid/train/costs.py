@@ -4,8 +4,8 @@ Work is counted in multiplications: two passes backward and one forward, each ov
 and over all branch parameters for an atom. That is too much by the same factor for all tasks, which is what matters.
 """
 
-import numpy as np
 import torch
+from torch import nn
 
 from multifid.config import Config
 from multifid.data.loader import Source, edge_costs
@@ -13,6 +13,7 @@ from multifid.data.order import Draw
 from multifid.model.branch import Branch
 from multifid.model.encoder import build_encoder
 from multifid.parallel.layout import GIB, Load, Memory
+from multifid.parallel.shard import elements, layers_of
 
 SAMPLE = 1000  # structures of a train split whose edges are estimated
 UPDATE = 50.0  # multiplications that could be made while one parameter is reduced, updated and averaged
@@ -23,8 +24,7 @@ def loads(config: Config, sources: list[Source], draws: list[Draw]) -> dict[str,
     encoder, branch = parameters(config)
     out = {}
     for source, draw in zip(sources, draws, strict=True):
-        index = np.asarray(source.store.index("train"))
-        sample = index[:: max(1, len(index) // SAMPLE)].astype(np.int64)
+        sample = source.store.pick("train", slice(None, None, max(1, source.store.size("train") // SAMPLE)))
         edges = float(edge_costs(source, sample, config.model.cutoff).mean())
         atoms = float(source.store.rows("natoms", sample).mean())
         for task in draw.tasks:  # tasks of one store share the encoder's pass, and their ranks
@@ -34,13 +34,40 @@ def loads(config: Config, sources: list[Source], draws: list[Draw]) -> dict[str,
     return out
 
 
-def memory(config: Config) -> Memory | None:
+def memory(config: Config, ranks: int = 1) -> Memory | None:
     """The limit of a rank, and what it holds besides branches of its own."""
     if config.parallel.memory is None:
         return None
-    encoder, branch = parameters(config)
-    everywhere = encoder + (branch if config.branches == "shared" else 0)
-    return Memory(limit=int(config.parallel.memory * GIB), encoder=everywhere * bytes_per_parameter(config))
+    _, branch = parameters(config)
+    everywhere = encoder_bytes(config, ranks)
+    everywhere += branch * bytes_per_parameter(config) if config.branches == "shared" else 0
+    return Memory(limit=int(config.parallel.memory * GIB), encoder=everywhere)
+
+
+def encoder_bytes(config: Config, ranks: int) -> int:
+    """Of the encoder on a rank, the most in a step: all copies whole, or pieces and what is gathered for a while.
+
+    Gathered at once are the weights of two layers, the gradients of one and these once more as they are sent; for
+    conservative forces all weights and gradients, and one layer as it is sent; in steps of several micro-batches all
+    gradients.
+    """
+    with torch.device("meta"):
+        encoder = build_encoder(config.model.encoder, config.model.cutoff)
+    copies, number = bytes_per_parameter(config), _bytes_of_number(config)
+    if ranks == 1 or not config.parallel.shard_encoder:
+        return copies * sum(p.numel() for p in encoder.parameters())
+    pieces = sum(elements(p.shape, ranks) for p in encoder.parameters())
+    conservative = config.model.branch.forces == "conservative"
+    return copies * pieces + number * gathered(encoder, conservative, config.train.max_edges is not None)
+
+
+def gathered(encoder: nn.Module, conservative: bool, micro_batches: bool) -> int:
+    """Numbers of a sharded encoder that a rank holds beside its pieces at the fullest moment; see `encoder_bytes`."""
+    whole = sum(p.numel() for p in encoder.parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(encoder)]
+    if conservative:
+        return 2 * whole + max(layers)
+    return 2 * (whole - sum(layers)) + 4 * max(layers) + (whole if micro_batches else 0)
 
 
 def parameters(config: Config) -> tuple[int, int]:
@@ -54,4 +81,8 @@ def parameters(config: Config) -> tuple[int, int]:
 def bytes_per_parameter(config: Config) -> int:
     """Weight, gradient, two moments, and the average."""
     copies = 4 + (config.train.ema is not None)
-    return copies * (8 if config.train.precision == "fp64" else 4)
+    return copies * _bytes_of_number(config)
+
+
+def _bytes_of_number(config: Config) -> int:
+    return 8 if config.train.precision == "fp64" else 4

@@ -5,16 +5,23 @@ reads only what is its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
 from multifid.config import Config
 from multifid.data.loader import Source, edge_costs, micro_batches
 from multifid.data.order import Draw, Order, rates
+from multifid.data.readahead import ReadAhead
+from multifid.data.stage import stage, staged_path
+from multifid.data.store import Store
+from multifid.parallel.groups import World
 from multifid.parallel.shares import shares
 from multifid.structures.batch import Batch
+
+AT_ONCE = 1 << 16  # structures of a split that are shared out together
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,11 @@ class Feed:
     draws: list[Draw]  # of the sources, in their order
     placement: Mapping[str, Sequence[int]]  # task -> ranks
     rank: int = 0
-    _splits: dict[str, list[np.ndarray]] = field(default_factory=dict, repr=False)  # cut once: splits are large
+    _ahead: list[ReadAhead] = field(init=False, repr=False)  # of the sources
+
+    def __post_init__(self) -> None:
+        followers = [ReadAhead(s.store, d.order, s.label_sets) for s, d in zip(self.sources, self.draws, strict=True)]
+        object.__setattr__(self, "_ahead", followers)
 
     @property
     def epoch_steps(self) -> int:
@@ -39,25 +50,32 @@ class Feed:
     def step(self, step: int) -> tuple[list[Batch], bytes]:
         """This rank's micro-batches of a step, and the identities of all structures of the step."""
         chosen, identities = [], b""
-        for source, draw in zip(self.sources, self.draws, strict=True):
-            indices = np.asarray(source.store.index("train"))[draw.order(*draw.places(step))].astype(np.int64)
+        for source, draw, ahead in zip(self.sources, self.draws, self._ahead, strict=True):
+            places = draw.places(step)
+            ahead(places[0])
+            indices = source.store.pick("train", draw.order(*places))
             chosen.append(indices)
             identities += draw.name.encode() + indices.astype("<i8").tobytes()
         parts = [(s, i) for s, i in zip(self.sources, self._mine(chosen), strict=True) if len(i)]
         return micro_batches(parts, self.config.model.cutoff, self.config.train.max_edges), identities
 
     def split(self, split: str) -> Iterator[Batch]:
-        """This rank's part of a whole split, store after store, in batches of about a training step's edges."""
-        if split not in self._splits:
-            wholes = [np.asarray(source.store.index(split)).astype(np.int64) for source in self.sources]
-            self._splits[split] = self._mine(wholes)
-        for source, index in zip(self.sources, self._splits[split], strict=True):
-            if not len(index):
-                continue
-            costs = edge_costs(source, index, self.config.model.cutoff)
-            batch = max(1.0, float(self.config.train.batch or 1))
-            most = self.config.train.max_edges or max(float(costs.mean()) * batch, 1.0)
-            yield from micro_batches([(source, index)], self.config.model.cutoff, int(most))
+        """This rank's part of a whole split, store after store, in batches of about a training step's edges.
+
+        Cut piece by piece, so that memory does not grow with the split.
+        """
+        sizes = [source.store.size(split) for source in self.sources]
+        pieces = max(1, -(-sum(sizes) // AT_ONCE))
+        for k in range(pieces):
+            bounds = [(k * n // pieces, (k + 1) * n // pieces) for n in sizes]
+            chosen = [s.store.pick(split, slice(*b)) for s, b in zip(self.sources, bounds, strict=True)]
+            for source, index in zip(self.sources, self._mine(chosen), strict=True):
+                if not len(index):
+                    continue
+                costs = edge_costs(source, index, self.config.model.cutoff)
+                batch = max(1.0, float(self.config.train.batch or 1))
+                most = self.config.train.max_edges or max(float(costs.mean()) * batch, 1.0)
+                yield from micro_batches([(source, index)], self.config.model.cutoff, int(most))
 
     def _mine(self, chosen: list[np.ndarray]) -> list[np.ndarray]:
         """Of the structures of each source those that this rank processes, in their order."""
@@ -71,7 +89,7 @@ class Feed:
 
 def make_draws(config: Config, sources: list[Source]) -> list[Draw]:
     """Which tasks are drawn together, in which order, how fast: one draw for each store."""
-    sizes = {t: len(s.store.index("train")) for s in sources for t in s.tasks}
+    sizes = {t: s.store.size("train") for s in sources for t in s.tasks}
     batch = Fraction(str(config.train.batch))
     rate = rates(sizes, batch, config.sampling, {t: c.per_step for t, c in config.tasks.items()})
     draws = []
@@ -80,9 +98,25 @@ def make_draws(config: Config, sources: list[Source]) -> list[Draw]:
         if len({rate[t] for t in tasks}) > 1:
             raise ValueError(f"tasks {', '.join(tasks)} share one store and are drawn together: give them one per_step")
         name = tasks[0] if len(tasks) == 1 else source.store.tasks[0]
-        order = Order(config.seed, source.store.checksum, name, sizes[tasks[0]])
+        order = Order(config.seed, source.store.checksum, name, sizes[tasks[0]], config.sampling.blocks())
         draws.append(Draw(tasks[0], tasks, order, rate[tasks[0]]))
     return draws
+
+
+def near(sources: list[Source], placement: Mapping[str, Sequence[int]], directory: Path, world: World) -> list[Source]:
+    """The sources, those that this host's ranks train on with copies of their stores in a directory of the host.
+
+    The first rank of each host copies, the others wait. Called on all ranks.
+    """
+    here = world.on_this_host()
+    mine = [source for source in sources if any(rank in here for task in source.tasks for rank in placement[task])]
+    with world.together():
+        if world.rank == here[0]:
+            for source in mine:
+                stage(source.store, directory)
+    with world.together():
+        copies = {s.store.path: Store(staged_path(s.store, directory), s.store.verify) for s in mine}
+    return [replace(s, store=copies.get(s.store.path, s.store)) for s in sources]
 
 
 def epoch_steps(config: Config, draws: list[Draw]) -> int:

@@ -91,7 +91,7 @@ def placement_of(config: Config, sources: list[Source], draws: list[Draw], ranks
         ranks,
         together=together,
         loads=loads(config, sources, draws),
-        memory=memory(config),
+        memory=memory(config, ranks),
         allow_idle=parallel.allow_idle,
     )
 

@@ -25,12 +25,13 @@ from multifid.data.loader import ahead, open_sources
 from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
 from multifid.train.build import build
-from multifid.train.checkpoint import Saver, consolidate, folder_of, load_checkpoint
-from multifid.train.feed import Feed, make_draws, total_steps
+from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
+from multifid.train.feed import Feed, make_draws, near, total_steps
 from multifid.train.journal import Journal, finite
 from multifid.train.resolve import open_run, placement_of, write_config
 from multifid.train.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
 from multifid.train.step import ENCODER, Task, Totals, Trainer
+from multifid.train.tensor_file import consolidate
 
 __all__ = ["make_draws", "total_steps", "train"]
 
@@ -80,6 +81,8 @@ def open_all(config: Config, world: groups.World, console: Console) -> Run:
     with world.together():  # only now: a run that cannot start leaves nothing behind
         if world.first:
             write_config(config, folder, placement, world.size)
+    if config.train.stage is not None:
+        sources = near(sources, placement, Path(config.train.stage), world)
     feed = Feed(config, sources, draws, placement, world.rank)
     with world.together():
         trainer = build(config, sources, placement, feed.epoch_steps, world)
@@ -147,6 +150,7 @@ def end_epoch(run: Run) -> bool:
 
 def save(run: Run, better: bool) -> None:
     """A checkpoint of everything at the end of a step, and model.safetensors from its files if it is the best."""
+    run.saver.wait()  # its copies are dropped before new ones are made
     description = describe_model(run)
 
     def write_best(folder: Path) -> None:

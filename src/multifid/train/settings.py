@@ -29,11 +29,18 @@ class TrainConfig(BaseModel):
         10, gt=0, description="epochs without a better validation value before stopping; null: never"
     )
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="bf16: autocast, weights stay in fp32")
+    recompute: bool = Field(
+        False, description="keep no activations inside encoder layers but compute them again: less memory, more time"
+    )
     max_edges: int | None = Field(None, gt=0, description="edges of a micro-batch; larger steps are cut into several")
     checkpoint_every: int = Field(1000, gt=0, description="steps between checkpoints (one more at every epoch's end)")
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
     log_every: int = Field(50, gt=0, description="steps between training rows of metrics.jsonl")
     verify: Literal["touch", "open", "off"] = Field("touch", description="when the stores' checksums are verified")
+    stage: str | None = Field(
+        None,
+        description="directory of each host (/dev/shm, a local disk) that the stores of its tasks are copied to first",
+    )
     workers: int = Field(1, ge=0, description="threads that prepare batches ahead; 0: none")
     change_tasks: bool = Field(
         False, description="accept other tasks than the run's: they join or leave it where it goes on"
@@ -47,5 +54,17 @@ class TrainConfig(BaseModel):
 
 # Keys of a run that may change when it is resumed: they change neither the mathematics nor the order of data.
 NEUTRAL = frozenset(
-    {"max_edges", "checkpoint_every", "keep", "log_every", "verify", "workers", "device", "tensorboard", "change_tasks"}
+    {
+        "max_edges",
+        "checkpoint_every",
+        "keep",
+        "log_every",
+        "verify",
+        "stage",
+        "workers",
+        "device",
+        "tensorboard",
+        "recompute",
+        "change_tasks",
+    }
 )

@@ -5,10 +5,12 @@ joined or left in between: a branch without a file starts fresh, a file without 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from multifid.data.order import Draw
 from multifid.train.checkpoint import Tensors, rng_state, set_rng_state
@@ -38,23 +40,35 @@ def part_of(parameter: str) -> str:
 
 
 def tensors_of(trainer: Trainer) -> dict[str, Tensors]:
-    """What this rank writes, weights, averages and moments: file -> `<part>/<parameter>` -> tensor.
+    """What this rank writes, weights, averages and moments: file -> `<part>/<parameter>` -> copy in host memory.
 
-    Every file is written by the first rank of its group.
+    Every file is written by the first rank of its group; to that of the encoder the others send their pieces, if it is
+    sharded. Called on all ranks.
     """
     writes = {part.name for part in trainer.gradients.parts if part.group.first}
+    shards = trainer.gradients.shards
     files: dict[str, Tensors] = {}
     for name, parameter in trainer.parameters.items():
-        if part_of(name) not in writes:
+        sharded = shards if shards is not None and name in shards.pieces else None
+        if part_of(name) not in writes and sharded is None:
             continue
-        file = files.setdefault(part_of(name), {})
         first, second = moments(trainer.optimizer, parameter)
-        seen = torch.tensor(updates_of(trainer.optimizer, parameter))
-        file |= {f"weight/{name}": parameter, f"exp_avg/{name}": first, f"exp_avg_sq/{name}": second}
-        file[f"updates/{name}"] = seen
+        held = {f"weight/{name}": parameter, f"exp_avg/{name}": first, f"exp_avg_sq/{name}": second}
         if trainer.average is not None:
-            file[f"ema/{name}"] = trainer.average.average[name]
+            held[f"ema/{name}"] = trainer.average.average[name]
+        copied = {
+            key: _copied(tensor) if sharded is None else sharded.whole(name, tensor) for key, tensor in held.items()
+        }
+        if part_of(name) in writes:
+            file = files.setdefault(part_of(name), {})
+            file |= {key: tensor for key, tensor in copied.items() if tensor is not None}
+            file[f"updates/{name}"] = torch.tensor(updates_of(trainer.optimizer, parameter))
     return files
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """To host memory, also where it lies there already: training goes on with the original."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def state_of(trainer: Trainer, position: Position, draws: list[Draw]) -> dict[str, Any]:
@@ -80,11 +94,12 @@ def state_of(trainer: Trainer, position: Position, draws: list[Draw]) -> dict[st
 
 
 @torch.no_grad()
-def restore(trainer: Trainer, state: dict[str, Any], files: dict[str, Tensors]) -> Position:
+def restore(trainer: Trainer, state: dict[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> Position:
     """Put a checkpoint back into a trainer that was built from the run's config, on any layout."""
     trainer.updates, trainer.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
     trainer.schedule.state = dict(state["schedule"])
     set_rng_state(state["rng"])
+    shards = trainer.gradients.shards
     for name, parameter in trainer.parameters.items():
         file = files.get(part_of(name))
         updates = 0 if file is None else int(file[f"updates/{name}"])
@@ -92,10 +107,14 @@ def restore(trainer: Trainer, state: dict[str, Any], files: dict[str, Tensors]) 
             trainer.average.begun[name] = trainer.updates - updates
         if file is None:
             continue  # its task joins the run here
-        parameter.copy_(file[f"weight/{name}"])
-        set_moments(trainer.optimizer, parameter, file[f"exp_avg/{name}"], file[f"exp_avg_sq/{name}"], updates)
+        kinds = ("weight", "exp_avg", "exp_avg_sq", *(["ema"] if trainer.average is not None else []))
+        held = {kind: file[f"{kind}/{name}"] for kind in kinds}
+        if shards is not None and name in shards.pieces:
+            held = {kind: shards.cut(whole) for kind, whole in held.items()}
+        parameter.copy_(held["weight"])
+        set_moments(trainer.optimizer, parameter, held["exp_avg"], held["exp_avg_sq"], updates)
         if trainer.average is not None:
-            trainer.average.average[name].copy_(file[f"ema/{name}"])
+            trainer.average.average[name].copy_(held["ema"])
     p = dict(state["position"])
     held, names = p.pop("totals"), [t.name for t in trainer.tasks]
     totals = Totals(names, trainer.device)

@@ -5,13 +5,15 @@ backward pass, gradients during it (see `parallel/gradients.py`), and a report a
 whether anybody was told to stop. All ranks decide the same from the same bits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
 
+from multifid.data.loader import collate
 from multifid.evaluate.metrics import Errors
 from multifid.model.potential import Potential, Prediction
 from multifid.parallel.gradients import Gradients
@@ -22,6 +24,7 @@ from multifid.train.loss import ObjectiveConfig, label_counts, loss_sums, object
 from multifid.train.optimizer import MovingAverage, Named, Schedule
 
 ENCODER = "encoder"
+NOTHING = collate([], cutoff=1.0)  # a batch without structures
 
 
 def part_of_branch(branch: str) -> str:
@@ -83,6 +86,10 @@ class Outcome:
     stop: bool  # some rank was told to stop
 
 
+def unwatched(phase: str) -> None:
+    """Nobody wants to know which part of a step begins."""
+
+
 @dataclass
 class Trainer:
     """A potential with all that one update needs. Encoder and branches of this rank; all tasks of the run."""
@@ -102,6 +109,7 @@ class Trainer:
     lr: float
     updates: int = 0  # updates made; steps that were skipped do not count
     skipped_in_a_row: int = 0
+    begins: Callable[[str], None] = unwatched  # is told which part of a step begins: forward, backward, ...
 
     def step(self, micro_batches: list[Batch], totals: Totals, stop: bool = False) -> Outcome:
         """One update from this rank's structures of one step; `totals` receives the sums of all ranks.
@@ -109,21 +117,28 @@ class Trainer:
         An update whose gradient is not finite is skipped: weights, moments, averages and schedule stay as they were,
         and the position in the data advances.
         """
+        self.begins("bookkeeping")
         counts, rounds = self._counts(micro_batches)
         here = Totals([t.name for t in self.tasks], self.device)
         self.gradients.zero()
         for k in range(rounds):
-            batch = micro_batches[k] if k < len(micro_batches) else None  # others have more of them
-            if batch is not None and batch.structures:
+            batch = micro_batches[k] if k < len(micro_batches) else NOTHING  # others have more of them
+            if batch.structures or self.gradients.shards is not None:  # whose collectives need all ranks
                 self._backward(batch, counts, here, last=k == rounds - 1)
             elif k == rounds - 1:
-                self.gradients.start(unreached=self._unreached(None))
+                self.gradients.start(None)
+        self.begins("communication")
         self.gradients.finish()
+        self.begins("bookkeeping")
         squares, told = self.gradients.squared_norm(), torch.tensor(float(stop), device=self.device)
-        report = sum_together(self.world, {"squares": squares, "stop": told, "totals": here.as_tensor()})
+        parts = {"squares": squares, "stop": told, "totals": here.as_tensor()}
+        self.begins("communication")
+        report = sum_together(self.world, parts)
+        self.begins("bookkeeping")
         totals.add_tensor(report["totals"])
         norm = float(report["squares"].sqrt())
         updated = norm < float("inf")  # not NaN either: what is not finite on one rank is not finite in the sum
+        self.begins("optimizer")
         if updated:
             self._update(norm)
         else:
@@ -139,15 +154,11 @@ class Trainer:
                     row += label_counts(batch.targets[task.name])
         rounds = torch.zeros(self.world.size)  # a place for each rank: the largest of a sum
         rounds[self.world.ranks.index(self.world.rank)] = len(micro_batches)
+        self.begins("communication")
         summed = sum_together(self.world, {"counts": table, "rounds": rounds})
+        self.begins("bookkeeping")
         table = summed["counts"].to(self.device)
         return {task.name: row for task, row in zip(self.tasks, table, strict=True)}, int(summed["rounds"].max())
-
-    def _unreached(self, batch: Batch | None) -> set[str]:
-        """The parts of the model that a backward pass through this batch does not reach."""
-        tasks = [] if batch is None else list(batch.slices)
-        reached = {part_of_branch(self.potential.branch_of[task]) for task in tasks} | ({ENCODER} if tasks else set())
-        return {part.name for part in self.gradients.parts} - reached
 
     def _sums(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
         """Loss sums (3,) of every task in a batch; they and the errors are added to the totals."""
@@ -166,11 +177,16 @@ class Trainer:
 
     def _backward(self, batch: Batch, counts: dict[str, Tensor], totals: Totals, last: bool) -> None:
         """Back-propagate this batch's share of the objective: its sums over the counts of the whole step."""
+        self.begins("forward")
         sums = self._sums(batch, totals)
-        share = sum(objective(sums[t.name], counts[t.name], t.weight) for t in self.tasks if t.name in sums)
+        shares = [objective(sums[t.name], counts[t.name], t.weight) for t in self.tasks if t.name in sums]
+        if self.gradients.shards is not None:
+            shares.append(self.gradients.shards.touch())
+        share = torch.stack(shares).sum() if shares else None
+        self.begins("backward")
         if last:
-            self.gradients.start(unreached=self._unreached(batch))
-        if isinstance(share, Tensor):
+            self.gradients.start(share)
+        if share is not None and share.requires_grad:  # not where no structure here has a label that counts
             share.backward()
 
     def _update(self, norm: float) -> None:
@@ -195,15 +211,24 @@ class Trainer:
         self.potential.eval()
         try:
             with torch.no_grad():
-                for batch in batches:
+                for batch in batches if self.gradients.shards is None else self._in_rounds(batches):
                     self._sums(batch, here)
         finally:
             self.potential.train()
+            if self.gradients.shards is not None:
+                self.gradients.shards.scatter()
             if self.average is not None:
                 self.average.swap()
         totals = Totals(here.tasks, self.device)
         totals.add_tensor(self.world.sum_(here.as_tensor()))
         return totals
+
+    def _in_rounds(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, and then nothing until no rank has any left: all ranks make the same number of passes."""
+        for batch in chain(batches, repeat(None)):
+            if not self.world.sum_(torch.tensor(float(batch is not None))):
+                return
+            yield NOTHING if batch is None else batch
 
     def _add_errors(self, totals: Totals, task: Task, batch: Batch, predicted: Prediction) -> None:
         """Errors in physical units."""

@@ -1,0 +1,74 @@
+"""safetensors files, read and put together tensor by tensor: no rank ever holds a whole file in memory.
+
+Tensors are read, not mapped: what a mapped tensor is copied into lives twice, and a tensor that is kept as it was
+mapped keeps all pages of its file.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import safe_open
+from torch import Tensor
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a file by name. Each access reads one tensor into memory of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt", backend="pread")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._file.keys():  # noqa: SIM118 (not a mapping)
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
+def consolidate(folder: Path, path: Path) -> None:
+    """The weights of a checkpoint (the averaged ones where there are some) as one file, committed by rename."""
+    places = {}  # parameter -> (its description, its file, where its bytes begin there)
+    for file in sorted(folder.glob("*.safetensors")):
+        header, begin = _header(file)
+        kind = "ema/" if any(name.startswith("ema/") for name in header) else "weight/"
+        for name, about in header.items():
+            if name.startswith(kind):
+                places[name.removeprefix(kind)] = (about, file, begin + about["data_offsets"][0])
+    joined, end = {}, 0
+    for name in sorted(places):
+        about = places[name][0]
+        first, last = about["data_offsets"]
+        joined[name] = about | {"data_offsets": [end, end + last - first]}
+        end += last - first
+    part = path.with_suffix(".part")
+    with part.open("wb") as out:
+        _write_header(out, joined)
+        for name, about in joined.items():
+            first, last = about["data_offsets"]
+            with places[name][1].open("rb") as source:
+                source.seek(places[name][2])
+                out.write(source.read(last - first))
+    os.replace(part, path)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a file holds, and where its bytes begin: 8 bytes of length, JSON, data, as the format has it."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _write_header(out: BinaryIO, header: dict[str, Any]) -> None:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of 8 bytes
+    out.write(struct.pack("<Q", len(text)) + text)

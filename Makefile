@@ -10,7 +10,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,tensorboard,test,check]'
 	touch $@
 
-.PHONY: demo test check format clean
+.PHONY: demo test bench bench-short check format clean
 
 demo: demo/elements.png      ## five small sources, stores, and the paper's two tables, in demo/
 	$(MULTIFID) study configs/demo.yaml
@@ -41,6 +41,17 @@ demo/elements.png: $(STORES)
 
 test: $(VENV)/installed      ## the test suite
 	$(BIN)/python -m pytest
+
+MOLECULES ?= demo/stores/ani1x
+CRYSTALS  ?= demo/stores/mptrj
+
+bench: $(VENV)/installed     ## training steps beside the plain published form; MOLECULES and CRYSTALS are stores
+	@test -e $(MOLECULES) -a -e $(CRYSTALS) || $(MAKE) demo/elements.png
+	$(BIN)/python benchmarks/training.py --molecules $(MOLECULES) --crystals $(CRYSTALS)
+
+bench-short: $(VENV)/installed   ## the same for a small model; fails where the ratio to the plain form has dropped
+	@test -e $(MOLECULES) || $(MAKE) demo/elements.png
+	$(BIN)/python benchmarks/training.py --molecules $(MOLECULES) --short
 
 format: $(VENV)/installed
 	$(BIN)/ruff format src tests

@@ -37,7 +37,9 @@ Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="prepared
 @app.command()
 def prepare(
     format: Annotated[str, typer.Argument(help="ani1x qm7x transition1x mptrj alexandria extxyz aselmdb")],
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="published files; several make one store")],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="published files, directories or 'patterns'")
+    ],
     out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
     task: Annotated[str | None, typer.Option(help="name of the task; default: the format's")] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many structures of each file")] = None,
@@ -48,9 +50,21 @@ def prepare(
     seed: Annotated[int, typer.Option(help="of the split")] = 0,
     level_of_theory: Annotated[str | None, typer.Option(help="for the manifest, where it is not the format's")] = None,
     option: Annotated[list[str] | None, typer.Option(help="key=value of the format, as energy=corrected")] = None,
+    workers: Annotated[int, typer.Option(help="processes that read, on each rank; the store is the same for all")] = 1,
+    trust_units: Annotated[
+        bool, typer.Option("--trust-units", help="make the store though its units look wrong")
+    ] = False,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="set structures aside that repeat an earlier one")
+    ] = False,
+    drop_duplicates_of: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="STORE", help="set aside what is trained on here and tested on in STORE, or vice versa"),
+    ] = None,
 ) -> None:
-    """Turn published files into a store."""
+    """Turn published files into a store; the same command goes on with one that was killed."""
     from multifid.data.prepare import prepare as run
+    from multifid.parallel.launch import launch
 
     shares = [_float(x, "--fractions") for x in fractions.split(",")]
     if len(shares) != 3:
@@ -67,6 +81,12 @@ def prepare(
         seed=seed,
         options=dict(_pair(x) for x in option or []),
         level_of_theory=level_of_theory,
+        workers=workers,
+        rank=(who := launch()).rank,
+        size=who.size,
+        trust_units=trust_units,
+        drop_duplicates=drop_duplicates,
+        drop_duplicates_of=drop_duplicates_of or (),
     )
 
 
@@ -118,6 +138,15 @@ def stats(
 
 
 @app.command()
+def check(stores: Stores) -> None:
+    """What is doubtful in the data: units, outliers, duplicates, leakage. Exit code 1 where units are doubtful."""
+    from multifid.workflows.check import check as run
+
+    if not run(stores):
+        raise typer.Exit(1)
+
+
+@app.command()
 def sample(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="directory for the files")],
     structures: Annotated[int, typer.Option(help="structures of each source")] = 300,
@@ -144,6 +173,60 @@ def study(
     run(load_config(config, overrides))
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.batch=64")] = None,
+    ranks: Annotated[int, typer.Option(help="how many ranks there will be")] = 1,
+    machine: Annotated[
+        str | None, typer.Option(help="perlmutter, frontier, aurora, or a YAML file; default: this machine, measured")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON in place of tables")] = False,
+) -> None:
+    """Placement, memory of a rank, largest batch and time of a step, before anything is run."""
+    from multifid.config import load_config
+    from multifid.workflows.plan import plan as run
+
+    run(load_config(config / "config.yaml" if config.is_dir() else config, overrides), ranks, machine, json)
+
+
+@app.command()
+def scaling(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.workers=0")] = None,
+    out: Annotated[Path, typer.Option(help="directory for figure, JSON and the description of this machine")] = Path(
+        "scaling"
+    ),
+    ranks: Annotated[
+        str, typer.Option(help="launch and measure so many here: 1,2,4; none: take what OUT holds")
+    ] = "1,2",
+    local_batch: Annotated[float | None, typer.Option(help="structures of a rank, weak scaling")] = None,
+    global_batch: Annotated[float | None, typer.Option(help="structures of a step, strong scaling")] = None,
+    forecast_batch: Annotated[float | None, typer.Option(help="structures of a rank in forecasts")] = None,
+    epoch_steps: Annotated[int, typer.Option(help="steps of an epoch; one warms up, three count")] = 10,
+    here: Annotated[
+        bool, typer.Option("--here", help="only measure, on the ranks of this launch (srun, torchrun)")
+    ] = False,
+) -> None:
+    """Weak and strong scaling: measured on the ranks at hand, forecast for Perlmutter, Frontier and Aurora."""
+    from multifid.config import load_config
+    from multifid.workflows.scaling import launch, report, scaling_here
+
+    path = config / "config.yaml" if config.is_dir() else config
+    loaded = load_config(path, overrides)
+    numbers = [] if ranks == "none" else [_count(text, "--ranks") for text in ranks.split(",")]
+    local = local_batch or loaded.train.local_batch or (loaded.train.batch or 32)
+    whole = global_batch or local * max([*numbers, 1])
+    out.mkdir(parents=True, exist_ok=True)
+    if here:
+        scaling_here(loaded, out, local, whole, epoch_steps)
+        return
+    told = [f"--out={out}", f"--local-batch={local}", f"--global-batch={whole}", f"--epoch-steps={epoch_steps}"]
+    for number in numbers:
+        launch([str(path), *(overrides or []), *told], number)
+    report(loaded, out, local, forecast_batch=forecast_batch)
+
+
 def _is_data(text: str) -> bool:
     """Whether an argument names a store (STORE or TASK=STORE) and not a run."""
     return (Path(text.rpartition("=")[2]) / "manifest.json").exists()
@@ -163,6 +246,12 @@ def _float(text: str, where: str) -> float:
         raise ValueError(f"{where}: {text!r} is not a number") from None
 
 
+def _count(text: str, where: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"{where}: {text!r} must be a whole number of at least 1")
+    return int(text)
+
+
 def _console():
     from rich.console import Console
 
@@ -173,6 +262,6 @@ def main() -> None:
     """Entry point: the user's errors are one message and exit code 1, ours keep their traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"multifid: error: {error}", file=sys.stderr)
         sys.exit(1)

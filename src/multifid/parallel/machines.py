@@ -7,41 +7,54 @@ what programs reach, not peaks, where somebody has published that. Everything no
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 GB = 1e9
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # per second
+Size = Rate  # bytes
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class Link:
     """What connects ranks."""
 
-    latency: float  # seconds for one step of a reduction
-    bandwidth: float  # bytes per second and direction that a rank (inside a node) or a node (between nodes) can send
+    __pydantic_config__ = _STRICT
+
+    latency: Seconds  # for one step of a reduction
+    bandwidth: Rate  # bytes per second and direction that a rank (inside a node) or a node (between nodes) can send
 
 
 @dataclass(frozen=True)
 class Machine:
     """A machine of equal nodes."""
 
+    __pydantic_config__ = _STRICT
+
     name: str
-    per_node: int  # ranks
-    memory: float  # bytes of a rank
-    flops: float  # per second of a rank, large fp32 matrix products
-    traffic: float  # bytes per second of a rank, operations that wait for its memory
-    launch: float  # seconds that the host needs to issue one operation
+    per_node: Count  # ranks
+    memory: Size  # bytes of a rank
+    flops: Rate  # per second of a rank, large fp32 matrix products
+    traffic: Rate  # bytes per second of a rank, operations that wait for its memory
+    launch: Seconds  # that the host needs to issue one operation
     inside: Link
     between: Link
     queued: bool = True  # operations are issued ahead of the device, so that issuing and computing overlap
-    overlap: float = 1.0  # the part of a reduction that can be hidden behind the backward pass
-    cores: int | None = None  # ranks that a node computes at once; more of them take turns. None: all
-    contention: float = 1.0  # how much slower a rank is where all cores are busy
-    noise: float = 0.0  # standard deviation of a rank's time for equal work, as a part of it
-    update: float | None = None  # bytes per second of the optimizer, where it is not the memory's rate
-    data: float = 0.0  # seconds of the host for an edge that is read, found and laid into a batch
-    bookkeeping: float = 8e-4  # seconds of the host for a task of the run: its counts, sums and errors of a step
-    ranks: int = 1920  # how far forecasts go
+    overlap: Annotated[float, Field(ge=0, le=1)] = 1.0  # the part of a reduction that the backward pass can hide
+    cores: Count | None = None  # ranks that a node computes at once; more of them take turns. None: all
+    contention: Annotated[float, Field(ge=1)] = 1.0  # how much slower a rank is where all cores are busy
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0  # standard deviation of a rank's time for equal work, a part of it
+    update: Rate | None = None  # bytes per second of the optimizer, where it is not the memory's rate
+    data: Seconds = 0.0  # of the host for an edge that is read, found and laid into a batch
+    bookkeeping: Seconds = 8e-4  # of the host for a task of the run: its counts, sums and errors of a step
+    ranks: Count = 1920  # how far forecasts go
 
 
 # NERSC, "Perlmutter Architecture" (docs.nersc.gov/systems/perlmutter/architecture): 4 A100 of 40 GB (1,536 nodes; 256
@@ -107,16 +120,24 @@ def read_machine(name: str) -> Machine:
     path = Path(name)
     if not path.exists():
         raise ValueError(f"machine {name!r} is neither one of {', '.join(MACHINES)} nor a file that describes one")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {f.name for f in fields(Machine)}
-    if not isinstance(values, dict) or set(values) - known:
-        wrong = sorted(set(values) - known) if isinstance(values, dict) else values
-        raise ValueError(f"{path}: a machine has the fields {sorted(known)}, not {wrong}")
     try:
-        links = {key: Link(**{k: float(v) for k, v in values[key].items()}) for key in ("inside", "between")}
-        return Machine(**(values | links))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: a field of the machine is missing or is no number ({error})") from None
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML file that describes a machine: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a machine is a map of {', '.join(f.name for f in fields(Machine))}; got {values!r}")
+    try:
+        return TypeAdapter(Machine).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {'; '.join(map(_what, error.errors()))}") from None
+
+
+def _what(error: ErrorDetails) -> str:
+    """What is wrong with a field, with its path and what was given."""
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {error['msg']}, got {error['input']!r}"
 
 
 def write_machine(machine: Machine, path: Path) -> None:

@@ -14,19 +14,12 @@ from pathlib import Path
 
 from multifid.model.potential import ModelConfig
 from multifid.parallel.machines import MACHINES, Machine
-from multifid.workflows.forecast import (
-    CRYSTAL_ERROR,
-    MOLECULE_ERROR,
-    Forecast,
-    Subject,
-    TaskLoad,
-    forecast,
-    make_subject,
-)
+from multifid.workflows.forecast import Forecast, forecast
 from multifid.workflows.scaling import efficiency
 from multifid.workflows.scaling.beyond import curves, placed, scaled
 from multifid.workflows.scaling.figure import draw
 from multifid.workflows.scaling.measure import Measured
+from multifid.workflows.subject import CRYSTAL_ERROR, MOLECULE_ERROR, Subject, TaskLoad, make_subject
 
 MODEL = ModelConfig.model_validate(
     {

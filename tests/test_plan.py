@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,9 +24,10 @@ from multifid.train.build import build
 from multifid.train.feed import Feed, make_draws
 from multifid.train.resolve import resolve
 from multifid.train.step import Totals
-from multifid.workflows.forecast import TaskLoad, forecast, make_subject
+from multifid.workflows.forecast import forecast
 from multifid.workflows.here import this_machine
 from multifid.workflows.plan import STATE, make_plan, plan, ranges
+from multifid.workflows.subject import TaskLoad, make_subject
 from test_train import config_of
 
 SLOW = Machine("slow", 2, 1e9, 1e9, 1e9, 1e-6, Link(1e-5, 1e8), Link(1e-4, 1e7), queued=False)
@@ -172,14 +174,65 @@ def test_waiting_for_the_slowest_is_as_sampled(balanced, count):
     assert expected_slowest([even], [even * deviation], [ranks]) == pytest.approx(np.mean(ratios), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "where"),
+    [
+        (2, {"a": [0], "b": [0], "c": [1], "d": [1]}),
+        (8, {"a": [0, 1], "b": [2, 3], "c": [4, 5], "d": [6, 7]}),
+        (6, {"a": [0, 1], "b": [1, 2, 3], "c": [3, 4], "d": [4, 5]}),
+    ],
+)
+def test_groups_wait_for_the_one_that_drew_the_costliest_structures(ranks, where):
+    """Forecast against whole steps of structures with skewed costs, cut by `shares`: groups cannot help each other."""
+    machine = replace(SLOW, flops=1e30, launch=0.0, inside=Link(0.0, 1e30), between=Link(0.0, 1e30))
+    model = ModelConfig.model_validate({"encoder": {"layers": 1, "hidden": 32}, "branch": {"hidden": [8]}})
+    loads = {
+        t: TaskLoad(12.0, 1e-3, 400.0, spread, 0.0) for t, spread in zip("abcd", (1.0, 0.6, 0.8, 0.2), strict=True)
+    }
+    phases = forecast(make_subject(model, loads), where, machine).phases
+    generator, most, mean = np.random.default_rng(3), 0.0, 0.0
+    for _ in range(300):
+        drawn = {t: generator.gamma(1 / load.spread**2, load.spread**2, 12) for t, load in loads.items()}
+        owner = shares(drawn, where)
+        load = sum(np.bincount(owner[t], weights=drawn[t], minlength=ranks) for t in drawn)
+        most, mean = most + load.max(), mean + load.mean()
+    told = 1 + phases["waiting"] / (phases["forward"] + phases["backward"])
+    assert told == pytest.approx(most / mean, rel=0.05) and most / mean > 1.06
+
+
 def test_a_machine_can_be_described_in_a_file(tmp_path):
     write_machine(MACHINES["aurora"], tmp_path / "m.yaml")
     assert read_machine(str(tmp_path / "m.yaml")) == MACHINES["aurora"]
-    (tmp_path / "n.yaml").write_text("name: x\nspeed: 3\n")
-    with pytest.raises(ValueError, match="speed"):
-        read_machine(str(tmp_path / "n.yaml"))
     with pytest.raises(ValueError, match="perlmutter, frontier, aurora"):
         read_machine("summit")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"speed": 3}, "speed"),
+        ({"flops": "fast"}, "flops.*'fast'"),
+        ({"per_node": 0}, "per_node.*at least|per_node.*greater"),
+        ({"traffic": 0.0}, "traffic"),
+        ({"memory": None}, "memory"),
+        ({"inside": {"latency": 1e-5}}, "inside.bandwidth is missing"),
+        ({"inside": 3}, "inside"),
+        ({"overlap": 2.0}, "overlap"),
+    ],
+)
+def test_what_is_no_machine_is_refused_with_the_field(tmp_path, change, told):
+    write_machine(MACHINES["aurora"], tmp_path / "m.yaml")
+    values = yaml.safe_load((tmp_path / "m.yaml").read_text()) | change
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=f"m.yaml: {told}"):
+        read_machine(str(tmp_path / "m.yaml"))
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "a: [b\n"])
+def test_what_is_no_map_is_refused_with_the_file(tmp_path, text):
+    (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"no YAML file|is a map"):
+        read_machine(str(tmp_path / "m.yaml"))
 
 
 def test_this_machine_is_measured():

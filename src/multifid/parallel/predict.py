@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.special import ndtr
+from numpy.typing import ArrayLike
+from scipy.special import gammaincinv, log_ndtr
 
 from multifid.parallel.machines import Machine, all_reduce
 from multifid.parallel.shares import shares
@@ -14,6 +15,7 @@ from multifid.parallel.shares import shares
 PIECES = 400  # structures at most that a sampled cut of a step holds for each kind of rank
 RANKS = 32  # ranks at most in a sampled cut: evenness depends on what each gets, hardly on how many they are
 GRID = 400  # points of a numerical integral
+SAMPLES = 8  # cuts that are made to see how uneven they are
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,38 @@ def exposed(
     return sum(takes) - hidden
 
 
-def expected_slowest(means: Sequence[float], deviations: Sequence[float], counts: Sequence[int]) -> float:
-    """The mean of the largest of independent normal times: `counts[k]` ranks with mean and deviation k each."""
-    mean, deviation = np.array(means, float), np.array(deviations, float)
+def expected_slowest(means: ArrayLike, deviations: ArrayLike, counts: Sequence[int]) -> float:
+    """The mean of the largest of independent normal times: `counts[k]` ranks with mean and deviation k each.
+
+    means, deviations: (classes,), or (steps, classes) of several steps, over which the result is averaged.
+    """
+    mean = np.atleast_2d(np.asarray(means, float))
+    deviation = np.broadcast_to(np.asarray(deviations, float), mean.shape)
     if deviation.max() <= 1e-12 * mean.max():
-        return float(mean.max())
+        return float(mean.max(axis=1).mean())
     deviation = np.maximum(deviation, 1e-9 * mean.max())
-    x = np.linspace((mean - 6 * deviation).min(), (mean + 7 * deviation).max(), GRID * 8)
-    z = (x[:, None] - mean) / deviation
-    below = np.clip(ndtr(z), 1e-300, 1.0)
-    all_below = np.exp((np.log(below) * np.array(counts)).sum(axis=1))
-    return float(x[-1] - np.trapezoid(all_below, x))
+    low, high = (mean - 6 * deviation).max(axis=1), (mean + 7 * deviation).max(axis=1)
+    x = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, GRID)  # (steps, points)
+    z = (x[:, :, None] - mean[:, None, :]) / deviation[:, None, :]
+    all_below = np.exp(log_ndtr(z) @ np.array(counts, float))
+    return float((high - np.trapezoid(all_below, x, axis=1)).mean())
+
+
+def sampled_steps(structures: Sequence[float], spreads: Sequence[float], steps: int) -> np.ndarray:
+    """What the structures of each draw cost together in some steps, as a part of the mean: (steps, draws).
+
+    spreads: standard deviation of a structure's cost, as a part of the mean. Costs are taken to be of gamma
+    distributions, whose sums are of gamma distributions again. Every draw takes each of `steps` equal parts of its
+    distribution once, in an order of its own (a Latin hypercube): few steps then have the right mean and spread.
+    """
+    generator = np.random.default_rng(0)
+    parts = (np.arange(steps) + 0.5) / steps
+    columns = []
+    for count, spread in zip(structures, spreads, strict=True):
+        shape = count / max(spread, 1e-3) ** 2
+        values = gammaincinv(shape, parts)
+        columns.append(generator.permutation(values / values.mean()))
+    return np.stack(columns, axis=1)
 
 
 def taking_turns(works: Sequence[float], counts: Sequence[int], cores: int) -> float:
@@ -113,7 +136,7 @@ def _unevenness(kinds: tuple[tuple[float, ...], ...], ranks: int, balanced: bool
         return 1.0, error
     generator = np.random.default_rng(0)
     ratios = []
-    for _ in range(3):
+    for _ in range(SAMPLES):
         costs = {
             str(i): _sample(generator, round(count * ranks), cost, spread)
             for i, (count, cost, spread, _) in enumerate(kinds)

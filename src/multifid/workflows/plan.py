@@ -21,8 +21,9 @@ from multifid.parallel.machines import Machine, read_machine
 from multifid.train.costs import loads, memory
 from multifid.train.feed import epoch_steps, make_draws
 from multifid.train.resolve import placement_of, resolve
-from multifid.workflows.forecast import Forecast, Subject, forecast, subject_of
+from multifid.workflows.forecast import Forecast, forecast
 from multifid.workflows.here import this_machine
+from multifid.workflows.subject import Subject, subject_of
 
 MUCH = 3.0  # from this ratio on one of encoder and branches outweighs the other
 USABLE = 0.9  # of a device's memory: the rest goes to the driver, communication buffers and fragments

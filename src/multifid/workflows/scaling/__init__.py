@@ -26,11 +26,11 @@ from multifid.parallel import groups
 from multifid.parallel.machines import MACHINES, Machine, write_machine
 from multifid.train.feed import make_draws
 from multifid.train.resolve import placement_of
-from multifid.workflows.forecast import subject_of
 from multifid.workflows.here import this_machine
 from multifid.workflows.scaling.beyond import Predicted, curves, rank_numbers, shortest
 from multifid.workflows.scaling.calibrate import Case, calibrate, like_here, used
 from multifid.workflows.scaling.measure import PHASES, Measured, at_point, measure, points
+from multifid.workflows.subject import subject_of
 
 SHORT = {"communication": "sums", "bookkeeping": "books", "optimizer": "update"}
 EPOCHS = 3  # that are measured, after one to warm up

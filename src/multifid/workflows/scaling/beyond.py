@@ -6,7 +6,8 @@ from typing import Any
 
 from multifid.parallel.layout import Load, place
 from multifid.parallel.machines import Machine
-from multifid.workflows.forecast import Forecast, Subject, forecast
+from multifid.workflows.forecast import Forecast, forecast
+from multifid.workflows.subject import Subject
 
 DOUBLINGS = 4  # below the largest number of ranks of a machine
 CURVES = (  # placement, whether steps are cut by costs

@@ -7,8 +7,9 @@ import numpy as np
 from scipy.optimize import nnls
 
 from multifid.parallel.machines import Link, Machine
-from multifid.workflows.forecast import Forecast, Mean, Subject, forecast, mean_rank
+from multifid.workflows.forecast import Forecast, Mean, forecast, mean_rank
 from multifid.workflows.scaling.measure import Measured, Point
+from multifid.workflows.subject import Subject
 
 Placement = Mapping[str, Sequence[int]]
 UNUSED = 1e30  # of a rate: what takes no time

@@ -56,6 +56,8 @@ class Config(BaseModel):
             raise ValueError("objective.stress > 0 needs model.branch.forces: conservative (only they give a stress)")
         if self.train.batch is not None and self.train.local_batch is not None:
             raise ValueError("train.batch and train.local_batch say the same thing twice: give one of them")
+        if self.train.optimizer == "soap" and self.parallel.shard_encoder:
+            raise ValueError("train.optimizer: soap needs whole matrices; with parallel.shard_encoder take adamw")
         return self
 
     def branch_of(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from multifid.model.saved import start_from
 from multifid.parallel.gradients import Gradients, Part
 from multifid.parallel.groups import World
 from multifid.parallel.shard import Shards, shard
-from multifid.train.optimizer import MovingAverage, Schedule, adamw
+from multifid.train.optimizer import OPTIMIZERS, MovingAverage, Schedule
 from multifid.train.step import ENCODER, Task, Trainer, part_of_branch
 
 
@@ -44,7 +44,7 @@ def build(
         potential=potential,
         parameters=parameters,
         gradients=Gradients(parts),
-        optimizer=adamw(parameters, t.lr, t.weight_decay),
+        optimizer=OPTIMIZERS[t.optimizer](parameters, t.lr, t.weight_decay),
         schedule=Schedule(
             t.schedule, t.warmup, t.steps or t.epochs * per_epoch, factor=t.plateau_factor, patience=t.plateau_patience
         ),

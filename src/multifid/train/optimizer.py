@@ -1,11 +1,14 @@
-"""AdamW, clipping, learning-rate schedules and the moving average of weights, over named parameters."""
+"""The optimizers, clipping, learning-rate schedules and the moving average of weights, over named parameters."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from multifid.train.soap import SOAP, begin
 
 Named = dict[str, nn.Parameter]
 
@@ -18,12 +21,14 @@ def adamw(parameters: Named, lr: float, weight_decay: float) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-    """First and second moment of a parameter; zeros before the first update."""
+OPTIMIZERS: dict[str, Callable[[Named, float, float], torch.optim.Optimizer]] = {"adamw": adamw, "soap": SOAP}
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter, by name; zeros before the first update."""
     state = optimizer.state[parameter]
-    if not state:
-        return torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return state["exp_avg"], state["exp_avg_sq"]
+    held = state or begin(parameter, isinstance(optimizer, SOAP) and optimizer.turns(parameter))
+    return {name: tensor for name, tensor in held.items() if name != "step"}
 
 
 def updates_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> int:
@@ -33,16 +38,13 @@ def updates_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> int
 
 
 def set_moments(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, first: Tensor, second: Tensor, updates: int
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, held: Mapping[str, Tensor], updates: int
 ) -> None:
-    """Put saved moments back, after `updates` updates."""
+    """Put back what `moments` gave, after `updates` updates."""
     if updates == 0:
         return
-    optimizer.state[parameter] = {
-        "step": torch.tensor(float(updates), dtype=torch.float32, device=parameter.device),
-        "exp_avg": first.to(parameter.device),
-        "exp_avg_sq": second.to(parameter.device),
-    }
+    step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
+    optimizer.state[parameter] = {"step": step} | {name: x.to(parameter.device) for name, x in held.items()}
 
 
 class MovingAverage:

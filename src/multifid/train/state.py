@@ -52,8 +52,8 @@ def tensors_of(trainer: Trainer) -> dict[str, Tensors]:
         sharded = shards if shards is not None and name in shards.pieces else None
         if part_of(name) not in writes and sharded is None:
             continue
-        first, second = moments(trainer.optimizer, parameter)
-        held = {f"weight/{name}": parameter, f"exp_avg/{name}": first, f"exp_avg_sq/{name}": second}
+        held = {f"weight/{name}": parameter.detach()}
+        held |= {f"{kind}/{name}": kept for kind, kept in moments(trainer.optimizer, parameter).items()}
         if trainer.average is not None:
             held[f"ema/{name}"] = trainer.average.average[name]
         copied = {
@@ -107,12 +107,13 @@ def restore(trainer: Trainer, state: dict[str, Any], files: Mapping[str, Mapping
             trainer.average.begun[name] = trainer.updates - updates
         if file is None:
             continue  # its task joins the run here
-        kinds = ("weight", "exp_avg", "exp_avg_sq", *(["ema"] if trainer.average is not None else []))
+        kept = list(moments(trainer.optimizer, parameter))
+        kinds = ("weight", *kept, *(["ema"] if trainer.average is not None else []))
         held = {kind: file[f"{kind}/{name}"] for kind in kinds}
         if shards is not None and name in shards.pieces:
             held = {kind: shards.cut(whole) for kind, whole in held.items()}
         parameter.copy_(held["weight"])
-        set_moments(trainer.optimizer, parameter, held["exp_avg"], held["exp_avg_sq"], updates)
+        set_moments(trainer.optimizer, parameter, {kind: held[kind] for kind in kept}, updates)
         if trainer.average is not None:
             trainer.average.average[name].copy_(held["ema"])
     p = dict(state["position"])

@@ -174,6 +174,18 @@ def test_waiting_for_the_slowest_is_as_sampled(balanced, count):
     assert expected_slowest([even], [even * deviation], [ranks]) == pytest.approx(np.mean(ratios), rel=0.1)
 
 
+def test_one_costly_structure_can_be_more_than_a_rank_should_get():
+    """Few structures of very different cost on a rank: sometimes one decides the step, and the others wait."""
+    ranks, count, generator, most, mean = 8, 3.0, np.random.default_rng(5), 0.0, 0.0
+    for _ in range(1000):
+        costs = generator.gamma(1.0, 1.0, round(count * ranks))
+        owner = shares({"a": costs}, {"a": list(range(ranks))})["a"]
+        load = np.bincount(owner, weights=costs, minlength=ranks)
+        most, mean = most + load.max(), mean + load.mean()
+    even, _ = unevenness([Kind(count, 1.0, 1.0, 0.0)], ranks, True)
+    assert most / mean > 1.2 and even == pytest.approx(most / mean, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("ranks", "where"),
     [

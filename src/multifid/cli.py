@@ -200,10 +200,10 @@ def scaling(
     ranks: Annotated[
         str, typer.Option(help="launch and measure so many here: 1,2,4; none: take what OUT holds")
     ] = "1,2",
-    local_batch: Annotated[float | None, typer.Option(help="structures of a rank, weak scaling")] = None,
-    global_batch: Annotated[float | None, typer.Option(help="structures of a step, strong scaling")] = None,
-    forecast_batch: Annotated[float | None, typer.Option(help="structures of a rank in forecasts")] = None,
-    epoch_steps: Annotated[int, typer.Option(help="steps of an epoch; one warms up, three count")] = 10,
+    local_batch: Annotated[float | None, typer.Option(min=1, help="structures of a rank, weak scaling")] = None,
+    global_batch: Annotated[float | None, typer.Option(min=1, help="structures of a step, strong scaling")] = None,
+    forecast_batch: Annotated[float | None, typer.Option(min=1, help="structures of a rank in forecasts")] = None,
+    epoch_steps: Annotated[int, typer.Option(min=1, help="steps of an epoch; one warms up, three count")] = 10,
     here: Annotated[
         bool, typer.Option("--here", help="only measure, on the ranks of this launch (srun, torchrun)")
     ] = False,

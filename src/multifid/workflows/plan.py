@@ -185,7 +185,7 @@ def tables(made: Plan) -> list[Table]:
             [row for name in names if name in ("split", "auto", "config") for row in where(name, made.forecasts[name])],
         ),
         _table(
-            f"An epoch, {made.epoch_steps} steps",
+            f"An epoch, {made.epoch_steps} step{'s' * (made.epoch_steps > 1)}",
             ("task", "structures/step", "passes"),
             [(t, f"{made.subject.tasks[t].structures:.4g}", f"{p:.4g}") for t, p in made.passes.items()],
         ),

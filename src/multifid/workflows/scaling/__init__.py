@@ -33,6 +33,7 @@ from multifid.workflows.scaling.measure import PHASES, Measured, at_point, measu
 from multifid.workflows.subject import subject_of
 
 SHORT = {"communication": "sums", "bookkeeping": "books", "optimizer": "update"}
+ERROR = "multifid: error: "  # before what the user should read, see `cli.main`
 EPOCHS = 3  # that are measured, after one to warm up
 
 
@@ -49,13 +50,14 @@ def scaling_here(
 
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
-    """The same command on so many ranks of this host, with --here. RuntimeError where it fails."""
+    """The same command on so many ranks of this host, with --here. ValueError with what a rank said where it fails."""
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *run, "-m", "multifid", "scaling", *arguments, "--here"]
     with groups.one_thread_each():
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"measuring on {ranks} ranks failed:\n{done.stderr[-2000:]}")
+        said = [line.partition(ERROR)[2] for line in done.stderr.splitlines() if ERROR in line]
+        raise ValueError(f"measuring on {ranks} ranks failed: {said[0] if said else done.stderr[-2000:]}")
 
 
 def report(

@@ -86,7 +86,7 @@ def points(ranks: int, tasks: int, local_batch: float, global_batch: float) -> l
     for mode, batch in batches:
         if batch < tasks:
             raise ValueError(
-                f"{mode} scaling on {ranks} ranks: {batch:g} structures a step are fewer than {tasks} tasks"
+                f"{mode} scaling, ranks: {ranks}: {batch:g} structures a step are fewer than {tasks} tasks"
             )
     return [Point(mode, name, ranks, batch) for mode, batch in batches for name in names]
 

@@ -86,6 +86,7 @@ READERS: dict[str, str] = {
     "alexandria": "multifid.data.readers.alexandria",
     "extxyz": "multifid.data.readers.extxyz",
     "aselmdb": "multifid.data.readers.aselmdb",
+    "spice": "multifid.data.readers.spice",
 }
 
 

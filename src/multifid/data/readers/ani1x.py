@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from multifid.data.block import Block, relative_hash
 from multifid.data.fields import NO_SPLIT
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, cut
-from multifid.data.readers.molecule_hdf5 import opened
+from multifid.data.readers.molecule_hdf5 import HARTREE, dataset, datasets_of, groups, opened
+from multifid.data.readers.records import BadRecord
 from multifid.structures.elements import MAX_Z, formula
 
-HARTREE = 27.211386245988  # eV, CODATA 2018
 CHUNK = 4096  # conformers read at once
 PART = 1 << 15  # conformers of a part
 
@@ -76,24 +76,20 @@ class Options(BaseModel):
 def parts(path: Path, options: Options) -> list[Part]:
     """Groups in the order of their names, about PART conformers together."""
     with opened(path) as file:
-        return cut([_conformers(file[name]) for name in _groups(file)], PART)
+        return cut([_conformers(file[name]) for name in groups(file)], PART)
 
 
 def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
     """Stream the conformers of one file in blocks; part: which groups."""
     asked = {("ani1x" if options.fidelities == (DEFAULT,) else name): FIDELITIES[name] for name in options.fidelities}
     with opened(path) as file:
-        groups = _groups(file)
-        start, stop = part or (0, len(groups))
+        names = groups(file)
+        start, stop = part or (0, len(names))
         if start == 0:
-            _check(path, file, groups, asked)
-        for i, name in enumerate(groups[start:stop]):
+            _check(path, file, names, asked)
+        for i, name in enumerate(names[start:stop]):
             yield from _group(path, file[name], name, asked)
             progress((i + 1) / (stop - start))
-
-
-def _groups(file: h5py.File) -> list[str]:
-    return [name for name in file if file.get(name, getclass=True) is h5py.Group]
 
 
 def _conformers(group: h5py.Group) -> int:
@@ -101,12 +97,12 @@ def _conformers(group: h5py.Group) -> int:
     return coordinates.shape[0] if isinstance(coordinates, h5py.Dataset) and coordinates.ndim else 0
 
 
-def _check(path: Path, file: h5py.File, groups: list[str], asked: dict) -> None:
+def _check(path: Path, file: h5py.File, names: list[str], asked: dict) -> None:
     """The file as a whole must be ANI-1x's: groups with coordinates, and the keys that were asked for, somewhere."""
-    if not any("coordinates" in file[name] and "atomic_numbers" in file[name] for name in groups):
+    if not any("coordinates" in file[name] and "atomic_numbers" in file[name] for name in names):
         raise ValueError(f"{path} is not an ANI-1x file: no group has `atomic_numbers` and `coordinates`")
     for task, (energies, _, _) in asked.items():
-        if not any(all(key in file[name] for key in energies) for name in groups):
+        if not any(all(key in file[name] for key in energies) for name in names):
             raise ValueError(f"{path} has no labels {task}: no group has {' and '.join(map(repr, energies))}")
 
 
@@ -115,7 +111,9 @@ def _group(path: Path, group: h5py.Group, name: str, asked: dict) -> Iterator[Re
         yield Skip("group without atomic_numbers or coordinates", name)
         return
     try:
-        numbers = np.asarray(group["atomic_numbers"])
+        keys = [key for energies, forces, _ in asked.values() for key in (*energies, forces) if key is not None]
+        datasets_of(group, ("coordinates",), [key for key in keys if key in group])
+        numbers = dataset(group, "atomic_numbers")
         count = group["coordinates"].shape[0]
         shapes = {"coordinates": (count, len(numbers), 3)}
         for energies, forces, _ in asked.values():
@@ -132,6 +130,8 @@ def _group(path: Path, group: h5py.Group, name: str, asked: dict) -> Iterator[Re
             return
         for start in range(0, count, CHUNK):
             yield _block(group, name, numbers, slice(start, min(start + CHUNK, count)), asked)
+    except BadRecord as bad:
+        yield Skip(str(bad), name)
     except (OSError, RuntimeError) as error:  # a damaged chunk: HDF5 cannot go on behind it
         raise ValueError(f"{path}: group {name} cannot be read: {error}") from error
 

@@ -28,6 +28,7 @@ CASES = [  # tasks, ranks, placement, encoder, forces, most edges of a micro-bat
     (2, 4, "split", PAINN, "direct", None, "berry", None),
     (3, 2, "replicated", PAINN, "conservative", 20, None, "apple"),
     (5, 4, "random", EGNN, "conservative", 20, "berry", None),
+    (2, 5, "split", PAINN, "conservative", 20, None, "apple"),  # ranks run over no atoms in some rounds
     (2, 3, {"apple": [0], "berry": [0, 2]}, EGNN, "conservative", None, None, "berry"),  # rank 1 has no branch
     (2, 3, {"apple": [0, 2], "berry": [0]}, EGNN, "direct", None, None, None),
 ]

@@ -125,9 +125,35 @@ def write_qm7x(path: Path) -> None:
     path.write_bytes(lzma.compress(plain.getvalue()))
 
 
+def write_transition1x(path: Path) -> None:
+    random = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for split in ("train", "val", "test"):
+            for r in range(3):
+                group = file.create_group(f"{split}/H2O/rxn{r}")
+                group["atomic_numbers"] = np.array([8, 1, 1])
+                group["positions"] = WATER + random.normal(0, 0.02, (5, 3, 3))
+                group["wB97x_6-31G(d).energy"] = -2080.0 + random.normal(0, 1, 5)
+                group["wB97x_6-31G(d).forces"] = random.normal(0, 0.5, (5, 3, 3))
+
+
+def write_spice(path: Path) -> None:
+    random = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for m in range(12):
+            group = file.create_group(f"m{m}")
+            group.create_dataset("smiles", data=[f"[O:1]([H:2])[H:3]{'.' * m}"], dtype=h5py.string_dtype())
+            group["atomic_numbers"] = np.array([8, 1, 1], np.int16)
+            group["conformations"] = ((WATER + random.normal(0, 0.02, (3, 3, 3))) / 0.529177).astype(np.float32)
+            group["dft_total_energy"] = -76.4 + random.normal(0, 0.01, 3)
+            group["dft_total_gradient"] = random.normal(0, 0.01, (3, 3, 3)).astype(np.float32)
+
+
 FORMATS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "extxyz": ("in.xyz", write_xyz),
     "ani1x": ("in.h5", write_ani1x),
+    "transition1x": ("in.hdf5", write_transition1x),
+    "spice": ("in.hdf5", write_spice),
     "qm7x": ("in.xz", write_qm7x),
     "mptrj": ("in.json", write_mptrj),
     "alexandria": ("in.json.bz2", write_alexandria),
@@ -232,6 +258,68 @@ def test_json_nested_100_000_deep_is_an_error_or_a_skip(format, tmp_path):
     assert "deep.json" in made(format, path, tmp_path / "out")
 
 
+def claims_a_billion_conformers(file: h5py.File, keys: dict[str, str]) -> None:
+    """All fill value, nothing of it in the file."""
+    group = file.create_group("claims")
+    group[keys["numbers"]] = np.array([8, 1, 1])
+    group.create_dataset(keys["positions"], (10**9, 3, 3), np.float32, chunks=(1000, 3, 3))
+    group.create_dataset(keys["energy"], (10**9,), np.float64, chunks=(1000,))
+
+
+def claims_a_billion_atoms(file: h5py.File, keys: dict[str, str]) -> None:
+    group = file.create_group("claims")
+    group.create_dataset(keys["numbers"], (10**9,), np.uint8, chunks=(1 << 20,), fillvalue=1)
+    group.create_dataset(keys["positions"], (2, 10**9, 3), np.float32, chunks=(1, 1 << 20, 3))
+    group[keys["energy"]] = np.zeros(2)
+
+
+def unpacks_a_thousandfold(file: h5py.File, keys: dict[str, str]) -> None:
+    group = file.create_group("bomb")
+    group[keys["numbers"]] = np.array([8, 1, 1])
+    packed = {"chunks": True, "compression": "gzip"}
+    group.create_dataset(keys["positions"], data=np.zeros((300_000, 3, 3), np.float32), **packed)
+    group.create_dataset(keys["energy"], data=np.zeros(300_000), **packed)
+
+
+def lies_in_another_file(file: h5py.File, keys: dict[str, str]) -> None:
+    group = file.create_group("elsewhere")
+    group[keys["numbers"]] = np.array([8, 1, 1])
+    group.create_dataset(keys["positions"], (1, 3, 3), np.float32, external=[("/etc/passwd", 0, 36)])
+    group[keys["energy"]] = np.zeros(1)
+
+
+KEYS = {
+    "ani1x": {"numbers": "atomic_numbers", "positions": "coordinates", "energy": "wb97x_dz.energy"},
+    "spice": {"numbers": "atomic_numbers", "positions": "conformations", "energy": "dft_total_energy"},
+    "transition1x": {"numbers": "atomic_numbers", "positions": "positions", "energy": "wB97x_6-31G(d).energy"},
+}
+
+
+@pytest.mark.parametrize(
+    "add", [claims_a_billion_conformers, claims_a_billion_atoms, unpacks_a_thousandfold, lies_in_another_file]
+)
+@pytest.mark.parametrize("format", KEYS)
+def test_hdf5_that_claims_more_than_it_holds_is_a_counted_skip_of_its_group(format, add, tmp_path):
+    name, write = FORMATS[format]
+    write(tmp_path / name)
+    with h5py.File(tmp_path / name, "a") as file:
+        add(file["train/H2O"] if format == "transition1x" else file, KEYS[format])
+    right = made(format, tmp_path / name, tmp_path / "out")
+    assert isinstance(right, Store)
+    (reason,) = right.manifest["skipped"]
+    assert reason in ("a dataset unpacks to more than is plausible", "a dataset lies in another file")
+    assert right.manifest["skipped"][reason] == 1
+
+
+def test_groups_that_are_links_to_other_files_are_not_followed(tmp_path):
+    write_spice(tmp_path / "other.hdf5")
+    write_spice(tmp_path / "in.hdf5")
+    with h5py.File(tmp_path / "in.hdf5", "a") as file:
+        file["link"] = h5py.ExternalLink(str(tmp_path / "other.hdf5"), "/m0")
+    store = made("spice", tmp_path / "in.hdf5", tmp_path / "out")
+    assert isinstance(store, Store) and store.structures == 36
+
+
 class Evil:
     """Unpickled, it makes a directory."""
 
@@ -250,6 +338,19 @@ def test_bad_values_in_a_database_are_skipped_and_no_pickle_is_executed(tmp_path
     store = made("aselmdb", tmp_path / "in.aselmdb", tmp_path / "out")
     assert isinstance(store, Store) and store.structures == 40 and sum(store.manifest["skipped"].values()) == len(bad)
     assert not trace.exists()
+
+
+def test_a_database_that_ends_the_process_of_its_library_is_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "in.aselmdb"
+    write_aselmdb(path)
+    whole, messages = path.read_bytes(), []
+    for page in range(len(whole) // 4096):  # the pointer to the third row of a page leads out of the file (fuzzed)
+        crooked = bytearray(whole)
+        crooked[page * 4096 + 21] = 0xFF
+        path.write_bytes(crooked)
+        messages.append(str(made("aselmdb", path, tmp_path / f"out{page}")))
+    crashed = [text for text in messages if "in.aselmdb: reading it ended the process (SIG" in text]
+    assert crashed and "the file is damaged" in crashed[0]
 
 
 def test_hostile_frames_are_counted_skips(tmp_path):
@@ -325,11 +426,14 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
 
 def test_a_full_disk_and_a_read_only_target_are_errors_that_leave_nothing(tmp_path):
     write_xyz(tmp_path / "in.xyz")
-    with (tmp_path / "big.xyz").open("w") as file:
-        file.writelines([frames(400)] * 20)
-    with small_disk(tmp_path / "disk", 1024) as disk:
+    with h5py.File(tmp_path / "big.h5", "w") as file:  # 8 MB twice over
+        group = file.create_group("H2O1")
+        group["atomic_numbers"] = np.array([8, 1, 1], np.uint8)
+        group["coordinates"] = (WATER + np.random.default_rng(0).normal(0, 0.02, (100_000, 3, 3))).astype(np.float32)
+        group["wb97x_dz.energy"] = np.full(100_000, -76.4)
+    with small_disk(tmp_path / "disk", 8192) as disk:
         with pytest.raises(OSError, match=r"No space left"):
-            prepare("extxyz", [tmp_path / "big.xyz"], disk / "store", trust_units=True, progress=False)
+            prepare("ani1x", [tmp_path / "big.h5"], disk / "store", trust_units=True, progress=False)
         assert list(disk.iterdir()) == []
         assert (
             prepare("extxyz", [tmp_path / "in.xyz"], disk / "store", trust_units=True, progress=False).structures == 24

@@ -316,7 +316,7 @@ if {stage!r} == "append":
     os.kill(os.getpid(), signal.SIGKILL)
 import numpy as np
 writer.seal()
-module._sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)  # the manifest is written, not renamed
+module._sync = lambda entry: os.kill(os.getpid(), signal.SIGKILL)  # the manifest is written, not renamed
 writer.commit(np.zeros(60, np.uint8), {{"source": {{}}}})
 """
 

@@ -2,7 +2,6 @@
 
 import math
 import mmap
-import os
 import threading
 from pathlib import Path
 from typing import BinaryIO
@@ -45,10 +44,9 @@ class ArrayFile:
         return (self.rows, *self.what.row)
 
     def close(self) -> None:
+        """Finish the file; it is not on the disk yet (`writer.commit` sees to that, when much of it has arrived)."""
         self.file.seek(0)
         self.file.write(npy_header(self.what.dtype, self.shape))
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
 
 

@@ -4,7 +4,9 @@ Files are cut into parts, processes read them (`parts`), and this one puts what 
 files. So the store does not depend on how many processes there were, nor on how often they were killed.
 """
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,10 +26,26 @@ Advance = Callable[[int, float, int], None]  # (number of the file, fraction of 
 def jobs(module: ModuleType, options: Any) -> dict[str, Callable[..., Any]]:
     """What workers can be asked to do."""
     return {
-        "plan": lambda path, report: module.parts(path, options),
-        "read": lambda work, report: read_part(module, options, work, lambda *far: report(far)),
+        "plan": lambda path, report: _named(path, lambda: module.parts(path, options)),
+        "read": lambda work, report: _named(
+            work.path, lambda: read_part(module, options, work, lambda *far: report(far))
+        ),
         "checksum": lambda path, report: file_checksum(path),
     }
+
+
+def _named(path: Path, work: Callable[[], Any]) -> Any:
+    """Do it; whatever a library makes of damaged or hostile content, the error names the file."""
+    try:
+        return work()
+    except OSError:  # of the system: it names what it is about
+        raise
+    except Exception as error:
+        if path.name in str(error):
+            raise
+        named = ValueError(f"{path}: cannot be read: {type(error).__name__}: {error}")
+        named.add_note("".join(traceback.format_tb(error.__traceback__)))
+        raise named from None
 
 
 def read_files(files: list[Input], unfinished: Unfinished, workers: Workers, limit: int | None, advance: Advance):

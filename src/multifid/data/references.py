@@ -93,10 +93,10 @@ def count_elements(numbers: np.ndarray, natoms: np.ndarray, elements: Sequence[i
     """(structures, elements) float64: how many atoms of each of `elements` a structure has. Others are not counted."""
     column = np.full(MAX_Z + 1, -1)
     column[np.asarray(elements, int)] = np.arange(len(elements))
-    columns = column[numbers]
-    structure = np.repeat(np.arange(len(natoms)), natoms)
-    known = columns >= 0
-    flat = np.bincount(structure[known] * len(elements) + columns[known], minlength=len(natoms) * len(elements))
+    places = column[numbers]
+    known = places >= 0
+    places += np.repeat(np.arange(len(natoms)) * len(elements), natoms)
+    flat = np.bincount(places if known.all() else places[known], minlength=len(natoms) * len(elements))
     return flat.reshape(len(natoms), len(elements)).astype(np.float64)
 
 

@@ -91,21 +91,24 @@ def set_unseen_aside(split: np.ndarray, numbers: Sliced, offsets: Sliced, chunk:
 
     numbers (atoms,), offsets (structures + 1,). Returns the elements. ValueError where that empties a split.
     """
-    trained = np.zeros(256, bool)
+    trained, present, unseen = np.zeros((3, 256), bool)
     parts = [slice(a, min(a + chunk, len(split))) for a in range(0, len(split), chunk)]
 
     def atoms(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the atoms of a part, and which structure of it each is of."""
         bounds = offsets[part.start : part.stop + 1].astype(np.int64)
-        return numbers[int(bounds[0]) : int(bounds[-1])], bounds[:-1] - bounds[0]
+        return numbers[int(bounds[0]) : int(bounds[-1])], np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
 
     for part in parts:
-        z, starts = atoms(part)
-        trained[z[np.repeat(split[part] == TRAIN, np.diff([*starts, len(z)]))]] = True
-    unseen = np.zeros(256, bool)
-    for part in parts:
-        z, starts = atoms(part)
-        foreign = np.maximum.reduceat(~trained[z], starts) & (split[part] != UNUSED)
-        unseen[z[np.repeat(foreign, np.diff([*starts, len(z)])) & ~trained[z]]] = True
+        z, structure = atoms(part)
+        present[z] = True
+        trained[z[(split[part] == TRAIN)[structure]]] = True
+    for part in parts if (present & ~trained).any() else ():
+        z, structure = atoms(part)
+        foreign = np.zeros(len(split[part]), bool)
+        foreign[structure[~trained[z]]] = True
+        foreign &= split[part] != UNUSED
+        unseen[z[foreign[structure] & ~trained[z]]] = True
         split[part][foreign] = UNUSED
     for code, name in enumerate(DIVIDED):
         if not (split == code).any():

@@ -78,16 +78,17 @@ def scale(fields: Fields, split: np.ndarray, task: str, references: References) 
 
     1.0 where both are zero: a residual is divided by it.
     """
-    by_forces, by_energy = _Mean(), _Mean()
-    forces = fields.get(f"labels/{task}/forces")
-    energies = fields.get(f"labels/{task}/energy")
-    for part, atoms, numbers, natoms in pieces(fields):
-        train = split[part] == TRAIN
-        if forces is not None:
-            by_forces.add(forces[atoms][np.repeat(train, natoms)].astype(np.float64))
-        if energies is not None:
-            by_energy.add((references.align(energies[part], numbers, natoms) / natoms)[train])
-    return by_forces.rms() or by_energy.rms() or 1.0
+    forces, energies = fields.get(f"labels/{task}/forces"), fields.get(f"labels/{task}/energy")
+    if forces is not None:
+        of_forces = _Mean()
+        for part, atoms, _, natoms in pieces(fields):
+            of_forces.add(forces[atoms][np.repeat(split[part] == TRAIN, natoms)].astype(np.float64))
+        if rms := of_forces.rms():
+            return rms
+    of_energy = _Mean()
+    for part, _, numbers, natoms in pieces(fields) if energies is not None else ():
+        of_energy.add((references.align(energies[part], numbers, natoms) / natoms)[split[part] == TRAIN])
+    return of_energy.rms() or 1.0
 
 
 def elements_of(fields: Fields) -> np.ndarray:

@@ -109,7 +109,7 @@ class StoreWriter:
                 array.pad(rows)
             array.close()
         if self._skipped_file is not None:
-            _sync_and_close(self._skipped_file)
+            self._skipped_file.close()
         return {name: Rows(array) for name, array in self._files.items()}
 
     def commit(self, split: np.ndarray, manifest: dict[str, Any]) -> None:
@@ -140,15 +140,12 @@ class StoreWriter:
             "files": dict(sorted(files.items())),
             "checksums": xxhash.xxh3_64_hexdigest(sums.tobytes()),
         }
-        with (self.partial / MANIFEST).open("wb") as file:
-            file.write(manifest_bytes(body))
-            file.flush()
-            os.fsync(file.fileno())
-        for folder in (*(p for p in self.partial.rglob("*") if p.is_dir()), self.partial):
-            _sync_folder(folder)
+        (self.partial / MANIFEST).write_bytes(manifest_bytes(body))
+        for entry in (*self.partial.rglob("*"), self.partial):
+            _sync(entry)
         _refuse_existing(self.directory)
         self.partial.rename(self.directory)
-        _sync_folder(self.directory.parent)
+        _sync(self.directory.parent)
         os.close(self._lock)
 
     def __enter__(self) -> "StoreWriter":
@@ -210,13 +207,10 @@ def _lock(folder: Path, directory: Path) -> int:
     return handle
 
 
-def _sync_and_close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def _sync(entry: Path) -> None:
+    """A file or a folder to the disk."""
+    handle = os.open(entry, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

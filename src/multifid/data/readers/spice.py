@@ -96,7 +96,7 @@ def _molecule(path: Path, group: h5py.Group, name: str) -> Iterator[Record]:
                 raise BadRecord(f"{key} of another shape than the atoms")
         smiles = _smiles(group)
     except BadRecord as bad:
-        yield from (Skip(str(bad), f"{name}/{i}") for i in range(max(1, min(_count(group), CHUNK))))
+        yield Skip(str(bad), name)
         return
     for start in range(0, count, CHUNK):
         rows = slice(start, min(start + CHUNK, count))

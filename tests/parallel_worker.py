@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import signal
+import time
 import traceback
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch.distributed import TCPStore
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
@@ -26,6 +28,7 @@ from multifid.data.loader import open_sources
 from multifid.parallel import groups, heartbeat
 from multifid.parallel.gradients import Gradients
 from multifid.structures.batch import Batch
+from multifid.train import checkpoint
 from multifid.train.build import build
 from multifid.train.checkpoint import load_checkpoint
 from multifid.train.feed import Feed, make_draws
@@ -281,11 +284,20 @@ def error_of(values: dict) -> str:
     return "it ran"
 
 
-def train_until_killed(values: dict, environment: dict[str, str], patience: float) -> None:
-    """A rank in a process of its own, which the test kills."""
+def train_until_killed(values: dict, environment: dict[str, str], patience: float, torn_at: int | None) -> None:
+    """A rank in a process of its own, which the test kills; it never gets through with the checkpoint of one step."""
+
+    def torn(tensors, path: Path) -> None:
+        if path.parent.name == f".step-{torn_at:06d}.part":
+            (path.parent / "torn").write_bytes(b"half of a file")
+            time.sleep(60)
+        save_file(tensors, path)
+
     os.environ.update(environment)
     torch.set_num_threads(1)
     heartbeat.PERIOD, heartbeat.PATIENCE = patience / 10, patience
+    if torn_at is not None:
+        checkpoint.save_file = torn
     train(parse_config(values, "test"), Console(quiet=True))
 
 

@@ -417,29 +417,50 @@ def test_a_store_that_does_not_answer_is_left(monkeypatch):
     assert len(left) == 1 and "cannot reach the rendezvous store" in left[0]
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_when_a_rank_is_gone_the_others_leave_and_the_run_goes_on(five, pool, tmp_path, blow):
-    values = values_of(five, 3, run=tmp_path / "run", placement="split", steps=100_000, epoch_steps=100_000)
+@pytest.mark.parametrize(
+    ("dead", "blow", "hosts_store", "writing"),
+    [
+        (1, signal.SIGKILL, False, False),
+        (1, signal.SIGSTOP, False, False),
+        (0, signal.SIGKILL, True, False),  # the store dies with it, as under srun
+        (1, signal.SIGKILL, False, True),
+    ],
+)
+def test_when_a_rank_is_gone_the_others_leave_and_the_run_goes_on(
+    five, pool, tmp_path, dead, blow, hosts_store, writing
+):
+    """Killed or stopped in a step, with the store that it hosts, or in the midst of writing a checkpoint."""
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    values = values_of(five, 3, run=run, placement="split", epoch_steps=100_000)
     values["train"] |= {"checkpoint_every": 2, "log_every": 2, "steps": 100_000}
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    base = {"WORLD_SIZE": "3", "MASTER_ADDR": HOST, "MASTER_PORT": str(store.port)}
-    base |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    base = {"WORLD_SIZE": "3", "MASTER_ADDR": HOST, "MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": "0"}
+    if hosts_store:
+        del store  # and its port is free for rank 0
+    base |= {"TORCHELASTIC_USE_AGENT_STORE": str(not hosts_store)}
     context = get_context("forkserver")
     ranks = [
-        context.Process(target=train_until_killed, args=(values, base | {"RANK": str(r), "LOCAL_RANK": str(r)}, 4.0))
+        context.Process(
+            target=train_until_killed,
+            args=(values, base | {"RANK": str(r), "LOCAL_RANK": str(r)}, 4.0, 4 if writing and r == dead else None),
+        )
         for r in range(3)
     ]
     for rank in ranks:
         rank.start()
-    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+    # A part of a file of the fourth step is on disk, and stays as it is; or some checkpoint is there.
+    while not list(checkpoints.glob(".step-000004.part/torn" if writing else "step-*")):
         assert all(rank.is_alive() for rank in ranks)
         time.sleep(0.02)
-    os.kill(ranks[1].pid, blow)
+    os.kill(ranks[dead].pid, blow)
     begun = time.monotonic()
-    for rank in (ranks[0], ranks[2]):
+    for rank in (r for r in ranks if r is not ranks[dead]):
         rank.join(timeout=30)
         assert rank.exitcode not in (None, 0)
     assert time.monotonic() - begun < 20
-    ranks[1].kill()
-    (step, _, complaints), *_ = pool.run(2, "newest_checkpoint", str(tmp_path / "run"))
-    assert step > 0 and not complaints
+    ranks[dead].kill()
+    (step, _, complaints), *_ = pool.run(2, "newest_checkpoint", str(run))
+    assert not complaints and (step == 2 if writing else step > 0)
+    assert pool.run(2, "whole_run", values, 3) == [143, 143]
+    (again, _, complaints), *_ = pool.run(2, "newest_checkpoint", str(run))
+    assert again == step + 4 and not complaints and not list(checkpoints.glob(".step-*")), "nothing torn is left"

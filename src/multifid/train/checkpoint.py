@@ -120,7 +120,8 @@ class Saver:
             shutil.rmtree(final)
         os.rename(part, final)
         _sync(final.parent)
-        for old in _newest_first(self.run)[self.keep :]:
+        killed = final.parent.glob(".step-*.part")  # in the midst of a checkpoint; one is written at a time
+        for old in [*_newest_first(self.run)[self.keep :], *killed]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _heard(self, key: str) -> bytes:

@@ -25,6 +25,7 @@ import multifid.train.build
 from memory_worker import measured_run
 from multifid.config import parse_config
 from multifid.data.loader import open_sources
+from multifid.model.potential import Potential
 from multifid.parallel import groups, heartbeat
 from multifid.parallel.gradients import Gradients
 from multifid.structures.batch import Batch
@@ -35,6 +36,7 @@ from multifid.train.feed import Feed, make_draws
 from multifid.train.resolve import placement_of, resolve
 from multifid.train.run import train
 from multifid.train.step import Totals, Trainer
+from multifid.train.trial import measured
 
 HOST = "127.0.0.1"
 
@@ -252,8 +254,8 @@ def whole_run(values: dict, stop_at: int | None = None, told: int = 0) -> int:
     original, steps = Trainer.step, []
 
     def step(self, *arguments, **options):
-        steps.append(1)
-        if len(steps) == stop_at and self.world.rank == told:
+        steps.extend([1] if "stop" in options else [])  # trial steps are not steps of the run
+        if len(steps) == stop_at and "stop" in options and self.world.rank == told:
             os.kill(os.getpid(), signal.SIGTERM)
             options["stop"] = False  # heard in the midst of this step, so the next one carries the flag
         return original(self, *arguments, **options)
@@ -284,6 +286,21 @@ def error_of(values: dict) -> str:
     return "it ran"
 
 
+def trial_with_a_slow_task(values: dict, slow: str, seconds: float) -> tuple[dict, dict]:
+    """(cost, holding) of every task as trial steps measure them, where each structure of one task takes its time."""
+
+    def forward(self, batch, original=Potential.forward, **options):
+        structures, _ = batch.slices.get(slow, (slice(0, 0), None))
+        time.sleep(seconds * (structures.stop - structures.start))
+        return original(self, batch, **options)
+
+    with groups.world("cpu") as world, patch.object(Potential, "forward", forward):
+        config = resolve(parse_config(values, "test"), world.size)
+        sources = open_sources(config.tasks)
+        found = measured(config, sources, make_draws(config, sources), world)
+    return {t: load.cost for t, load in found.items()}, {t: load.holding for t, load in found.items()}
+
+
 def train_until_killed(values: dict, environment: dict[str, str], patience: float, torn_at: int | None) -> None:
     """A rank in a process of its own, which the test kills; it never gets through with the checkpoint of one step."""
 
@@ -301,4 +318,15 @@ def train_until_killed(values: dict, environment: dict[str, str], patience: floa
     train(parse_config(values, "test"), Console(quiet=True))
 
 
-JOBS = {f.__name__: f for f in (five_steps, recorded_steps, whole_run, newest_checkpoint, error_of, measured_run)}
+JOBS = {
+    f.__name__: f
+    for f in (
+        five_steps,
+        recorded_steps,
+        whole_run,
+        newest_checkpoint,
+        error_of,
+        measured_run,
+        trial_with_a_slow_task,
+    )
+}

@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import HashStore, TCPStore
 
+from multifid.config import parse_config
 from multifid.data.prepare import prepare
 from multifid.parallel import heartbeat
 from multifid.parallel.gradients import Gradients, Part
 from multifid.parallel.groups import Group
 from multifid.parallel.launch import Launch, launch
+from multifid.parallel.layout import Load, place
 from multifid.train.checkpoint import load_checkpoint
 from multifid.train.journal import read_journal
+from multifid.train.resolve import needs_trial
 from parallel_worker import HOST, train_until_killed
 
 TASKS = ("apple", "berry", "cherry", "damson", "elder")
@@ -270,6 +273,33 @@ def test_an_automatic_placement_is_written_out_and_chosen_anew_for_other_ranks(p
         pool.run(ranks, "whole_run", values, stop_at)
         parallel = load_config(tmp_path / "run" / "config.yaml").parallel
         assert parallel.ranks == ranks and {r for w in parallel.placement.values() for r in w} == set(range(ranks))
+
+
+def test_trial_steps_see_what_a_task_really_costs_and_auto_gives_it_ranks(pool, five):
+    """Each structure of one task sleeps for 0.2 s: what no estimate from edges can know. 3 of them in a step."""
+    (cost, holding), other = pool.run(2, "trial_with_a_slow_task", values_of(five, 3), "berry", 0.2)
+    assert (cost, holding) == other, "all ranks place by the same numbers"
+    assert 0.3 < cost["berry"] < 1.5 and max(cost["apple"], cost["cherry"], *holding.values()) < 0.5 * cost["berry"]
+    placement = place(list(cost), "auto", 4, loads={t: Load(cost[t], holding[t]) for t in cost})
+    assert len(placement["berry"]) > max(len(placement["apple"]), len(placement["cherry"]))
+
+
+def test_a_run_with_measured_costs_is_the_run_and_measures_only_where_it_must(pool, five, tmp_path):
+    from multifid.config import load_config
+
+    values = values_of(five, 5, run=tmp_path / "whole", log_every=2)
+    whole = through(pool, values, [(1, "auto", None)])
+    values["run"] = str(tmp_path / "measured")
+    for ranks, stop_at in ((2, 3), (3, None)):
+        measured = values | {"parallel": {"placement": "auto", "costs": "measured"}}
+        assert pool.run(ranks, "whole_run", measured, stop_at) == [143 if stop_at else 0] * ranks
+        written = load_config(tmp_path / "measured" / "config.yaml")
+        assert needs_trial(written, ranks + 1) and not needs_trial(written, ranks), "once for a number of ranks"
+    assert_same_run(whole, tmp_path / "measured")
+    for placement in ("replicated", {t: [0] for t in TASKS}):
+        follows_nothing = values | {"parallel": {"placement": placement, "costs": "measured"}}
+        with pytest.raises(ValueError, match="follows no costs"):
+            needs_trial(parse_config(follows_nothing, "test"), 2)
 
 
 def test_a_flipped_byte_is_named_and_all_ranks_take_the_checkpoint_before(pool, five, tmp_path):

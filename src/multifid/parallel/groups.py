@@ -115,7 +115,7 @@ class World:
         """
         sets = {key: tuple(sorted(where)) for key, where in placement.items()}
         made: dict[tuple[int, ...], dist.ProcessGroup | None] = {self.group.ranks: self.group.process_group}
-        shape = mesh_shape(placement, self.size)
+        shape, self.mesh = mesh_shape(placement, self.size), None
         if shape is not None and self.size > 1:
             ranks = torch.arange(self.size).reshape(shape)
             self.mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=("group", "member"))

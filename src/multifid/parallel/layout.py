@@ -42,6 +42,11 @@ class ParallelConfig(BaseModel):
     ranks: int | None = Field(
         None, gt=0, description="for how many ranks `auto` was written out as this map; for others it is chosen anew"
     )
+    costs: Literal["estimated", "measured"] = Field(
+        "estimated",
+        description="what `auto` and `split` weigh tasks by: edges, atoms and sizes of layers, or seconds of a few "
+        "trial steps before the run",
+    )
     shard_encoder: bool = Field(
         False,
         description="cut the encoder, its gradients, moments and averages into a piece for each rank (one rank: one "
@@ -53,7 +58,7 @@ class ParallelConfig(BaseModel):
 class Load:
     """What one task asks of its ranks in a step. Costs in any one unit of time, the same for all tasks."""
 
-    cost: float = 1.0  # processing its structures of a step, divided among its ranks: edges x structures, or measured
+    cost: float = 1.0  # processing its structures of a step, divided among its ranks: estimated or measured
     holding: float = 0.0  # on every rank that holds the branch: updating and reducing its parameters
     bytes: int = 0  # on every rank that holds the branch: parameters, gradients, moments, averages
 

@@ -4,6 +4,7 @@ Work is counted in multiplications: two passes backward and one forward, each ov
 and over all branch parameters for an atom. That is too much by the same factor for all tasks, which is what matters.
 """
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,14 +25,23 @@ def loads(config: Config, sources: list[Source], draws: list[Draw]) -> dict[str,
     encoder, branch = parameters(config)
     out = {}
     for source, draw in zip(sources, draws, strict=True):
-        sample = source.store.pick("train", slice(None, None, max(1, source.store.size("train") // SAMPLE)))
-        edges = float(edge_costs(source, sample, config.model.cutoff).mean())
-        atoms = float(source.store.rows("natoms", sample).mean())
+        edges = mean_edges(source, config.model.cutoff)
+        atoms = float(source.store.rows("natoms", sample_of(source)).mean())
         for task in draw.tasks:  # tasks of one store share the encoder's pass, and their ranks
             work = 3 * float(draw.rate) * (edges * encoder / len(draw.tasks) + atoms * branch)
             own = 0 if config.branches == "shared" else branch
             out[task] = Load(cost=work, holding=UPDATE * own, bytes=own * bytes_per_parameter(config))
     return out
+
+
+def mean_edges(source: Source, cutoff: float) -> float:
+    """Estimated edges of a structure of the train split."""
+    return float(edge_costs(source, sample_of(source), cutoff).mean())
+
+
+def sample_of(source: Source) -> np.ndarray:
+    """Structures that stand for a train split."""
+    return source.store.pick("train", slice(None, None, max(1, source.store.size("train") // SAMPLE)))
 
 
 def memory(config: Config, ranks: int = 1) -> Memory | None:

@@ -1,13 +1,14 @@
 """Opening a run: the config is resolved once, at the first start, and later starts must say the same."""
 
 import os
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
 from multifid.config import Config, differences, dump_config, load_config
 from multifid.data.loader import Source
 from multifid.data.order import Draw
-from multifid.parallel.layout import place
+from multifid.parallel.layout import Load, Placement, place
 from multifid.train.costs import loads, memory
 from multifid.train.settings import NEUTRAL
 
@@ -79,20 +80,38 @@ def _may_change(difference: str, change_tasks: bool) -> bool:
     return change_tasks and difference.startswith(WITH_TASKS)
 
 
-def placement_of(config: Config, sources: list[Source], draws: list[Draw], ranks: int) -> dict[str, list[int]]:
-    """The ranks of every task. A map that was written out for other ranks or tasks is chosen anew."""
-    asked, parallel, tasks = config.parallel.placement, config.parallel, list(config.tasks)
-    if isinstance(asked, dict) and parallel.ranks is not None and (parallel.ranks != ranks or set(asked) != set(tasks)):
-        asked = "auto"
-    together = [list(source.tasks) for source in sources]
+def asked_placement(config: Config, ranks: int) -> Placement:
+    """What the config asks for. A map that was written out for other ranks or tasks is chosen anew."""
+    asked, parallel = config.parallel.placement, config.parallel
+    written = isinstance(asked, dict) and parallel.ranks is not None
+    return "auto" if written and (parallel.ranks != ranks or set(asked) != set(config.tasks)) else asked
+
+
+def needs_trial(config: Config, ranks: int) -> bool:
+    """Whether costs must be measured now. ValueError where they are asked for and no placement would follow them."""
+    if config.parallel.costs == "estimated" or ranks == 1:
+        return False
+    asked = asked_placement(config, ranks)
+    if asked == "replicated" or (isinstance(asked, dict) and config.parallel.ranks is None):
+        raise ValueError(
+            "parallel.costs: measured is for the placements auto and split; "
+            f"{'replicated' if asked == 'replicated' else 'a map'} follows no costs"
+        )
+    return not isinstance(asked, dict)
+
+
+def placement_of(
+    config: Config, sources: list[Source], draws: list[Draw], ranks: int, measured: Mapping[str, Load] | None = None
+) -> dict[str, list[int]]:
+    """The ranks of every task, by estimated loads if none were measured."""
     return place(
-        tasks,
-        asked,
+        list(config.tasks),
+        asked_placement(config, ranks),
         ranks,
-        together=together,
-        loads=loads(config, sources, draws),
+        together=[list(source.tasks) for source in sources],
+        loads=measured or loads(config, sources, draws),
         memory=memory(config, ranks),
-        allow_idle=parallel.allow_idle,
+        allow_idle=config.parallel.allow_idle,
     )
 
 

@@ -28,10 +28,11 @@ from multifid.train.build import build
 from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.train.feed import Feed, make_draws, near, total_steps
 from multifid.train.journal import Journal, finite
-from multifid.train.resolve import open_run, placement_of, write_config
+from multifid.train.resolve import needs_trial, open_run, placement_of, write_config
 from multifid.train.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
 from multifid.train.step import ENCODER, Task, Totals, Trainer
 from multifid.train.tensor_file import consolidate
+from multifid.train.trial import measured
 
 __all__ = ["make_draws", "total_steps", "train"]
 
@@ -76,7 +77,10 @@ def open_all(config: Config, world: groups.World, console: Console) -> Run:
         config, folder = open_run(config, world.size)
         sources = open_sources(config.tasks, config.train.verify)
         draws = make_draws(config, sources)
-        placement = placement_of(config, sources, draws, world.size)
+        trial = needs_trial(config, world.size)
+    costs = measured(config, sources, draws, world) if trial else None
+    with world.together():
+        placement = placement_of(config, sources, draws, world.size, costs)
     placement = world.share(placement)  # computed from floats: one rank decides
     with world.together():  # only now: a run that cannot start leaves nothing behind
         if world.first:

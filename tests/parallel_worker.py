@@ -26,7 +26,7 @@ from memory_worker import measured_run
 from multifid.config import parse_config
 from multifid.data.loader import open_sources
 from multifid.model.potential import Potential
-from multifid.parallel import groups, heartbeat
+from multifid.parallel import groups
 from multifid.parallel.gradients import Gradients
 from multifid.structures.batch import Batch
 from multifid.train import checkpoint
@@ -301,7 +301,7 @@ def trial_with_a_slow_task(values: dict, slow: str, seconds: float) -> tuple[dic
     return {t: load.cost for t, load in found.items()}, {t: load.holding for t, load in found.items()}
 
 
-def train_until_killed(values: dict, environment: dict[str, str], patience: float, torn_at: int | None) -> None:
+def train_until_killed(values: dict, environment: dict[str, str], torn_at: int | None) -> None:
     """A rank in a process of its own, which the test kills; it never gets through with the checkpoint of one step."""
 
     def torn(tensors, path: Path) -> None:
@@ -312,7 +312,6 @@ def train_until_killed(values: dict, environment: dict[str, str], patience: floa
 
     os.environ.update(environment)
     torch.set_num_threads(1)
-    heartbeat.PERIOD, heartbeat.PATIENCE = patience / 10, patience
     if torn_at is not None:
         checkpoint.save_file = torn
     train(parse_config(values, "test"), Console(quiet=True))

@@ -420,15 +420,11 @@ class Hanging:
 
 
 @pytest.mark.parametrize(("silent", "expected"), [(1, "rank 1 is silent"), (0, "rank 0 is silent")])
-def test_a_silent_rank_is_heard_of_by_all_others(monkeypatch, silent, expected):
-    monkeypatch.setattr(heartbeat, "PERIOD", 0.02)
-    monkeypatch.setattr(heartbeat, "PATIENCE", 0.4)
+def test_a_silent_rank_is_heard_of_by_all_others(silent, expected):
     store, left = HashStore(), {}
-    hearts = {
-        rank: heartbeat.Heartbeat(store, rank, 3, "fault", leave=lambda message, r=rank: left.setdefault(r, message))
-        for rank in {0, 1, 2} - {silent}
-    }
-    for heart in hearts.values():
+    hearts = {rank: heartbeat.Heartbeat(store, rank, 3, "fault", silence=0.4) for rank in {0, 1, 2} - {silent}}
+    for rank, heart in hearts.items():
+        heart.leave = lambda message, r=rank: left.setdefault(r, message)
         heart.start()
     time.sleep(0.2)
     assert not left, "a rank that has not yet spoken is waited for"
@@ -438,11 +434,10 @@ def test_a_silent_rank_is_heard_of_by_all_others(monkeypatch, silent, expected):
     assert set(left) == set(hearts) and all(expected in message for message in left.values())
 
 
-def test_a_store_that_does_not_answer_is_left(monkeypatch):
-    monkeypatch.setattr(heartbeat, "PERIOD", 0.02)
-    monkeypatch.setattr(heartbeat, "PATIENCE", 0.2)
-    left = []
-    heartbeat.Heartbeat(Hanging(), 1, 2, "fault", leave=left.append).start()
+def test_a_store_that_does_not_answer_is_left():
+    left, heart = [], heartbeat.Heartbeat(Hanging(), 1, 2, "fault", silence=0.2)
+    heart.leave = left.append
+    heart.start()
     time.sleep(0.6)
     assert len(left) == 1 and "cannot reach the rendezvous store" in left[0]
 
@@ -461,7 +456,7 @@ def test_when_a_rank_is_gone_the_others_leave_and_the_run_goes_on(
 ):
     """Killed or stopped in a step, with the store that it hosts, or in the midst of writing a checkpoint."""
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
-    values = values_of(five, 3, run=run, placement="split", epoch_steps=100_000)
+    values = values_of(five, 3, run=run, epoch_steps=100_000) | {"parallel": {"placement": "split", "silence": 4.0}}
     values["train"] |= {"checkpoint_every": 2, "log_every": 2, "steps": 100_000}
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     base = {"WORLD_SIZE": "3", "MASTER_ADDR": HOST, "MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -472,7 +467,7 @@ def test_when_a_rank_is_gone_the_others_leave_and_the_run_goes_on(
     ranks = [
         context.Process(
             target=train_until_killed,
-            args=(values, base | {"RANK": str(r), "LOCAL_RANK": str(r)}, 4.0, 4 if writing and r == dead else None),
+            args=(values, base | {"RANK": str(r), "LOCAL_RANK": str(r)}, 4 if writing and r == dead else None),
         )
         for r in range(3)
     ]

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from multifid.config import dump_config, parse_config
+from multifid.parallel import heartbeat
 from multifid.train.checkpoint import load_checkpoint
 from parallel_worker import Pool
 
 ROOT = Path(__file__).resolve().parent.parent
+SILENCE = 5.0  # seconds, so that the test is short
+MINUTE = 60 - 2 * (heartbeat.SILENCE - SILENCE)  # what is left of a minute if only the silence is shorter
 FIRST, SECOND = "10.213.57.1", "10.213.57.2"
 HOSTS = [(f"multifid{os.getpid()}{side}", f"mf{os.getpid()}{side}", own) for side, own in (("a", FIRST), ("b", SECOND))]
 
@@ -77,7 +80,7 @@ def test_a_host_that_is_cut_off_ends_both_and_the_run_goes_on(stores, tmp_path, 
         "tasks": {task: {"store": str(stores[task])} for task in ("apple", "berry")},
         "model": {"cutoff": 3.0, "encoder": {"layers": 1, "hidden": 8}, "branch": {"hidden": [6]}},
         "train": {"batch": 3, "steps": 1_000_000, "epoch_steps": 1_000_000, "checkpoint_every": 5, "device": "cpu"},
-        "parallel": {"placement": "split"},
+        "parallel": {"placement": "split", "silence": SILENCE},
     }
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(parse_config(values, "test")), encoding="utf-8")
@@ -90,7 +93,7 @@ def test_a_host_that_is_cut_off_ends_both_and_the_run_goes_on(stores, tmp_path, 
     wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*")), ranks, 60, said)
     cut = time.monotonic()
     ip("-n", hosts[1][0], "link", "set", hosts[1][1], "down")
-    codes = [rank.wait(timeout=max(0.0, 60 - (time.monotonic() - cut))) for rank in ranks]
+    codes = [rank.wait(timeout=max(0.0, MINUTE - (time.monotonic() - cut))) for rank in ranks]
     print(f"both left {time.monotonic() - cut:.1f} s after the cut, with {codes}")
     assert 0 not in codes, said()
     assert [processes_on(name) for name, _, _ in hosts] == [[], []], "no process stays behind"

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from multifid.parallel.heartbeat import Heartbeat
+from multifid.parallel.heartbeat import SILENCE, Heartbeat
 from multifid.parallel.launch import launch
 from multifid.parallel.layout import mesh_shape
 
@@ -178,11 +178,11 @@ def alone(name: str | None = "cpu") -> World:
 
 
 @contextmanager
-def world(name: str | None) -> Iterator[World]:
+def world(name: str | None, silence: float = SILENCE) -> Iterator[World]:
     """All ranks that were launched together, from now until the end of the block.
 
     name: of the device to compute on; None: an accelerator if there is one, else the CPU. The first fault of any rank
-    is told to all, and a rank whose heart stops takes the others with it (see `heartbeat`).
+    is told to all, and a rank that is silent for `silence` seconds takes the others with it (see `heartbeat`).
     """
     me = launch()
     if me.size == 1:
@@ -191,7 +191,7 @@ def world(name: str | None) -> Iterator[World]:
     url = f"tcp://{me.address}:{me.port}?rank={me.rank}&world_size={me.size}"
     root, _, _ = next(dist.rendezvous(url, timeout=RENDEZVOUS_TIMEOUT))
     prefix = f"multifid/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    heart = Heartbeat(dist.PrefixStore(prefix, root.clone()), me.rank, me.size, FAULT)
+    heart = Heartbeat(dist.PrefixStore(prefix, root.clone()), me.rank, me.size, FAULT, silence)
     root.set_timeout(COLLECTIVE_TIMEOUT)
     store = dist.PrefixStore(prefix, root)
     chosen = _device(name, me.local_rank)

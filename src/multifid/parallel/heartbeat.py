@@ -1,9 +1,10 @@
 """A rank that is dead or cut off is noticed by its silence, and all others leave.
 
-Every rank writes a growing number into the shared store every `PERIOD` seconds. Rank 0 reads all of them and writes its
-verdict; the others read only that, so the load on the store grows with the number of ranks and not with its square. A
-rank that is silent for `PATIENCE` seconds is dead, rank 0 and the store included: calls to the store may hang where the
-network is cut, so a second thread watches the first.
+Every rank writes a growing number into the shared store, a dozen times in what counts as silence. Rank 0 reads all of
+them and writes its verdict; the others read only that, so the load on the store grows with the number of ranks and not
+with its square. A rank that is silent for so long (`parallel.silence`) is dead, rank 0 and the store included: calls to
+the store may hang where the network is cut, so a second thread watches the first. At most twice that passes until
+everybody has heard it.
 
 A short timeout of collectives would be simpler, but compiling and validating last longer than a dead rank should.
 """
@@ -16,8 +17,8 @@ from collections.abc import Callable
 
 from torch.distributed import Store
 
-PERIOD = 2.0  # seconds between two beats
-PATIENCE = 25.0  # seconds of silence; twice this until everybody has heard it
+SILENCE = 25.0  # seconds
+BEATS = 12  # in that time
 EXIT_CODE = 75  # EX_TEMPFAIL: start again, the run resumes
 
 
@@ -30,8 +31,9 @@ def leave(message: str) -> None:
 class Heartbeat:
     """Beats for this rank and listens to the others. `store` must be a connection that nobody else uses."""
 
-    def __init__(self, store: Store, rank: int, size: int, fault: str, leave: Callable[[str], None] = leave) -> None:
-        self.store, self.rank, self.size, self.fault, self.leave = store, rank, size, fault, leave
+    def __init__(self, store: Store, rank: int, size: int, fault: str, silence: float = SILENCE) -> None:
+        self.store, self.rank, self.size, self.fault, self.silence = store, rank, size, fault, silence
+        self.leave: Callable[[str], None] = leave
         self._stopped = threading.Event()
         self._heard = {r: ("", time.monotonic()) for r in (range(size) if rank == 0 else [0])}  # last beat, and when
         self._round = time.monotonic()  # of the last round of this rank's own
@@ -48,7 +50,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         beats = 0
-        while not self._stopped.wait(PERIOD if beats else 0.0):
+        while not self._stopped.wait(self.silence / BEATS if beats else 0.0):
             beats += 1
             try:
                 self._one(beats)
@@ -66,15 +68,16 @@ class Heartbeat:
             if beat.decode() != self._heard[r][0]:
                 self._heard[r] = (beat.decode(), time.monotonic())
         for r, (_, when) in self._heard.items():
-            if time.monotonic() - when > PATIENCE:
-                message = f"rank {r} is silent for {PATIENCE:.0f} s"
+            if time.monotonic() - when > self.silence:
+                message = f"rank {r} is silent for {self.silence:.0f} s"
                 self.store.compare_set(self.fault, "", message)
                 self._end(message)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(PERIOD / 4):
-            if time.monotonic() - self._round > PATIENCE:
-                self._end(f"rank {self.rank} cannot reach the rendezvous store for {PATIENCE:.0f} s{self._trouble}")
+        while not self._stopped.wait(self.silence / BEATS / 4):
+            if time.monotonic() - self._round > self.silence:
+                lasting = f"{self.silence:.0f} s{self._trouble}"
+                self._end(f"rank {self.rank} cannot reach the rendezvous store for {lasting}")
 
     def _end(self, message: str) -> None:
         if not self._stopped.is_set():

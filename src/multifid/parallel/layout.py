@@ -47,6 +47,12 @@ class ParallelConfig(BaseModel):
         description="what `auto` and `split` weigh tasks by: edges, atoms and sizes of layers, or seconds of a few "
         "trial steps before the run",
     )
+    silence: float = Field(
+        25.0,
+        gt=0.0,
+        description="seconds without a sign of life after which a rank counts as dead; twice that, and all others "
+        "have left",
+    )
     shard_encoder: bool = Field(
         False,
         description="cut the encoder, its gradients, moments and averages into a piece for each rank (one rank: one "

@@ -57,7 +57,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     The same on every rank of a launch by torchrun or srun. Raises SystemExit(143) after SIGTERM on any rank, when the
     step is finished and everything saved; FloatingPointError when the gradient was not finite several steps in a row.
     """
-    with groups.world(config.train.device) as world:
+    with groups.world(config.train.device, config.parallel.silence) as world:
         console = (console or Console(stderr=True)) if world.first else Console(quiet=True)
         run = open_all(config, world, console)
         try:

@@ -5,12 +5,20 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
+from rich.console import Console
+from safetensors.torch import load_file
 
+from multifid.config import parse_config
 from multifid.data.block import relative_hash
+from multifid.data.prepare import prepare
 from multifid.data.readers import Skip
 from multifid.data.readers.ani1x import FIDELITIES, TASKS, Options, read
+from multifid.model.encoders.egnn import EGNN
+from multifid.model.potential import Potential
 from multifid.structures.structure import Structure
+from multifid.train.run import train
 from records import expanded
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "ani1x"
@@ -131,3 +139,64 @@ def test_fidelities_are_checked():
     for bad in (["dft"], [], ["wb97x_dz", "wb97x_dz"]):
         with pytest.raises(ValidationError):
             Options(fidelities=bad)
+
+
+def write_fidelities(path: Path) -> None:
+    """Twelve formulas whose three fidelities differ by a shift per atom; a quarter lacks tz, most lack CCSD(T)."""
+    random = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for k in range(12):
+            numbers = [6, 8] + [1] * (k + 1)
+            rows = [[0, 0, 0], [1.4, 0, 0]] + [[1.1 * i, 1.2, 0] for i in range(k + 1)]
+            group, frames = file.create_group(f"g{k}"), 6
+            group["atomic_numbers"] = np.array(numbers, np.uint8)
+            place = np.array(rows) + random.normal(0, 0.03, (frames, len(numbers), 3))
+            group["coordinates"] = place.astype(np.float32)
+            energy = -113.0 - 0.6 * (k + 1) + random.normal(0, 0.01, frames)
+            forces = random.normal(0, 0.01, (frames, len(numbers), 3)).astype(np.float32)
+            tz, cc = energy - 0.01 * len(numbers), energy + 0.02 * len(numbers)
+            tz[0] = np.nan
+            cc[:4] = np.nan
+            group["wb97x_dz.energy"], group["wb97x_tz.energy"], group["ccsd(t)_cbs.energy"] = energy, tz, cc
+            group["wb97x_dz.forces"], group["wb97x_tz.forces"] = (
+                forces,
+                np.where(np.isnan(tz)[:, None, None], np.nan, forces),
+            )
+
+
+def test_three_fidelities_of_one_geometry_train_three_branches_from_one_pass_of_the_encoder(tmp_path, monkeypatch):
+    write_fidelities(tmp_path / "in.h5")
+    tasks = ("wb97x_dz", "wb97x_tz", "ccsd_t_cbs")
+    store = prepare(
+        "ani1x",
+        [tmp_path / "in.h5"],
+        tmp_path / "store",
+        options={"fidelities": tasks},
+        trust_units=True,
+        progress=False,
+    )
+    assert store.structures == 72 and tuple(store.tasks) == tasks
+    counts = {task: about["labels"]["energy"] for task, about in store.manifest["tasks"].items()}
+    assert counts == {"wb97x_dz": 72, "wb97x_tz": 60, "ccsd_t_cbs": 24}
+    passes = []
+    encode = EGNN.forward
+
+    def counted(self, batch):
+        if self.training:
+            passes.append(len(batch.natoms))
+        return encode(self, batch)
+
+    monkeypatch.setattr(EGNN, "forward", counted)
+    config = {
+        "run": str(tmp_path / "run"),
+        "tasks": {task: {"store": str(store.path), "labels": task} for task in tasks},
+        "model": {"cutoff": 3.0, "encoder": {"layers": 1, "hidden": 8, "vectors": 2}, "branch": {"hidden": [8]}},
+        "train": {"batch": 8, "steps": 6, "epoch_steps": 6, "warmup": 1, "log_every": 6},
+    }
+    train(parse_config(config, "test"), Console(quiet=True))
+    assert passes == [8] * 6  # one for each step, over structures that are there once for three tasks
+    weights = load_file(tmp_path / "run" / "last.safetensors")
+    fresh = Potential(parse_config(config, "test").model, list(tasks), {t: t for t in tasks}, 0).state_dict()
+    for task in tasks:
+        moved = [k for k in fresh if k.startswith(f"branches.{task}.") and not torch.equal(weights[k], fresh[k])]
+        assert moved, task

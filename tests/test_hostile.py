@@ -366,6 +366,10 @@ def test_hostile_frames_are_counted_skips(tmp_path):
         ("H", "0 0 0", 'Lattice="nan 0 0 0 4 0 0 0 4" pbc="T T T"', ""),
         ("H", "0 0 0", 'Lattice="0 0 0 0 0 0 0 0 0" pbc="T T T"', ""),
         ("H", "0 0 3.99999", cell, "H 0 0 0"),
+        ("H", "0 0 2e4", "", "H 0 0 0"),
+        ("H", "0 0 0", 'Lattice="4 0 0 0 2e4 0 0 0 4" pbc="T T T"', ""),
+        ("H", "0 0 0", 'Lattice="0.01 0 0 0 0.01 0 0 0 0.01" pbc="T T T"', ""),  # a billion neighbours
+        ("H", "0 0 0", 'Lattice="4 0 0 4 0 1e-3 0 0 4" pbc="T T T"', ""),
         ("H", "0 0 0", "charge=1e400", ""),
         ("H", "0 0 0", "energy=inf", ""),
     ]
@@ -373,12 +377,13 @@ def test_hostile_frames_are_counted_skips(tmp_path):
     for symbol, place, comment, second in bad:
         energy = "" if "energy" in comment else "energy=-13"
         text += f"{1 + bool(second)}\n{comment} {energy}\n{symbol} {place}\n" + (f"{second}\n" if second else "")
-    text += "0\nenergy=-1\n" + "1\nenergy=-1 Properties=Z:I:1:pos:R:3\n0 0 0 0\n"
+    grain = "".join(f"H {0.01 * i:.2f} {0.01 * j:.2f} 0\n" for i in range(40) for j in range(40))
+    text += f"1600\nenergy=-1\n{grain}0\nenergy=-1\n" + "1\nenergy=-1 Properties=Z:I:1:pos:R:3\n0 0 0 0\n"
     text += "1\nenergy=-1 Properties=Z:I:1:pos:R:3\n119 0 0 0\n"
     (tmp_path / "in.xyz").write_text(text)
     store = made("extxyz", tmp_path / "in.xyz", tmp_path / "out")
     assert isinstance(store, Store) and store.structures == 24
-    assert sum(store.manifest["skipped"].values()) == len(bad) + 3
+    assert sum(store.manifest["skipped"].values()) == len(bad) + 4
 
 
 def test_odd_but_valid_cells_are_taken_and_have_the_right_neighbours(tmp_path):

@@ -4,6 +4,8 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -168,6 +170,36 @@ def test_ranks_that_share_a_file_system_make_one_store(fake, tmp_path):
     assert [process.exitcode for process in others] == [0, 0]
     assert content(store) == one
     assert fake.run("ranks", rank=1, size=3) is None  # one that comes late
+
+
+def test_ranks_under_torchrun_and_under_srun_make_the_store_of_one_process(tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for k in range(5):
+        frames = [
+            f"{n}\nProperties=species:S:1:pos:R:3 energy={-13.0 * n - random.random():.6f}\n"
+            + "".join(f"H {1.5 * i:.4f} {random.random():.6f} 0\n" for i in range(n))
+            for n in random.integers(1, 9, 20)
+        ]
+        (tmp_path / "in" / f"{k}.xyz").write_text("".join(frames))
+    whole = prepare("extxyz", [tmp_path / "in"], tmp_path / "one", trust_units=True, progress=False)
+    command = ["-m", "multifid", "prepare", "extxyz", str(tmp_path / "in"), "--trust-units", "--out"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*launcher, *command, str(tmp_path / "torchrun")], env=quiet, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, *command, str(tmp_path / "srun")],
+            env=quiet
+            | {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "3", "SLURM_LOCALID": str(rank), "SLURM_JOB_ID": "1"}
+            | {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost"},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(3)
+    ]
+    assert [task.wait(120) for task in tasks] == [0, 0, 0]
+    assert content(Store(tmp_path / "torchrun")) == content(Store(tmp_path / "srun")) == content(whole)
 
 
 def test_a_rank_that_fails_or_falls_silent_is_noticed(fake, tmp_path, monkeypatch):

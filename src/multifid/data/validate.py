@@ -10,10 +10,13 @@ from multifid.data.block import Block, label_columns
 from multifid.data.coincident import COINCIDENT, coincident
 from multifid.data.fields import LABELS, MAX_ATOMS, TASK_NAME, field
 from multifid.structures.elements import MAX_Z
+from multifid.structures.images import LARGEST_EXTENT
 from multifid.structures.structure import SPLITS, Structure
 
-FLAT = 1e-6  # the volume spanned by unit vectors along the periodic cell vectors must be larger
+FLAT = 1e-4  # the smallest singular value of unit vectors along the cell vectors must be larger, as for neighbours
+DENSEST = 10.0  # atoms per cubic angstrom (square, if flat); matter has below 1, and edges grow with it without bound
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+DENSE = f"more than {DENSEST:g} atoms per cubic angstrom"
 NUMBERS = f"atomic numbers are not integers from 1 to {MAX_Z}"
 
 
@@ -68,8 +71,10 @@ def screen(block: Block) -> tuple[list[str | None], dict[str, int]]:
     for name, low, high, what in (("charge", -128, 127, "charge"), ("spin", 1, 255, "spin multiplicity")):
         if name in columns:
             refuse((columns[name] < low) | (columns[name] > high), f"{what} is not within {low}..{high}")
+    refuse(_too_far(positions, first), f"atoms or a cell vector reach further than {LARGEST_EXTENT:g} angstrom")
+    refuse(_too_dense(positions, first, block.natoms), DENSE)
     if "pbc" in columns:
-        for bad, reason in _bad_cells(columns["cell"], columns["pbc"]):
+        for bad, reason in _bad_cells(columns["cell"], columns["pbc"], block.natoms):
             refuse(bad, reason)
     dropped, labelled = _labels(block, first)
     refuse(~labelled, "no label")
@@ -89,19 +94,48 @@ def _within(values: np.ndarray, first: np.ndarray) -> np.ndarray:
     return np.logical_and.reduceat((np.abs(values) <= FLOAT32_MAX).all(axis=1), first)
 
 
-def _bad_cells(cells: np.ndarray, pbc: np.ndarray) -> list[tuple[np.ndarray, str]]:
-    """cells (S, 3, 3), pbc (S, 3): which (S,) have a periodic vector that is none, and which span no volume."""
+def _too_far(positions: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """(structures,) bool: whether the atoms of a structure extend further than neighbours are looked for."""
+    if np.abs(positions).max() < LARGEST_EXTENT / 2:
+        return np.zeros(len(first), bool)
+    return _extents(positions, first).max(axis=1) > LARGEST_EXTENT
+
+
+def _too_dense(positions: np.ndarray, first: np.ndarray, natoms: np.ndarray) -> np.ndarray:
+    """(structures,) bool: whether so many atoms lie in the box around them, an angstrom wider on all sides."""
+    if natoms.max() <= 8 * DENSEST:
+        return np.zeros(len(first), bool)
+    return natoms > DENSEST * np.prod(_extents(positions, first) + 2.0, axis=1)
+
+
+def _extents(positions: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """(structures, 3) angstrom; NaN where positions are no numbers."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        places = positions.astype(np.float64)
+        return np.maximum.reduceat(places, first) - np.minimum.reduceat(places, first)
+
+
+def _bad_cells(cells: np.ndarray, pbc: np.ndarray, natoms: np.ndarray) -> list[tuple[np.ndarray, str]]:
+    """cells (S, 3, 3), pbc (S, 3): which (S,) have a periodic vector that is none, which span no volume, and so on."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         lengths = np.sqrt((cells * cells).sum(axis=2))
         sound = (np.isfinite(lengths) & (lengths > COINCIDENT)) | ~pbc
         unit = np.where(pbc[:, :, None], cells / lengths[:, :, None], 0.0)
     unit = np.where(sound[:, :, None], unit, 0.0)
-    # With a one on the diagonal for each open direction the determinant is that of the periodic ones alone.
-    volume = np.sqrt(np.maximum(np.linalg.det(unit @ unit.transpose(0, 2, 1) + np.eye(3) * ~pbc[:, :, None]), 0.0))
+    # With a one on the diagonal for each open direction the Gram matrix is that of the periodic ones alone.
+    gram = unit @ unit.transpose(0, 2, 1) + np.eye(3) * ~pbc[:, :, None]
+    flat = np.linalg.eigvalsh(gram)[:, 0] < FLAT**2
     bad = ~sound.all(axis=1)
+    lengths = np.where(pbc & sound, lengths, 1.0)
+    volume = np.sqrt(np.maximum(np.linalg.det(gram), 0.0)) * lengths.prod(axis=1)
     return [
         (bad, "a periodic cell vector is zero or not finite"),
-        (~bad & (volume < FLAT), "the cell has no volume"),
+        (~bad & flat, "the cell has no volume"),
+        (
+            lengths.max(axis=1) > LARGEST_EXTENT,
+            f"atoms or a cell vector reach further than {LARGEST_EXTENT:g} angstrom",
+        ),
+        (pbc.any(axis=1) & (natoms > DENSEST * volume), DENSE),
     ]
 
 

@@ -86,8 +86,9 @@ def scale(fields: Fields, split: np.ndarray, task: str, references: References) 
         if rms := of_forces.rms():
             return rms
     of_energy = _Mean()
-    for part, _, numbers, natoms in pieces(fields) if energies is not None else ():
-        of_energy.add((references.align(energies[part], numbers, natoms) / natoms)[split[part] == TRAIN])
+    if energies is not None:
+        for part, _, numbers, natoms in pieces(fields):
+            of_energy.add((references.align(energies[part], numbers, natoms) / natoms)[split[part] == TRAIN])
     return of_energy.rms() or 1.0
 
 

@@ -4,6 +4,8 @@ Two steps: `malformed` looks at the shapes of one structure, so that it can be l
 values of many at once.
 """
 
+from typing import Any
+
 import numpy as np
 
 from multifid.data.block import Block, label_columns
@@ -30,24 +32,28 @@ def malformed(structure: Structure) -> str | None:
         return f"more than {MAX_ATOMS} atoms"
     if numbers.dtype.kind not in "iu" or n < 0:
         return NUMBERS
-    if np.shape(structure.positions) != (n, 3):
+    if _shape(structure.positions) != (n, 3):
         return "positions of another length than the atoms"
     if structure.split is not None and structure.split not in SPLITS:
         return "the published split is none of ours"
-    if structure.pbc is not None and np.any(structure.pbc):
+    if structure.pbc is not None and any(structure.pbc):
         if structure.cell is None:
             return "periodic without a cell"
-        if np.shape(structure.cell) != (3, 3) or np.shape(structure.pbc) != (3,):
+        if _shape(structure.cell) != (3, 3) or _shape(structure.pbc) != (3,):
             return "cell is not (3, 3) or pbc not three flags"
     for task, labels in structure.labels.items():
         assert TASK_NAME.fullmatch(task), f"a reader named a label set {task!r}"
-        if np.shape(labels.energy) != ():
+        if type(labels.energy) is not float and np.shape(labels.energy) != ():
             return "energy has a wrong shape"
-        if labels.forces is not None and np.shape(labels.forces) != (n, 3):
+        if labels.forces is not None and _shape(labels.forces) != (n, 3):
             return "forces of another length than the atoms"
-        if labels.stress is not None and np.shape(labels.stress) != (3, 3):
+        if labels.stress is not None and _shape(labels.stress) != (3, 3):
             return "stress has a wrong shape"
     return None
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    return values.shape if isinstance(values, np.ndarray) else np.shape(values)
 
 
 def screen(block: Block) -> tuple[list[str | None], dict[str, int]]:

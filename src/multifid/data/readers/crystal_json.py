@@ -24,8 +24,9 @@ def crystal(structure: Any) -> Crystal:
     try:
         lattice, sites = structure["lattice"], structure["sites"]
         species = [site["species"] for site in sites]
-        ordered = {len(kinds) for kinds in species} <= {1} and {kinds[0]["occu"] for kinds in species} <= {1}
-        symbols = [kinds[0]["element"] for kinds in species]
+        kinds = [names[0] for names in species]
+        ordered = sum(map(len, species)) == len(species) == [kind["occu"] for kind in kinds].count(1)
+        symbols = [kind["element"] for kind in kinds]
         matrix = lattice["matrix"]
         positions = [site.get("xyz") for site in sites]
         if None in positions:  # as_dict(verbosity=0) writes fractional coordinates only

@@ -6,6 +6,7 @@ be, whatever it was read from, is checked once for all by prepare.
 """
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,8 @@ def vectors(values: object, atoms: int, what: str) -> np.ndarray:
 
 def number(value: object, what: str) -> float:
     """One finite number, given as a scalar or as an array of one."""
+    if type(value) is float and isfinite(value):  # nearly always: the parser's own
+        return value
     result = array(value, what)
     if result.size != 1:
         raise BadRecord(f"{what} is not one number")
@@ -82,6 +85,8 @@ def number(value: object, what: str) -> float:
 
 def whole(value: object, what: str) -> int:
     """A whole number: charge or multiplicity."""
+    if type(value) is int:
+        return value
     result = number(value, what)
     if result != round(result):
         raise BadRecord(f"{what} is not a whole number")
@@ -110,13 +115,19 @@ def stress_of_vasp(kbar: np.ndarray | None) -> np.ndarray | None:
 
 def periodicity(matrix: object, flags: object) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Cell (3, 3) angstrom, rows zero where not periodic, and pbc (3,) bool; both None where nothing is periodic."""
+    if isinstance(flags, list) and flags == [True, True, True]:
+        return _cell(matrix), np.ones(3, bool)
     pbc = array(flags, "pbc")
     if pbc.shape != (3,) or not all(flag in (0.0, 1.0) for flag in pbc.tolist()):
         raise BadRecord("pbc is not three flags")
     periodic = pbc.astype(bool)
     if not periodic.any():
         return None, None
+    return np.where(periodic[:, None], _cell(matrix), 0.0), periodic
+
+
+def _cell(matrix: object) -> np.ndarray:
     cell = array(matrix, "cell")
     if cell.shape != (3, 3) or not np.isfinite(cell).all():
         raise BadRecord("cell is not (3, 3) finite numbers")
-    return np.where(periodic[:, None], cell, 0.0), periodic
+    return cell

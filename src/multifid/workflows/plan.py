@@ -50,6 +50,7 @@ class Plan:
     asked: str  # what the config says
     passes: dict[str, float]  # over each dataset in an epoch
     epoch_steps: int
+    trial: bool  # the run will weigh tasks by trial steps, which may place `auto` and `split` otherwise
 
     @property
     def case(self) -> int:
@@ -115,6 +116,7 @@ def make_plan(config: Config, ranks: int, machine: Machine) -> Plan:
         asked=("config" if isinstance(asked, dict) else asked) + sharded,
         passes={t: float(draw.rate) * steps / draw.order.size for draw in draws for t in draw.tasks},
         epoch_steps=steps,
+        trial=config.parallel.costs == "measured",
     )
 
 
@@ -234,6 +236,8 @@ def remarks(made: Plan) -> list[str]:
         lines.append(f"proposed: {made.chosen}, as the config says")
     else:
         lines.append(f"proposed: {made.chosen} ({key}); the config says {made.asked}")
+    if made.trial:
+        lines.append("auto and split are sized by estimates here; the run sizes them by trial steps (parallel.costs)")
     return lines
 
 

@@ -14,7 +14,7 @@ from multifid.parallel.shares import shares
 
 PIECES = 400  # structures at most that a sampled cut of a step holds for each kind of rank
 RANKS = 32  # ranks at most in a sampled cut: evenness depends on what each gets, hardly on how many they are
-GRID = 400  # points of a numerical integral
+GRID = 150  # points of a numerical integral
 SAMPLED = 16_000  # structures in all cuts that are made to see how uneven they are ...
 CUTS = 64  # ... and most cuts: of few structures, one in a hundred may cost more than a rank's part
 

@@ -56,24 +56,27 @@ def warm(args: argparse.Namespace) -> None:
 def warm_of(kind: str, store: Store, rounds: int) -> None:
     total = bytes_of(store.read(np.arange(store.structures)))
     size = total // store.structures
-    structures = np.zeros((store.structures, size), np.uint8)
-    atoms = np.zeros((store.atoms, total // store.atoms), np.uint8)
+    structures = np.ones((store.structures, size), np.uint8)  # zeros would all be one page of memory
+    atoms = np.ones((store.atoms, total // store.atoms), np.uint8)
     target = np.empty((BATCH, size), np.uint8)
     random = np.random.default_rng(0)
     chosen = [random.integers(0, store.structures, BATCH) for _ in range(400)]
     rows = [atom_rows(store, index) for index in chosen]
+    mapped = [np.load(store.path / f"{name}.npy", mmap_mode="r") for name in ("positions", *labels_of(store))]
     seconds = alternate(
         rounds,
         store=lambda: [store.read(index) for index in chosen],
         structures=lambda: [structures[index] for index in chosen],
         atoms=lambda: [atoms[row] for row in rows],
+        mapped=lambda: [[array[row] for array in mapped] for row in rows],
         copy=lambda: [np.copyto(target, structures[:BATCH]) for _ in chosen],
     )
     own = seconds["store"]
     print(
         f"warm, {kind}, {size} bytes each: {len(chosen) / np.median(own):,.0f} batches of {BATCH}/s, "
         f"{len(chosen) * BATCH * size / np.median(own) / 1e9:.2f} GB/s; of numpy on one array with a row for an "
-        f"atom {ratio(seconds['atoms'], own):.2f}, for a structure {ratio(seconds['structures'], own):.2f}; "
+        f"atom {ratio(seconds['atoms'], own):.2f}, for a structure {ratio(seconds['structures'], own):.2f}, "
+        f"on the mapped positions and forces alone {ratio(seconds['mapped'], own):.2f}; "
         f"of a copy of memory {ratio(seconds['copy'], own):.3f}"
     )
 
@@ -251,6 +254,10 @@ def bytes_of(packed: Packed) -> int:
     arrays = [packed.numbers, packed.positions, *(getattr(x, k) for x in packed.labels.values() for k in x.__slots__)]
     arrays += [packed.cell, packed.pbc] if packed.pbc.any() else []
     return sum(a.nbytes for a in arrays if a is not None)
+
+
+def labels_of(store: Store) -> list[str]:
+    return [f"labels/{task}/forces" for task in store.tasks]
 
 
 def atom_rows(store: Store, index: np.ndarray) -> np.ndarray:

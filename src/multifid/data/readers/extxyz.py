@@ -9,6 +9,7 @@ The parser is our own: ase's gives up the place of an error and accepts labels o
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -135,7 +136,7 @@ def _frames(path: Path, file: TextIO) -> Iterator[tuple[int, str, list[str]]]:
                 f"{path}, line {number}: a frame must begin with its number of atoms, not {shown!r}"
             ) from None
         comment = file.readline()
-        lines = list(islice(file, max(natoms, 0)))
+        lines = list(islice(file, min(max(natoms, 0), sys.maxsize)))
         if not comment or len(lines) != natoms:
             raise ValueError(f"{path}, line {number}: the file ends within this frame of {natoms} atoms")
         number += 1 + natoms

@@ -132,7 +132,7 @@ def _finish(
 ) -> None:
     """All structures are written: doubt, divide, fit, count, commit."""
     fields = writer.seal()
-    doubts = _doubts(fields, intake, writer, trust_units)
+    doubts = _doubts(fields, intake, writer, trust_units, [file["name"] for file in source["files"]])
     split, splits = divided(fields)
     writer.commit(
         split,
@@ -167,13 +167,14 @@ def _question(format: str, files: list[Input], options: Any, limit: int | None) 
     }
 
 
-def _doubts(fields: dict[str, Rows], intake: Intake, writer: StoreWriter, trusted: bool) -> list[str]:
+def _doubts(fields: dict[str, Rows], intake: Intake, writer: StoreWriter, trusted: bool, files: list[str]) -> list[str]:
     """What speaks against the declared units, one line each; a ValueError unless they are trusted."""
     levels = {name: about.level_of_theory for name, about in intake.label_sets.items() if name in writer.labels}
     found = [str(doubt) for doubt in doubts_of_fields(fields, levels)]
     if found and not trusted:
         listed = "\n  ".join(found)
-        raise ValueError(f"units are doubtful (--trust-units, where they are right all the same):\n  {listed}")
+        named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        raise ValueError(f"{named}: units are doubtful (--trust-units, where they are right all the same):\n  {listed}")
     return found
 
 

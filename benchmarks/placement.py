@@ -1,10 +1,12 @@
 """What a step costs where every rank holds every branch, and where the branches are split between the ranks.
 
     torchrun --nproc-per-node 2 benchmarks/placement.py STORE [--tasks 16] [--local-batch 4 32] [--pairs 8]
+             [--seconds 120]
 
 The paper's model (EGNN of 4 x 866, heads of 3 x 889) with as many branches as there are tasks, all of them on
 structures of one store, so that nothing but the placement differs. The two placements take the same structures in turn,
-step by step in one run; with fewer structures than tasks the tasks take turns too. Printed are medians over the pairs:
+step by step in one run; with fewer structures than tasks the tasks take turns too. Printed are medians over the pairs
+(fewer than asked for where the seconds of a batch are over):
 
     step        seconds of a step of the slowest rank: forward, backward, reductions, clipping, AdamW, average
     blocking    seconds of the same reductions, one after another, when nothing else runs
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--local-batch", type=int, nargs="+", default=[4, 32], help="structures per rank and step")
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no pair of a batch begins later")
     parser.add_argument("--hidden", type=int, default=866)
     parser.add_argument("--head", type=int, default=889)
     args = parser.parse_args()
@@ -55,8 +58,8 @@ def main() -> None:
             print("parameters of the first rank: " + ", ".join(f"{k} {n / 1e6:.1f} M" for k, n in count.items()))
             print(f"{'batch':>6} {'placement':<11}{'step':>8}{'blocking':>10}{'waiting':>9}{'slower':>8}   seconds")
         for local in args.local_batch:
-            steps = draw(sources[names[0]], local * here.size, args.pairs + 2, config)
-            report(here, local, measure(here, trainers, placements, sources, steps, config))
+            steps = draw(sources[names[0]], local * here.size, args.pairs + 1, config)
+            report(here, local, measure(here, trainers, placements, sources, steps, config, args.seconds))
 
 
 def one_task(store: str, name: str) -> Source:
@@ -103,15 +106,19 @@ def measure(
     sources: dict[str, Source],
     steps: Iterator[dict[str, np.ndarray]],
     config: Config,
+    seconds_in_all: float,
 ) -> dict[str, Seconds]:
-    """Seconds of every pair of steps; the first two warm up."""
+    """Seconds of every pair of steps; the first one warms up."""
     names = ("step", "blocking", "waiting", "unreduced")
     found: dict[str, Seconds] = {kind: {name: [] for name in names} for kind in trainers}
+    begun = time.perf_counter()
     for k, drawn in enumerate(steps):
+        if k > 1 and here.share(time.perf_counter() - begun > seconds_in_all):
+            break
         for kind in PLACEMENTS if k % 2 else PLACEMENTS[::-1]:
             batch = mine(here, sources, drawn, placements[kind], config)
             seconds = one_step(here, trainers[kind], batch)
-            if k >= 2:
+            if k >= 1:
                 for name, value in seconds.items():
                     found[kind][name].append(value)
     return found

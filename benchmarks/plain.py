@@ -1,7 +1,7 @@
-"""EGNN as its authors publish it: what every figure of `training.py` is compared with, and the reference of the tests.
+"""The encoders as their authors publish them: what `training.py` compares with, and the reference of the tests.
 
-One concatenated input per edge, every operation on its own, the expressions of the published code (`h[row]`,
-`scatter_add_`). The same mathematics, widths and weights as `multifid.model.encoders.egnn`, whose equations it follows.
+EGNN has one concatenated input per edge; every operation stands on its own, in the expressions of the published code
+(`h[row]`, `scatter_add_`). The same mathematics, widths and weights as in `multifid.model.encoders`.
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from multifid.model.encoders.egnn import EGNN, TYPICAL_NEIGHBORS
+from multifid.model.encoders.painn import PaiNN
 from multifid.model.layers import MLP, NodeFeatures, envelope
 from multifid.structures.batch import Batch, edge_vectors
 
@@ -55,6 +56,38 @@ class PlainLayer(nn.Module):
         v = v + segment_sum(moved.flatten(1), row, len(h)).view_as(v) / TYPICAL_NEIGHBORS**0.5
         m_sum = segment_sum(u * m, row, len(h)) / TYPICAL_NEIGHBORS
         return h + self.node(torch.cat([n, m_sum, torch.log1p(torch.sum(v**2, dim=2))], dim=1)), v
+
+
+class PlainPaiNN(nn.Module):
+    """The plain form of a given encoder, with its weights."""
+
+    def __init__(self, encoder: PaiNN):
+        super().__init__()
+        self.hidden, self.vectors, self.cutoff = encoder.hidden, encoder.vectors, encoder.cutoff
+        self.embedding, self.radial, self.norm = encoder.embedding, encoder.radial, encoder.norm
+        self.layers = encoder.layers
+
+    def forward(self, batch: Batch) -> NodeFeatures:
+        s = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
+        v = batch.positions.new_zeros((len(s), self.vectors, 3))
+        r, (row, col) = edge_vectors(batch), batch.edges
+        d = torch.linalg.vector_norm(r, dim=1)
+        direction = (r / d[:, None])[:, None, :]
+        for layer in self.layers:
+            w = layer.filter(self.radial(d)) * envelope(d, self.cutoff)
+            a, b, c = (layer.phi(layer.norm(s))[col] * w).chunk(3, dim=1)
+            moved = b[:, :, None] * v[col] + c[:, :, None] * direction
+            s = s + segment_sum(a, row, len(s)) / TYPICAL_NEIGHBORS
+            v = v + segment_sum(moved.flatten(1), row, len(s)).view_as(v) / TYPICAL_NEIGHBORS**0.5
+            uv, vv = layer.mix(v.transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)
+            vv2 = torch.sum(vv**2, dim=2)
+            a, b, c = layer.update(torch.cat([layer.norm(s), torch.log1p(vv2)], dim=1)).chunk(3, dim=1)
+            s = s + a + b * torch.sum(uv * vv, dim=2) / torch.sqrt(vv2 + 1.0)
+            v = v + c[:, :, None] * uv
+        return NodeFeatures(self.norm(s), v)
+
+
+PLAIN = {"egnn": PlainEGNN, "painn": PlainPaiNN}
 
 
 def segment_sum(values: Tensor, segment: Tensor, size: int) -> Tensor:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from plain import PlainEGNN
+from plain import PLAIN
 
 from multifid.data.loader import Source, TaskConfig, ahead, collate, open_sources
 from multifid.model.branch import BranchConfig
@@ -72,11 +72,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def potential_of(width: int, forces: str = "direct", layers: int = 4) -> Potential:
+def potential_of(width: int, encoder: str = "egnn", forces: str = "direct") -> Potential:
     heads = HEADS.get(width, width)
     config = ModelConfig(
         cutoff=CUTOFF,
-        encoder=EncoderConfig(name="egnn", layers=layers, hidden=width, vectors=8),
+        encoder=EncoderConfig(name=encoder, layers=4, hidden=width),
         branch=BranchConfig(hidden=[heads] * 3, forces=forces),
     )
     return Potential(config, ["task"], {"task": "task"}, seed=0).train()
@@ -107,7 +107,7 @@ def trainer_of(potential: Potential, precision: str, device: torch.device) -> Ti
 
 def with_plain_encoder(potential: Potential) -> Potential:
     plain = copy.deepcopy(potential)
-    plain.encoder = PlainEGNN(plain.encoder)
+    plain.encoder = PLAIN[plain.config.encoder.name](plain.encoder)
     return plain
 
 
@@ -123,8 +123,9 @@ def arithmetic(potential: Potential, batch: Batch) -> float:
     atoms, edges, total = len(batch.numbers), batch.edges.shape[1], 0.0
     for name, module in potential.named_modules():
         if isinstance(module, torch.nn.Linear):
-            on_edges = any(part in name for part in (".pair", ".message", ".gate", ".move"))
-            total += 6.0 * module.weight.numel() * (edges if on_edges else atoms)
+            on_edges = any(part in name for part in (".pair", ".message", ".gate", ".move", ".filter"))
+            rows = edges if on_edges else 3 * atoms if ".mix" in name else atoms
+            total += 6.0 * module.weight.numel() * rows
     return total
 
 
@@ -149,11 +150,13 @@ def copy_rate(device: torch.device) -> float:
     return 2 * a.nbytes / statistics.median(times)
 
 
-def compare(name: str, source: Source, width: int, precision: str, args: argparse.Namespace) -> list[dict]:
+def compare(
+    name: str, source: Source, width: int, precision: str, args: argparse.Namespace, encoder: str = "egnn"
+) -> list[dict]:
     """Steps of both forms in turns, and the matrix product between them."""
     device, rows = torch.device(args.device), []
     batches = [b.to(device, torch.float32) for b in batches_of(source, args.batch, args.turns)]
-    potential = potential_of(width)
+    potential = potential_of(width, encoder)
     plain = trainer_of(with_plain_encoder(potential), "fp32", device)
     ours = trainer_of(potential, precision, device)
     done = arithmetic(potential, batches[0])
@@ -170,7 +173,7 @@ def compare(name: str, source: Source, width: int, precision: str, args: argpars
     steps = [t["step"] for t in times["ours"]]
     limit = statistics.median(rate for rate, _ in rates)
     fraction = statistics.median(work / s for (_, work), s in zip(rates, steps, strict=True)) / limit
-    label = f"{name} 4x{width} {precision}"
+    label = f"{name} 4x{width} {precision}" if encoder == "egnn" else f"{name} {encoder} 4x{width} {precision}"
     rate = args.batch / statistics.median(steps)
     rows.append(row(f"{label}, step", rate, "structures/s", ratios["step"], fraction, args))
     plain_rate = args.batch / statistics.median(t["step"] for t in times["plain"])
@@ -291,6 +294,8 @@ def main() -> None:
             for width in args.widths:
                 for precision in args.precisions:
                     rows += compare(name, source, width, precision, args)
+        if "molecules" in stores and not args.short:
+            rows += compare("molecules", stores["molecules"], 128, "fp32", args, encoder="painn")
         rows.append(row("copy", copy_rate(torch.device(args.device)) / 1e9, "GB/s", None, None, args))
     if "waiting" in args.only and "molecules" in stores:
         rows.append(waiting(stores["molecules"], 128, args))

@@ -1,10 +1,10 @@
-"""What is computed fast is what is published: EGNN against its plain form, float64, down to second derivatives."""
+"""Encoders as they are computed against their plain published forms: float64, down to second derivatives."""
 
 import copy
 
 import pytest
 import torch
-from plain import PlainEGNN
+from plain import PLAIN
 
 from multifid.model.encoder import ENCODERS, EncoderConfig, build_encoder
 from multifid.model.encoders import edge_messages
@@ -35,13 +35,14 @@ def gradients(model, batch):
 
 @pytest.mark.parametrize("forces", FORCES)
 @pytest.mark.parametrize("tile", [5, 1024])
-def test_egnn_is_its_published_form(forces, tile, monkeypatch):
+@pytest.mark.parametrize("encoder", PLAIN)
+def test_an_encoder_is_its_published_form(encoder, forces, tile, monkeypatch):
     """Widths that are padded (12 to 16), several tiles or one, atoms and structures without edges."""
     monkeypatch.setattr(edge_messages, "TILE_EDGES", tile)
     monkeypatch.setattr(edge_messages, "TILE_VALUES", tile)
-    fast = model_of("egnn", forces).train()
+    fast = model_of(encoder, forces).train()
     plain = copy.deepcopy(fast)
-    plain.encoder = PlainEGNN(plain.encoder)
+    plain.encoder = PLAIN[encoder](plain.encoder)
     batch = batch_of(*mixed(), system(2, spread=200.0))
     a, b = (model(batch, stress=True)["a"] for model in (fast, plain))
     assert_close(a.energy, b.energy)
@@ -68,9 +69,10 @@ def test_recomputed_activations_give_the_same_gradients(encoder, forces):
         assert torch.equal(a.grad, b.grad), name
 
 
-def test_what_is_kept_for_the_backward_pass_is_less_than_half():
+@pytest.mark.parametrize(("name", "part"), [("egnn", 0.5), ("painn", 0.3)])
+def test_what_is_kept_for_the_backward_pass_is_little(name, part):
     """Bytes that autograd holds on to while training, where edges outweigh atoms."""
-    encoder = build_encoder(EncoderConfig(name="egnn", layers=2, hidden=64), CUTOFF)
+    encoder = build_encoder(EncoderConfig(name=name, layers=2, hidden=64), CUTOFF)
     draw_weights(encoder, torch.Generator().manual_seed(0))
     batch = batch_of(*[system(14) for _ in range(8)], dtype=torch.float32)
 
@@ -85,4 +87,4 @@ def test_what_is_kept_for_the_backward_pass_is_less_than_half():
             model(batch)
         return sum(x.untyped_storage().nbytes() for x in stored.values())
 
-    assert kept(encoder) < 0.5 * kept(PlainEGNN(encoder))
+    assert kept(encoder) < part * kept(PLAIN[name](encoder))

@@ -3,7 +3,7 @@
 Almost all arithmetic of the encoder is here. Edges are taken in tiles whose intermediate values stay in the
 processor's cache, matrix products have the row counts and widths that they run best at, and between forward and
 backward only three values per edge and hidden unit are kept (the inputs of the three SiLU; autograd would keep nine).
-The derivative is written out once; `tests/test_model.py` holds it against autograd of the published form.
+The derivative is written out once; `tests/test_plain_form.py` holds it against autograd of the published form.
 
 Second derivatives (forces that are minus the gradient of the energy, while training) are left to autograd, over the
 same forward expression: it merges the gradients of energy and forces before every matrix product.
@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
-
-silu_backward = torch.ops.aten.silu_backward
 
 ALIGNMENT = 16  # widths are padded with zeros to a multiple: 866 runs at two thirds of the speed of 880
 TILE_EDGES = 1024  # at least so many edges in a tile: enough rows for a matrix product ...
@@ -71,7 +69,7 @@ def messages(
         sums = u.new_zeros(a.shape)
         moves = []
         for t in tiles(len(i), a):
-            _, _, m, _, _, move = tile_forward(a, c, f[t], i[t], j[t], weights)
+            m, move = tile(a, c, f[t], i[t], j[t], weights)
             sums.index_add_(0, i[t], u[t] * m)
             moves.append(move)
         return sums, torch.cat(moves)
@@ -86,17 +84,25 @@ def tiles(edges: int, like: Tensor) -> list[slice]:
     return [slice(k * edges // pieces, (k + 1) * edges // pieces) for k in range(pieces)]
 
 
+def tile(a: Tensor, c: Tensor, f: Tensor, i: Tensor, j: Tensor, w: EdgeWeights) -> tuple[Tensor, Tensor]:
+    """Messages (T, K) and phi_x (T, C), as autograd differentiates them."""
+    first = a.index_select(0, i) + c.index_select(0, j)
+    n = silu(torch.addmm(w.message_bias, silu(torch.addmm(first, f, w.pair.t())), w.message.t()))
+    m = torch.sigmoid(torch.addmm(w.gate_bias, n, w.gate.t())) * n
+    return m, torch.addmm(w.weight_bias, silu(torch.addmm(w.move_bias, m, w.move.t())), w.weight.t())
+
+
 def tile_forward(
     a: Tensor, c: Tensor, f: Tensor, i: Tensor, j: Tensor, w: EdgeWeights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """First and second input of SiLU (T, K), messages (T, K), gates (T, 1), third input (T, K), phi_x (T, C)."""
-    first = torch.addmm(a.index_select(0, i), f, w.pair.t()).add_(c.index_select(0, j))
+    """The same numbers; and first and second input of SiLU (T, K), gates (T, 1), third input (T, K)."""
+    first = a.index_select(0, i).addmm_(f, w.pair.t()).add_(c.index_select(0, j))
     second = torch.addmm(w.message_bias, silu(first), w.message.t())
-    m = silu(second)
-    gate = torch.sigmoid(torch.addmm(w.gate_bias, m, w.gate.t()))
-    m = gate * m
+    n = silu(second)
+    gate = torch.sigmoid(torch.addmm(w.gate_bias, n, w.gate.t()))
+    m = n.mul_(gate)
     third = torch.addmm(w.move_bias, m, w.move.t())
-    return first, second, m, gate, third, torch.addmm(w.weight_bias, silu(third), w.weight.t())
+    return m, torch.addmm(w.weight_bias, silu(third), w.weight.t()), first, second, gate, third
 
 
 class _Messages(torch.autograd.Function):
@@ -108,11 +114,9 @@ class _Messages(torch.autograd.Function):
         sums, move = u.new_zeros(a.shape), a.new_empty(len(i), len(w.weight_bias))
         kept = []
         for t in tiles(len(i), a):
-            first, second, m, gate, third, move[t] = tile_forward(a, c, f[t], i[t], j[t], w)
+            m, move[t], *of_tile = tile_forward(a, c, f[t], i[t], j[t], w)
             sums.index_add_(0, i[t], u[t] * m)
-            kept += [first, second, gate, third]
-        if not any(ctx.needs_input_grad):
-            kept = []
+            kept += of_tile if any(ctx.needs_input_grad) else []
         ctx.save_for_backward(f, u, i, j, *weights, *kept)
         ctx.atoms = len(a)
         return sums, move
@@ -127,8 +131,7 @@ class _Messages(torch.autograd.Function):
         g_f = torch.empty_like(f)
         g_w = EdgeWeights(*(torch.zeros_like(x, dtype=wide) for x in w))
         for k, t in enumerate(tiles(len(i), g_sums)):
-            first, second, gate, third = kept[4 * k : 4 * k + 4]
-            g = tile_backward(g_sums, g_move[t], f[t], u[t], i[t], w, g_w, first, second, gate, third)
+            g = tile_backward(g_sums, g_move[t], f[t], u[t], i[t], w, g_w, *kept[4 * k : 4 * k + 4])
             torch.mm(g, w.pair, out=g_f[t])
             g = g.to(wide)
             g_a.index_add_(0, i[t], g)
@@ -154,21 +157,30 @@ def tile_backward(
 ) -> Tensor:
     """The gradient of the first input of SiLU (T, K); those of the weights are added to `g_w`.
 
-    Reads `tile_forward` from its last line to its first; m is the message before its gate.
+    Reads `tile_forward` from its last line to its first; n is the message before its gate.
     """
-    _add(g_w.weight, g_w.weight_bias, g_move, silu(third))
-    g = silu_backward(torch.mm(g_move, w.weight), third)
-    m = silu(second)
-    _add(g_w.move, g_w.move_bias, g, gate * m)
+    y, slope = _silu_and_slope(third)
+    _add(g_w.weight, g_w.weight_bias, g_move, y)
+    g = torch.mm(g_move, w.weight).mul_(slope)
+    n, slope = _silu_and_slope(second)
+    _add(g_w.move, g_w.move_bias, g, gate * n)
     of_sums = g_sums.index_select(0, i).mul_(u)
     g = of_sums.to(g.dtype).addmm_(g, w.move)
-    g_gate = (g * m).sum(dim=1, keepdim=True) * gate * (1 - gate)
-    _add(g_w.gate, g_w.gate_bias, g_gate, m)
-    g = silu_backward(g.mul_(gate).addmm_(g_gate, w.gate), second)
-    _add(g_w.message, g_w.message_bias, g, silu(first))
-    g = silu_backward(torch.mm(g, w.message), first)
+    g_gate = (g * n).sum(dim=1, keepdim=True) * gate * (1 - gate)
+    _add(g_w.gate, g_w.gate_bias, g_gate, n)
+    g = g.mul_(gate).addmm_(g_gate, w.gate).mul_(slope)
+    y, slope = _silu_and_slope(first)
+    _add(g_w.message, g_w.message_bias, g, y)
+    g = torch.mm(g, w.message).mul_(slope)
     _add(g_w.pair, None, g, f)
     return g
+
+
+def _silu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """y = x s and its derivative s + y (1 - s), s the sigmoid of x: one exponential for both."""
+    s = torch.sigmoid(x)
+    y = x * s
+    return y, torch.lerp(y, y.new_ones(()), s)
 
 
 def _add(g_weight: Tensor, g_bias: Tensor | None, g: Tensor, x: Tensor) -> None:

@@ -16,6 +16,7 @@ with the square of v, which made forces of 1e7 scales out of untrained weights.
 import torch
 from torch import Tensor, nn
 
+from multifid.model.encoders.painn_messages import messages
 from multifid.model.layers import (
     MLP,
     LayerNorm,
@@ -25,7 +26,6 @@ from multifid.model.layers import (
     RadialBasis,
     call,
     envelope,
-    sum_over,
 )
 from multifid.structures.batch import Batch, edge_vectors
 
@@ -52,7 +52,7 @@ class PaiNN(nn.Module):
 
     def forward(self, batch: Batch) -> NodeFeatures:
         s = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
-        v = batch.positions.new_zeros((len(s), self.vectors, 3))
+        v = batch.positions.new_zeros((len(s), 3, self.vectors))
         i, j = batch.edges
         r = edge_vectors(batch)
         d = torch.linalg.vector_norm(r, dim=1)
@@ -60,7 +60,7 @@ class PaiNN(nn.Module):
         basis, u = self.radial(d), envelope(d, self.cutoff)
         for layer in self.layers:
             s, v = call(layer, self.recompute, s, v, i, j, direction, basis, u)
-        return NodeFeatures(self.norm(s), v)
+        return NodeFeatures(self.norm(s), v.transpose(1, 2).contiguous())
 
 
 class PaiNNLayer(nn.Module):
@@ -77,14 +77,13 @@ class PaiNNLayer(nn.Module):
     def forward(
         self, s: Tensor, v: Tensor, i: Tensor, j: Tensor, direction: Tensor, basis: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """s (N, H), v (N, H, 3), receivers i and senders j (E,), direction (E, 3), basis (E, R), envelope u (E, 1)."""
-        message = self.phi(self.norm(s)).index_select(0, j) * (self.filter(basis) * u)
-        a, b, c = message.chunk(3, dim=1)
-        moved = b[:, :, None] * v.index_select(0, j) + c[:, :, None] * direction[:, None, :]
-        s = s + sum_over(a, i, len(s)) / TYPICAL_NEIGHBORS
-        v = v + sum_over(moved, i, len(s)) / TYPICAL_NEIGHBORS**0.5
+        """s (N, H), v (N, 3, H), receivers i and senders j (E,), direction (E, 3), basis (E, R), envelope u (E, 1)."""
+        phi = self.phi(self.norm(s)).view(len(s), 3, v.shape[2]).to(v.dtype)
+        message = messages(phi, v, direction, basis, u, i, j, self.filter.weight, self.filter.bias)
+        s = s + message[:, 0] / TYPICAL_NEIGHBORS
+        v = v + message[:, 1:] / TYPICAL_NEIGHBORS**0.5
 
-        uv, vv = self.mix(v.transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)  # (N, H, 3) each
-        vv2 = vv.square().sum(dim=2)
+        uv, vv = self.mix(v).chunk(2, dim=2)  # (N, 3, H) each
+        vv2 = vv.square().sum(dim=1)
         a, b, c = self.update(torch.cat([self.norm(s), torch.log1p(vv2)], dim=1)).chunk(3, dim=1)
-        return s + a + b * (uv * vv).sum(dim=2) * torch.rsqrt(vv2 + 1.0), v + c[:, :, None] * uv
+        return s + a + b * (uv * vv).sum(dim=1) * torch.rsqrt(vv2 + 1.0), v + c[:, None] * uv

@@ -135,8 +135,12 @@ def test_in_single_precision_ranks_are_as_near_to_the_truth_as_one_process(pool,
 
 
 def assert_as_near(many: np.ndarray, one: np.ndarray, exact: np.ndarray, size: float, name: str) -> None:
-    """The error of many ranks is at most 8 times that of one process, or 8 roundings of the largest number."""
-    own = max(np.abs(one - exact).max(), size * np.finfo(np.float32).eps)
+    """The error of many ranks is at most 8 times that of one process, or 32 roundings of the largest number.
+
+    A gradient of a single number (the last bias of a head) may cancel between ranks, which in one process it does in
+    one sum of float64.
+    """
+    own = max(np.abs(one - exact).max(), 4 * size * np.finfo(np.float32).eps)
     assert np.abs(many - exact).max() <= 8 * own, (name, np.abs(many - exact).max() / own)
 
 
@@ -254,8 +258,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     state_other, files_other, _ = load_checkpoint(other)
     assert files.keys() == files_other.keys()
     assert state["position"]["seen"] == state_other["position"]["seen"], "the same structures in every step"
-    for key in ("step", "places", "draws", "updates", "schedule"):
+    for key in ("step", "places", "draws", "updates"):
         assert state[key] == state_other[key]
+    assert state["schedule"] == pytest.approx(state_other["schedule"], rel=1e-10)
 
 
 def test_a_run_goes_on_with_any_number_of_ranks(pool, five, tmp_path):

@@ -13,16 +13,17 @@ Metrics are always physical: eV/atom, eV/angstrom and eV/angstrom^3, whatever sc
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from multifid.evaluate.matrix import Row
-from multifid.structures.batch import Targets
+from multifid.structures.batch import Labels, Rows, Targets, components
 
 QUANTITIES = ("energy", "forces", "stress")
 _COUNTERS = 3  # structures, structures with an unseen element, atoms
-_SIZE = _COUNTERS + 3 * len(QUANTITIES)  # then (count, sum |e|, sum e^2) of each quantity
+SIZE = _COUNTERS + 3 * len(QUANTITIES)  # then (count, sum |e|, sum e^2) of each quantity
 
 
 class Errors:
@@ -33,7 +34,7 @@ class Errors:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._sums = torch.zeros(_SIZE, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(SIZE, dtype=torch.float64, device=device)
 
     def add(
         self,
@@ -70,13 +71,7 @@ class Errors:
         if predicted.shape != label.shape:
             shapes = f"{tuple(predicted.shape)} and {tuple(label.shape)}"
             raise ValueError(f"prediction and label of the {quantity} must have one shape, but have {shapes}")
-        error = predicted.detach().to(torch.float64) - label.to(torch.float64)
-        if divisor is not None:
-            error = error / divisor
-        known = ~torch.isnan(label)
-        error = torch.where(known, error, 0.0)
-        sums = torch.stack([known.sum().to(torch.float64), error.abs().sum(), error.square().sum()])
-        self._sums[_place(quantity)] += sums
+        self._sums[_place(quantity)] += errors_of_rows(predicted, label, divisor).sum(dim=0)
 
     def as_tensor(self) -> Tensor:
         """All sums as one float64 tensor (12,), a copy: add those of all ranks, element by element."""
@@ -85,8 +80,8 @@ class Errors:
     @classmethod
     def from_tensor(cls, sums: Tensor) -> "Errors":
         """The inverse of `as_tensor`. Raises ValueError for another shape or type."""
-        if sums.shape != (_SIZE,) or sums.dtype != torch.float64:
-            raise ValueError(f"sums of errors are float64 ({_SIZE},), got {sums.dtype} {tuple(sums.shape)}")
+        if sums.shape != (SIZE,) or sums.dtype != torch.float64:
+            raise ValueError(f"sums of errors are float64 ({SIZE},), got {sums.dtype} {tuple(sums.shape)}")
         errors = cls(sums.device)
         errors._sums = sums.clone()
         return errors
@@ -105,6 +100,35 @@ class Errors:
         structures, unseen, atoms = (round(x) for x in sums[:_COUNTERS])
         counts = {"structures": structures, "unseen_structures": unseen, "atoms": atoms}
         return {"model": model, "data": data, "split": split, **counts, **_means(sums)}
+
+
+def errors_of_rows(predicted: Tensor, label: Tensor, divisor: Tensor | None = None) -> Tensor:
+    """(count, sum |e|, sum e^2) over the components of each row that have a label: (n, 3) float64.
+
+    predicted, label (n, ...); divisor (n,): of the energies, the number of atoms.
+    """
+    error = components(predicted.detach().to(torch.float64) - label.to(torch.float64))
+    if divisor is not None:
+        error = error / divisor[:, None]
+    known = ~torch.isnan(components(label))
+    error = torch.where(known, error, 0.0)
+    return torch.stack([known.sum(dim=1).to(torch.float64), error.abs().sum(dim=1), error.square().sum(dim=1)], dim=1)
+
+
+def error_sums(predicted: Mapping[str, Tensor], labels: Labels, tasks: int) -> Tensor:
+    """The sums of `Errors` for each of several tasks at once: (tasks, 12) float64.
+
+    predicted: by quantity, a row for each row of the labels, in physical units. Structures of no atoms are padding.
+    """
+    natoms = labels.natoms.to(torch.float64)
+    counters = torch.stack([(natoms > 0).to(torch.float64), torch.zeros_like(natoms), natoms], dim=1)
+    sums = natoms.new_zeros((tasks, SIZE))
+    sums[:, :_COUNTERS].index_add_(0, labels.energy.owner, counters)
+    for quantity, prediction in predicted.items():
+        rows: Rows = getattr(labels, quantity)
+        errors = errors_of_rows(prediction, rows.label, natoms.clamp(min=1) if quantity == "energy" else None)
+        sums[:, _place(quantity)].index_add_(0, rows.owner, errors)
+    return sums
 
 
 def _place(quantity: str) -> slice:

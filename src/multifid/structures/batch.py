@@ -6,6 +6,8 @@
 Tasks that live in one store share a slice.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +24,31 @@ class Targets:
 
 
 @dataclass(slots=True)
+class Rows:
+    """One kind of label of those tasks of a batch that have it, task after task: what sums over labels run over."""
+
+    tasks: list[str]
+    owner: Tensor  # (n,) int64: the number of each row's task
+    label: Tensor  # (n, ...) as in `Targets`
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Rows":
+        return Rows(self.tasks, move(self.owner), move(self.label))
+
+
+@dataclass(slots=True)
+class Labels:
+    """The labels of all tasks of a batch, one kind after the other: a sum for each task is one operation for all."""
+
+    energy: Rows  # of every task; a row for each structure
+    forces: Rows  # a row for each atom
+    stress: Rows
+    natoms: Tensor  # (n,) int64, of the structures of `energy`
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Labels":
+        return Labels(self.energy.moved(move), self.forces.moved(move), self.stress.moved(move), move(self.natoms))
+
+
+@dataclass(slots=True)
 class Batch:
     numbers: Tensor  # (N,) int64 atomic numbers
     positions: Tensor  # (N, 3) angstrom
@@ -34,6 +61,7 @@ class Batch:
     shifts: Tensor  # (E, 3) float: r_ij = positions[j] - positions[i] + shifts @ cell[structure[i]]
     slices: dict[str, tuple[slice, slice]] = field(default_factory=dict)  # task -> (structures, atoms)
     targets: dict[str, Targets] = field(default_factory=dict)
+    labels: Labels | None = None  # the targets once more, as sums over them want them: see `laid_out`
 
     @property
     def structures(self) -> int:
@@ -41,18 +69,47 @@ class Batch:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Batch":
         """The same batch on another device; floating-point fields in `dtype`."""
+        return self.moved(
+            lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None, non_blocking=True)
+        )
 
-        def move(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return x.to(device=device, dtype=dtype if x.is_floating_point() else None, non_blocking=True)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with every tensor replaced by what `move` makes of it."""
 
-        moved = {name: move(getattr(self, name)) for name in _TENSORS}
-        targets = {t: Targets(move(y.energy), move(y.forces), move(y.stress)) for t, y in self.targets.items()}  # type: ignore[arg-type]
-        return replace(self, targets=targets, **moved)  # type: ignore[arg-type]
+        def maybe(x: Tensor | None) -> Tensor | None:
+            return None if x is None else move(x)
+
+        tensors = {name: move(getattr(self, name)) for name in TENSORS}
+        targets = {t: Targets(move(y.energy), maybe(y.forces), maybe(y.stress)) for t, y in self.targets.items()}
+        labels = None if self.labels is None else self.labels.moved(move)
+        return replace(self, targets=targets, labels=labels, **tensors)  # type: ignore[arg-type]
 
 
-_TENSORS = ("numbers", "positions", "cell", "charge", "spin", "natoms", "structure", "edges", "shifts")
+def laid_out(batch: Batch, number: Mapping[str, int]) -> Batch:
+    """The batch with its targets as `labels` in their place; `number` of each task. Once laid out it stays as it is."""
+    if batch.labels is not None:
+        return batch
+    energy = _rows({t: y.energy for t, y in batch.targets.items()}, number, ())
+    forces = _rows({t: y.forces for t, y in batch.targets.items()}, number, (3,))
+    stress = _rows({t: y.stress for t, y in batch.targets.items()}, number, (3, 3))
+    natoms = torch.cat([batch.natoms[:0], *(batch.natoms[batch.slices[task][0]] for task in energy.tasks)])
+    return replace(batch, targets={}, labels=Labels(energy, forces, stress, natoms))
+
+
+def _rows(labels: Mapping[str, Tensor | None], number: Mapping[str, int], shape: tuple[int, ...]) -> Rows:
+    present = {task: label for task, label in labels.items() if label is not None}
+    lengths = torch.tensor([len(label) for label in present.values()], dtype=torch.int64)
+    owner = torch.tensor([number[task] for task in present], dtype=torch.int64).repeat_interleave(lengths)
+    label = torch.cat([*present.values()]) if present else torch.zeros((0, *shape))
+    return Rows(list(present), owner, label)
+
+
+def components(x: Tensor) -> Tensor:
+    """(n, ...) -> (n, components), also where n is zero."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
+TENSORS = ("numbers", "positions", "cell", "charge", "spin", "natoms", "structure", "edges", "shifts")
 
 
 def edge_vectors(batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ step, over all ranks and micro-batches. So each part back-propagates sums over g
 no factor depends on how many parts there are. Terms with a zero count are zero; a NaN label reaches no gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from multifid.model.potential import Prediction
-from multifid.structures.batch import Batch, Targets
+from multifid.structures.batch import Labels, Rows, components
 
 
 class ObjectiveConfig(BaseModel):
@@ -32,80 +32,85 @@ class ObjectiveConfig(BaseModel):
     scale: Literal["task", "none"] = Field("task", description="task: residuals in units of each task's force RMS")
 
 
-# A loss takes residuals (n, components) and returns (sum, what one row counts for).
-Loss = Callable[[Tensor], tuple[Tensor, int]]
+Loss = Callable[[Tensor], Tensor]  # residuals (n, components) -> the loss of each row (n,)
 
 
-def l1(residual: Tensor) -> tuple[Tensor, int]:
-    return residual.abs().sum(), residual.shape[1]
+def l1(residual: Tensor) -> Tensor:
+    return residual.abs().mean(dim=1)
 
 
-def mse(residual: Tensor) -> tuple[Tensor, int]:
-    return residual.square().sum(), residual.shape[1]
+def mse(residual: Tensor) -> Tensor:
+    return residual.square().mean(dim=1)
 
 
-def huber(residual: Tensor) -> tuple[Tensor, int]:
+def huber(residual: Tensor) -> Tensor:
     """Quadratic below 1 (one `scale` of the task), linear above; by component."""
-    return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="sum"), residual.shape[1]
+    return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="none").mean(dim=1)
 
 
-def l2norm(residual: Tensor) -> tuple[Tensor, int]:
+def l2norm(residual: Tensor) -> Tensor:
     """The length of each row: rotation-invariant for forces. Rows of zeros have gradient zero."""
-    return torch.linalg.vector_norm(residual, dim=1).sum(), 1
+    return torch.linalg.vector_norm(residual, dim=1)
 
 
 LOSSES: dict[str, Loss] = {"l1": l1, "mse": mse, "huber": huber, "l2norm": l2norm}
 KINDS = ("energy", "forces", "stress")
 
 
-def label_counts(targets: Targets) -> Tensor:
-    """(S, A, V): structures with an energy, atoms with forces, structures with stress, as (3,) float64."""
-    labels = (targets.energy, targets.forces, targets.stress)
-    rows = [0 if y is None else _labelled(y).sum() for y in labels]
-    return torch.tensor(rows, dtype=torch.float64)
+def label_counts(labels: Labels, tasks: int) -> Tensor:
+    """(S, A, V) of each task: structures with an energy, atoms with forces, structures with stress: (tasks, 3)."""
+    counts = labels.natoms.new_zeros((tasks, len(KINDS)), dtype=torch.float64)
+    for k, kind in enumerate(KINDS):
+        rows: Rows = getattr(labels, kind)
+        counts[:, k].index_add_(0, rows.owner, _labelled(rows.label).to(torch.float64))
+    return counts
 
 
-def _labelled(target: Tensor) -> Tensor:
+def _labelled(label: Tensor) -> Tensor:
     """Which rows carry a label: (n,) bool; a row with one NaN carries none."""
-    return torch.isfinite(target.reshape(len(target), -1)).all(dim=1)
+    return torch.isfinite(components(label)).all(dim=1)
 
 
-def loss_sums(config: ObjectiveConfig, batch: Batch, task: str, predicted: Prediction, scale: float) -> Tensor:
-    """Sums of the loss over a task's labels in this batch, one for each kind, each in its mean's unit: (3,).
+def in_rows(predictions: Mapping[str, Prediction], labels: Labels) -> dict[str, Tensor]:
+    """Predictions by kind, laid out like the labels; no kind that has no labels or is not predicted."""
+    out = {}
+    for kind in KINDS:
+        parts = [getattr(predictions[task], kind) for task in getattr(labels, kind).tasks]
+        if parts and parts[0] is not None:
+            out[kind] = torch.cat(parts)
+    return out
 
-    Divided by the global (S, A, V) of the task and weighted, they are the task's part of the objective.
+
+def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: Labels, scales: Tensor) -> Tensor:
+    """Sums of the loss over each task's labels in this batch, by kind, each in its mean's unit: (tasks, 3) float64.
+
+    Divided by the global (S, A, V) and weighted, they are the batch's part of the objective.
+    predicted: as by `in_rows`, in scaled units; scales (tasks,) eV/angstrom.
     """
-    loss, targets = LOSSES[config.loss], batch.targets[task]
-    natoms = batch.natoms[batch.slices[task][0]]
-    weights = {kind: getattr(config, kind) for kind in KINDS}
-    pairs = {
-        "energy": (predicted.energy, targets.energy, natoms),
-        "forces": (predicted.forces, targets.forces, None),
-        "stress": (predicted.stress, targets.stress, None),
-    }
-    sums = []
-    for kind, (prediction, target, divisor) in pairs.items():
-        if weights[kind] == 0.0 or prediction is None or target is None:
-            sums.append(predicted.energy.new_zeros(()))
-            continue
-        total, counts_for = loss(_residual(prediction, target / scale, divisor))
-        sums.append(weights[kind] * total / counts_for)
-    return torch.stack(sums)
+    loss, out = LOSSES[config.loss], []
+    for kind in KINDS:
+        rows, weight = getattr(labels, kind), getattr(config, kind)
+        sums = scales.new_zeros(len(scales), dtype=torch.float64)
+        if kind in predicted and weight > 0.0:
+            residual = _residual(predicted[kind], rows, scales, labels.natoms if kind == "energy" else None)
+            sums = sums.index_add(0, rows.owner, weight * loss(residual).to(torch.float64))
+        out.append(sums)
+    return torch.stack(out, dim=1)
 
 
-def _residual(prediction: Tensor, target: Tensor, divisor: Tensor | None) -> Tensor:
+def _residual(predicted: Tensor, rows: Rows, scales: Tensor, natoms: Tensor | None) -> Tensor:
     """Residuals of the labelled rows, zero (with zero gradient) elsewhere: (n, components)."""
-    labelled = _labelled(target)
-    residual = (prediction - torch.where(_expand(labelled, target), target, 0.0)).reshape(len(target), -1)
-    if divisor is not None:
-        residual = residual / divisor[:, None]
-    return torch.where(labelled[:, None], residual, 0.0)
+    labelled = _labelled(rows.label)[:, None]
+    scale = scales.to(predicted.dtype).index_select(0, rows.owner)[:, None]
+    residual = components(predicted) - torch.where(labelled, components(rows.label), 0.0) / scale
+    if natoms is not None:
+        residual = residual / natoms.clamp(min=1)[:, None]
+    return torch.where(labelled, residual, 0.0)
 
 
-def _expand(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.reshape(-1, *[1] * (like.dim() - 1)).expand_as(like)
+def objective(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tasks of weight x sum over kinds of sums / counts, zero where the count is zero.
 
-
-def objective(sums: Tensor, counts: Tensor, weight: float) -> Tensor:
-    """A task's part of the objective: weight x sum over kinds of sums / counts, zero where the count is zero."""
-    return weight * torch.where(counts > 0, sums / counts.clamp(min=1).to(sums.dtype), 0.0).sum()
+    sums, counts (tasks, 3), weights (tasks,).
+    """
+    return (weights * torch.where(counts > 0, sums / counts.clamp(min=1), 0.0).sum(dim=1)).sum()

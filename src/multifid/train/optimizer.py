@@ -21,6 +21,20 @@ def adamw(parameters: Named, lr: float, weight_decay: float) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
+@torch.no_grad()
+def update(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, clip: float | None) -> None:
+    """Clip and move, unless the norm of the gradient is not finite: then nothing changes, moments and counts included.
+
+    The fused kernel divides gradients by one number and looks at another before it does anything, so that all of this
+    is decided where the gradients are, and nobody waits for the norm.
+    """
+    scale = torch.ones_like(norm) if clip is None else (norm / clip).clamp(min=1.0)
+    vars(optimizer).update(grad_scale=scale.float(), found_inf=(~torch.isfinite(norm)).float())
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
 OPTIMIZERS: dict[str, Callable[[Named, float, float], torch.optim.Optimizer]] = {"adamw": adamw, "soap": SOAP}
 
 

@@ -24,6 +24,7 @@ from multifid.config import Config
 from multifid.data.loader import ahead, open_sources
 from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
+from multifid.structures.batch import Batch
 from multifid.train.build import build
 from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.train.feed import Feed, make_draws, near, total_steps
@@ -107,7 +108,12 @@ def loop(run: Run, stop: list[int], advance: Any) -> None:
     """Steps from the position to the end of the run."""
     t, feed, trainer, position = run.config.train, run.feed, run.trainer, run.position
     per_epoch, total = feed.epoch_steps, feed.total_steps
-    steps = ahead(feed.step, position.step, total, t.workers)
+
+    def prepared(step: int) -> tuple[list[Batch], bytes]:
+        micro, identities = feed.step(step)
+        return [trainer.ready(batch) for batch in micro], identities
+
+    steps = ahead(prepared, position.step, total, t.workers)
     started = time.monotonic() - position.seconds
     while position.step < total and not position.ended:
         micro, identities = next(steps)
@@ -192,7 +198,7 @@ def rows(totals: Totals, tasks: list[Task], position: Position, per_epoch: int, 
     """What the journal says of each task."""
     out = []
     for task in tasks:
-        errors = totals.errors[task.name].row("", task.name, split)
+        errors = totals.errors(task.name).row("", task.name, split)
         out.append(
             {
                 "step": position.step,

@@ -45,6 +45,7 @@ def tensors_of(trainer: Trainer) -> dict[str, Tensors]:
     Every file is written by the first rank of its group; to that of the encoder the others send their pieces, if it is
     sharded. Called on all ranks.
     """
+    trainer.settle()
     writes = {part.name for part in trainer.gradients.parts if part.group.first}
     shards = trainer.gradients.shards
     files: dict[str, Tensors] = {}
@@ -73,6 +74,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def state_of(trainer: Trainer, position: Position, draws: list[Draw]) -> dict[str, Any]:
     """What is not a tensor; the same on every rank."""
+    trainer.settle()
     names = position.totals.tasks
     return {
         "updates": trainer.updates,

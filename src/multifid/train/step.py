@@ -1,30 +1,32 @@
 """One update: count, predict, back-propagate, sum, clip, move. And the same without the moving, for validation.
 
 Each rank does this with its structures of the step. Three things are summed over ranks: the counts of labels before the
-backward pass, gradients during it (see `parallel/gradients.py`), and a report after it: loss sums, the squared norm,
-whether anybody was told to stop. All ranks decide the same from the same bits.
+backward pass, with whether anybody was told to stop, gradients during it (see `parallel/gradients.py`), and a report
+after it: loss sums and the squared norm. All ranks decide the same from the same bits.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, repeat
 
 import torch
 from torch import Tensor
 
 from multifid.data.loader import collate
-from multifid.evaluate.metrics import Errors
-from multifid.model.potential import Potential, Prediction
+from multifid.evaluate.metrics import SIZE, Errors, error_sums
+from multifid.model.potential import Potential
 from multifid.parallel.gradients import Gradients
 from multifid.parallel.groups import Group
 from multifid.parallel.reduce import sum_together
-from multifid.structures.batch import Batch
-from multifid.train.loss import ObjectiveConfig, label_counts, loss_sums, objective
-from multifid.train.optimizer import MovingAverage, Named, Schedule
+from multifid.structures.batch import Batch, Labels, laid_out
+from multifid.structures.padding import pad
+from multifid.train.loss import ObjectiveConfig, in_rows, label_counts, loss_sums, objective
+from multifid.train.optimizer import MovingAverage, Named, Schedule, update
 
 ENCODER = "encoder"
-NOTHING = collate([], cutoff=1.0)  # a batch without structures
+NOTHING = laid_out(collate([], cutoff=1.0), {})  # a batch without structures
 
 
 def part_of_branch(branch: str) -> str:
@@ -41,49 +43,73 @@ class Task:
     scale: float  # eV/angstrom, divides every residual
 
 
-@dataclass
 class Totals:
     """Sums over steps, or over a validation split, for each task: what the journal reports."""
 
-    tasks: list[str]
-    device: torch.device
-    loss: dict[str, Tensor] = field(init=False)  # (3,): sums of the loss by kind
-    counts: dict[str, Tensor] = field(init=False)  # (3,): what they are divided by
-    errors: dict[str, Errors] = field(init=False)
+    def __init__(self, tasks: list[str], device: torch.device) -> None:
+        self.tasks = tasks
+        # Of each task: sums of the loss by kind (3), what they are divided by (3), errors (as in `Errors`).
+        self.sums = torch.zeros(len(tasks), 6 + SIZE, dtype=torch.float64, device=device)
 
-    def __post_init__(self) -> None:
-        self.loss = {t: torch.zeros(3, dtype=torch.float64, device=self.device) for t in self.tasks}
-        self.counts = {t: torch.zeros(3, dtype=torch.float64, device=self.device) for t in self.tasks}
-        self.errors = {t: Errors(self.device) for t in self.tasks}
-
-    def add(self, task: str, loss: Tensor, counts: Tensor) -> None:
-        self.loss[task] += loss.detach().double()
-        self.counts[task] += counts
+    def add(self, loss: Tensor, counts: Tensor, errors: Tensor) -> None:
+        """Add a batch: (tasks, 3), (tasks, 3) and (tasks, 12)."""
+        self.sums += torch.cat([loss.detach(), counts, errors], dim=1)
 
     def objective(self, task: Task) -> float:
-        """The task's part of the objective over everything added, before its weight."""
-        return float(objective(self.loss[task.name], self.counts[task.name], 1.0))
+        """The task's part of the objective over everything added, before its weight. Waits for the device."""
+        row = self.sums[self.tasks.index(task.name)][None]
+        return float(objective(row[:, :3], row[:, 3:6], row.new_ones(1)))
+
+    def errors(self, task: str) -> Errors:
+        """The errors of a task over everything added."""
+        return Errors.from_tensor(self.sums[self.tasks.index(task), 6:])
 
     def as_tensor(self) -> Tensor:
-        """All sums in one tensor (tasks, 18), to be added over ranks or kept in a checkpoint."""
-        rows = [torch.cat([self.loss[t], self.counts[t], self.errors[t].as_tensor()]) for t in self.tasks]
-        return torch.stack(rows)
+        """All sums in one tensor (tasks, 18), a copy, to be added over ranks or kept in a checkpoint."""
+        return self.sums.clone()
 
     def add_tensor(self, sums: Tensor) -> None:
         """Add what `as_tensor` gave, of other steps or summed over ranks."""
-        for task, row in zip(self.tasks, sums.to(self.device), strict=True):
-            self.loss[task] += row[:3]
-            self.counts[task] += row[3:6]
-            self.errors[task] += Errors.from_tensor(row[6:].clone())
+        self.sums += sums.to(self.sums.device)
 
 
-@dataclass(frozen=True)
 class Outcome:
     """What became of a step, on all ranks alike."""
 
-    updated: bool  # False: the gradient was not finite, and nothing was changed
-    norm: float  # of the gradient over encoder and all branches, before clipping
-    stop: bool  # some rank was told to stop
+    def __init__(self, squared_norm: Tensor, stop: bool) -> None:
+        self.stop = stop  # some rank was told to stop
+        self._squared = Later(squared_norm)
+
+    @property
+    def norm(self) -> float:
+        """Of the gradient over encoder and all branches, before clipping. Waits for the device."""
+        return math.sqrt(self._squared.value())
+
+    @property
+    def updated(self) -> bool:
+        """False: the gradient was not finite, and nothing was changed. Waits for the device.
+
+        Not NaN either: what is not finite on one rank is not finite in the sum.
+        """
+        return self._squared.value() < math.inf
+
+
+class Later:
+    """A number on its way from the device to the host: it is copied when the device comes to it."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._copied: torch.Event | None = None
+        self._here = number.detach()
+        if number.device.type != "cpu":
+            self._here = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
+            self._copied = torch.Event(number.device)
+            self._copied.record()
+
+    def value(self) -> float:
+        """The number; waits until the device has come to it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._here)
 
 
 def unwatched(phase: str) -> None:
@@ -107,18 +133,29 @@ class Trainer:
     precision: str
     clip: float | None
     lr: float
+    padded: bool = False  # batches have few sizes, for a potential that is compiled
     updates: int = 0  # updates made; steps that were skipped do not count
     skipped_in_a_row: int = 0
     begins: Callable[[str], None] = unwatched  # is told which part of a step begins: forward, backward, ...
+    pending: Outcome | None = None  # of the last step, where the host does not yet know of it
+
+    def __post_init__(self) -> None:
+        self.number = {task.name: k for k, task in enumerate(self.tasks)}
+        constants = torch.tensor([[t.scale for t in self.tasks], [t.weight for t in self.tasks]], dtype=torch.float64)
+        self.scales, self.weights = constants.to(self.device)
+        # Where a step is over when the host has computed it, there is nothing to wait for.
+        self.at_once = self.device.type == "cpu"
 
     def step(self, micro_batches: list[Batch], totals: Totals, stop: bool = False) -> Outcome:
         """One update from this rank's structures of one step; `totals` receives the sums of all ranks.
 
         An update whose gradient is not finite is skipped: weights, moments, averages and schedule stay as they were,
-        and the position in the data advances.
+        and the position in the data advances. An accelerator decides that by itself; the host hears of it at the next
+        step, or from `settle`, and never waits for a step that it has just begun.
         """
         self.begins("bookkeeping")
-        counts, rounds = self._counts(micro_batches)
+        micro_batches = [self.ready(batch) for batch in micro_batches]
+        counts, rounds, stop = self._agree(micro_batches, stop)
         here = Totals([t.name for t in self.tasks], self.device)
         self.gradients.zero()
         for k in range(rounds):
@@ -130,81 +167,93 @@ class Trainer:
         self.begins("communication")
         self.gradients.finish()
         self.begins("bookkeeping")
-        squares, told = self.gradients.squared_norm(), torch.tensor(float(stop), device=self.device)
-        parts = {"squares": squares, "stop": told, "totals": here.as_tensor()}
+        parts = {"squares": self.gradients.squared_norm(), "totals": here.as_tensor()}
         self.begins("communication")
         report = sum_together(self.world, parts)
         self.begins("bookkeeping")
         totals.add_tensor(report["totals"])
-        norm = float(report["squares"].sqrt())
-        updated = norm < float("inf")  # not NaN either: what is not finite on one rank is not finite in the sum
         self.begins("optimizer")
-        if updated:
-            self._update(norm)
-        else:
+        self.settle()
+        self._update(report["squares"])
+        self.pending = Outcome(report["squares"], stop)
+        outcome = self.pending
+        if self.at_once:
+            self.settle()
+        return outcome
+
+    def ready(self, batch: Batch) -> Batch:
+        """A batch as a step wants it; the threads that prepare batches do it ahead, and then it is done."""
+        if batch.labels is not None:
+            return batch
+        batch = pad(batch, self.potential.config.cutoff) if self.padded else batch
+        batch = laid_out(batch, self.number).to(dtype=self._dtype)
+        return batch if self.device.type == "cpu" else batch.moved(Tensor.pin_memory)
+
+    def settle(self) -> None:
+        """Hear what became of the last step, if that is not yet known: count it, and average the weights it made.
+
+        Called before anything looks at counts, averages or the schedule, and before the next update.
+        """
+        if self.pending is None:
+            return
+        outcome, self.pending = self.pending, None
+        if not outcome.updated:
             self.skipped_in_a_row += 1
-        return Outcome(updated, norm, bool(report["stop"] > 0))
-
-    def _counts(self, micro_batches: list[Batch]) -> tuple[dict[str, Tensor], int]:
-        """(S_t, A_t, V_t) of the whole step, over micro-batches and ranks, and the most micro-batches of a rank."""
-        table = torch.zeros(len(self.tasks), 3, dtype=torch.float64)
-        for batch in micro_batches:
-            for row, task in zip(table, self.tasks, strict=True):
-                if task.name in batch.targets:
-                    row += label_counts(batch.targets[task.name])
-        rounds = torch.zeros(self.world.size)  # a place for each rank: the largest of a sum
-        rounds[self.world.ranks.index(self.world.rank)] = len(micro_batches)
-        self.begins("communication")
-        summed = sum_together(self.world, {"counts": table, "rounds": rounds})
-        self.begins("bookkeeping")
-        table = summed["counts"].to(self.device)
-        return {task.name: row for task, row in zip(self.tasks, table, strict=True)}, int(summed["rounds"].max())
-
-    def _sums(self, batch: Batch, totals: Totals) -> dict[str, Tensor]:
-        """Loss sums (3,) of every task in a batch; they and the errors are added to the totals."""
-        batch = batch.to(self.device, self._dtype)
-        with self._autocast():
-            predictions = self.potential(batch, stress=self.objective.stress > 0)
-        sums = {}
-        for task in self.tasks:
-            if task.name not in predictions:
-                continue
-            predicted = predictions[task.name]
-            sums[task.name] = loss_sums(self.objective, batch, task.name, predicted, task.scale)
-            totals.add(task.name, sums[task.name], label_counts(batch.targets[task.name]).to(self.device))
-            self._add_errors(totals, task, batch, predicted)
-        return sums
-
-    def _backward(self, batch: Batch, counts: dict[str, Tensor], totals: Totals, last: bool) -> None:
-        """Back-propagate this batch's share of the objective: its sums over the counts of the whole step."""
-        self.begins("forward")
-        sums = self._sums(batch, totals)
-        shares = [objective(sums[t.name], counts[t.name], t.weight) for t in self.tasks if t.name in sums]
-        if self.gradients.shards is not None:
-            shares.append(self.gradients.shards.touch())
-        share = torch.stack(shares).sum() if shares else None
-        self.begins("backward")
-        if last:
-            self.gradients.start(share)
-        if share is not None and share.requires_grad:  # not where no structure here has a label that counts
-            share.backward()
-
-    def _update(self, norm: float) -> None:
-        if self.clip is not None and norm > self.clip:
-            self.gradients.scale(self.clip / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self.schedule(self.updates)
-        self.optimizer.step()
+            return
         self.updates += 1
         self.skipped_in_a_row = 0
         if self.average is not None:
             self.average.update(self.updates)
+
+    def _agree(self, micro_batches: list[Batch], stop: bool) -> tuple[Tensor, int, bool]:
+        """(S_t, A_t, V_t) of the whole step (tasks, 3), over micro-batches and ranks; the most micro-batches of a rank;
+        whether some rank was told to stop. All of it is known to the host, which does not wait for the device here."""
+        labels = [batch.labels for batch in micro_batches if batch.labels is not None]
+        table = torch.zeros(len(self.tasks), 3, dtype=torch.float64)
+        table = sum((label_counts(own, len(self.tasks)) for own in labels), table)
+        rounds = torch.zeros(self.world.size)  # a place for each rank: the largest of a sum
+        rounds[self.world.index] = len(micro_batches)
+        self.begins("communication")
+        summed = sum_together(self.world, {"counts": table, "rounds": rounds, "stop": torch.tensor(float(stop))})
+        self.begins("bookkeeping")
+        most, told = int(max(summed["rounds"].tolist())), bool(summed["stop"].numpy() > 0)
+        return summed["counts"].to(self.device, non_blocking=True), most, told
+
+    def _sums(self, batch: Batch, totals: Totals) -> Tensor:
+        """Loss sums (tasks, 3) of a batch that is ready; they and the errors are added to the totals."""
+        batch = batch.to(self.device, self._dtype)
+        labels = batch.labels
+        assert labels is not None, "only batches that are ready are counted"
+        with self._autocast():
+            predictions = self.potential(batch, stress=self.objective.stress > 0)
+        predicted = in_rows(predictions, labels)
+        sums = loss_sums(self.objective, predicted, labels, self.scales)
+        errors = error_sums(self._physical(predicted, labels), labels, len(self.tasks))
+        totals.add(sums, label_counts(labels, len(self.tasks)), errors)
+        return sums
+
+    def _backward(self, batch: Batch, counts: Tensor, totals: Totals, last: bool) -> None:
+        """Back-propagate this batch's share of the objective: its sums over the counts of the whole step."""
+        self.begins("forward")
+        share = objective(self._sums(batch, totals), counts, self.weights)
+        if self.gradients.shards is not None:
+            share = share + self.gradients.shards.touch()
+        self.begins("backward")
+        if last:
+            self.gradients.start(share)
+        if share.requires_grad:  # not where no structure here has a label that counts
+            share.backward()
+
+    def _update(self, squared_norm: Tensor) -> None:
+        """Clip and move, unless the norm is not finite: decided where the gradients are."""
+        update(self.optimizer, self.lr * self.schedule(self.updates), squared_norm.sqrt(), self.clip)
 
     def validate(self, batches: Iterable[Batch]) -> Totals:
         """Sums over whole validation splits, with the averaged weights where there are some.
 
         batches: this rank's part; how many there are may differ between ranks. The sums are those of all ranks.
         """
+        self.settle()
         here = Totals([t.name for t in self.tasks], self.device)
         if self.average is not None:
             self.average.swap()
@@ -212,7 +261,7 @@ class Trainer:
         try:
             with torch.no_grad():
                 for batch in batches if self.gradients.shards is None else self._in_rounds(batches):
-                    self._sums(batch, here)
+                    self._sums(self.ready(batch), here)
         finally:
             self.potential.train()
             if self.gradients.shards is not None:
@@ -230,13 +279,13 @@ class Trainer:
                 return
             yield NOTHING if batch is None else batch
 
-    def _add_errors(self, totals: Totals, task: Task, batch: Batch, predicted: Prediction) -> None:
-        """Errors in physical units."""
-        natoms = batch.natoms[batch.slices[task.name][0]]
-        stress = None if predicted.stress is None else predicted.stress * task.scale
-        totals.errors[task.name].add(
-            predicted.energy * task.scale, predicted.forces * task.scale, stress, batch.targets[task.name], natoms
-        )
+    def _physical(self, predicted: dict[str, Tensor], labels: Labels) -> dict[str, Tensor]:
+        """Predictions in physical units: times the scale of each row's task."""
+        out = {}
+        for kind, values in predicted.items():
+            scale = self.scales.index_select(0, getattr(labels, kind).owner)
+            out[kind] = values.detach() * scale.reshape(-1, *[1] * (values.dim() - 1))
+        return out
 
     @property
     def _dtype(self) -> torch.dtype:

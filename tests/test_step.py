@@ -1,0 +1,70 @@
+"""A step on an accelerator: nothing waits for the device, and what the host hears late changes nothing."""
+
+import math
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from multifid.config import parse_config
+from multifid.data.loader import open_sources
+from multifid.parallel.groups import alone
+from multifid.parallel.layout import place
+from multifid.train.build import build
+from multifid.train.step import Totals
+from test_train import config_of, feed_of
+
+POISONED = 3
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would make the host wait for the device: a number that is read, a shape that depends on numbers."""
+
+    waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().split(".")[0] in self.waits:
+            self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def trained(stores, tmp_path, late: bool, forces: str = "direct"):
+    """Six steps, one of which is poisoned; `late`: as on an accelerator, where the host does not know the outcome."""
+    values = config_of(stores, tmp_path / "run", train={"clip": 0.05, "schedule": "cosine", "warmup": 3})
+    values["model"]["branch"]["forces"] = forces
+    config = parse_config(values, "test")
+    sources = open_sources(config.tasks)
+    trainer = build(config, sources, place(list(config.tasks), "auto", 1), 10, alone())
+    trainer.at_once = not late
+    feed, reads = feed_of(config, sources), []
+    for step in range(6):
+        micro = [trainer.ready(batch) for batch in feed.step(step)[0]]
+        if step == POISONED:
+            micro[0].positions[:] = math.nan
+        with Reads() as watch:
+            trainer.step(micro, Totals(list(config.tasks), trainer.device))
+        reads.append(watch.seen)
+    return trainer, reads
+
+
+def test_a_step_reads_nothing_from_the_device_but_the_outcome_of_the_one_before(stores, tmp_path):
+    for forces in ("direct", "conservative"):
+        _, reads = trained(stores, tmp_path, late=True, forces=forces)
+        assert reads[0] == [] and all(seen == ["aten::_local_scalar_dense"] for seen in reads[1:]), forces
+
+
+def test_hearing_of_a_skipped_update_one_step_late_changes_no_bit(stores, tmp_path):
+    now, _ = trained(stores, tmp_path, late=False)
+    later, _ = trained(stores, tmp_path, late=True)
+    assert later.updates == 4 and now.updates == 5, "the last outcome is still to be heard"
+    later.settle()
+    assert later.updates == 5 and later.skipped_in_a_row == now.skipped_in_a_row == 0
+    for name, parameter in now.parameters.items():
+        assert torch.equal(parameter, later.parameters[name]), name
+        assert torch.equal(now.average.average[name], later.average.average[name]), name
+        for kind in ("exp_avg", "exp_avg_sq", "step"):
+            one, other = now.optimizer.state[parameter][kind], later.optimizer.state[later.parameters[name]][kind]
+            assert torch.equal(one, other), (name, kind)

@@ -56,6 +56,10 @@ class Config(BaseModel):
             raise ValueError("objective.stress > 0 needs model.branch.forces: conservative (only they give a stress)")
         if self.train.batch is not None and self.train.local_batch is not None:
             raise ValueError("train.batch and train.local_batch say the same thing twice: give one of them")
+        if self.train.compile and self.parallel.shard_encoder:
+            raise ValueError("train.compile needs whole layers; with parallel.shard_encoder set it to false")
+        if self.train.compile and self.train.recompute:
+            raise ValueError("train.recompute is for what is not compiled: with train.compile the compiler chooses")
         if self.train.optimizer == "soap" and self.parallel.shard_encoder:
             raise ValueError("train.optimizer: soap needs whole matrices; with parallel.shard_encoder take adamw")
         return self

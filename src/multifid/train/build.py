@@ -11,6 +11,7 @@ import torch
 
 from multifid.config import Config
 from multifid.data.loader import Source
+from multifid.model.compiled import compile_training
 from multifid.model.potential import Potential
 from multifid.model.saved import start_from
 from multifid.parallel.gradients import Gradients, Part
@@ -35,6 +36,10 @@ def build(
     shards = apply_shards(potential, config, world)
     potential.encoder.recompute = t.recompute
     potential.branches.to(world.device)
+    # Of the whole process: products of float32 are exact unless a run asks for TF32.
+    torch.set_float32_matmul_precision("high" if t.precision == "tf32" else "highest")
+    if t.compile:
+        compile_training(potential, t.compile)
     parts = [Part(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]
     encoder = dict(potential.encoder_parameters()) if shards is None else shards.pieces
     parts.append(Part(ENCODER, list(encoder.values()), world.group, shards))
@@ -54,6 +59,7 @@ def build(
         world=world.group,
         device=world.device,
         precision=t.precision,
+        padded=bool(t.compile),
         clip=t.clip,
         lr=t.lr,
     )

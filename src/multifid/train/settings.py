@@ -33,7 +33,15 @@ class TrainConfig(BaseModel):
     patience: int | None = Field(
         10, gt=0, description="epochs without a better validation value before stopping; null: never"
     )
-    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="bf16: autocast, weights stay in fp32")
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] = Field(
+        "fp32",
+        description="tf32: matrix products in TF32, on accelerators that have it; bf16: in bfloat16, by autocast. "
+        "Weights, sums over neighbours, coordinates and energies stay in fp32 in both",
+    )
+    compile: Literal[False, True, "reduce-overhead"] = Field(
+        False,
+        description="torch.compile for training passes, batches padded to few sizes; reduce-overhead: CUDA graphs too",
+    )
     recompute: bool = Field(
         False, description="keep no activations inside encoder layers but compute them again: less memory, more time"
     )
@@ -70,6 +78,7 @@ NEUTRAL = frozenset(
         "device",
         "tensorboard",
         "recompute",
+        "compile",
         "change_tasks",
     }
 )

@@ -1,0 +1,177 @@
+"""Padding changes nothing, and compiled passes are the eager ones, for a fixed small number of shapes."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from multifid.config import parse_config
+from multifid.data.loader import TaskConfig, collate, open_sources
+from multifid.model.branch import BranchConfig
+from multifid.model.compiled import compile_training
+from multifid.model.encoder import EncoderConfig
+from multifid.model.potential import ModelConfig, Potential
+from multifid.parallel.groups import alone
+from multifid.parallel.layout import place
+from multifid.structures.padding import pad, size_for
+from multifid.train.build import build
+from multifid.train.step import Totals
+from test_train import config_of, feed_of
+
+CUTOFF = 3.0
+STEPS = 5
+BACKEND = "aot_eager"  # derives and calls what was written down, without the minutes that code generation takes
+
+
+def potential_of(encoder="egnn", forces="direct", dtype=torch.float64):
+    config = ModelConfig(
+        cutoff=CUTOFF,
+        encoder=EncoderConfig(name=encoder, layers=2, hidden=12, vectors=3 if encoder == "egnn" else None),
+        branch=BranchConfig(hidden=[10], forces=forces),
+    )
+    tasks = ["apple", "berry", "cherry"]
+    return Potential(config, tasks, {t: t for t in tasks}, seed=0).to(dtype).train()
+
+
+def batches_of(stores, count, sizes=(3, 5), seed=0):
+    """Batches of a few structures of every task, never of the same numbers of atoms."""
+    sources = open_sources({task: TaskConfig(store=str(store)) for task, store in stores.items()})
+    rng = np.random.default_rng(seed)
+    drawn = lambda s: np.sort(rng.choice(s.store.size("train"), int(rng.integers(*sizes)), replace=False))  # noqa: E731
+    return [collate([(s, np.asarray(s.store.index("train"))[drawn(s)].astype(np.int64)) for s in sources], CUTOFF)
+            for _ in range(count)]  # fmt: skip
+
+
+def between_sizes(stores):
+    """A batch that must be filled up in structures, atoms and edges."""
+    sizes = lambda b: (b.structures, len(b.numbers), b.edges.shape[1])  # noqa: E731
+    return next(b for b in batches_of(stores, 9) if all(n < size_for(n) for n in sizes(b)))
+
+
+def of_labels(predictions, batch):
+    """A function of all predictions that have labels, with second derivatives everywhere."""
+    total = 0.0
+    for task, p in predictions.items():
+        real = ~torch.isnan(batch.targets[task].energy)
+        atoms = ~torch.isnan(batch.targets[task].forces[:, 0])
+        total = total + p.energy[real].pow(3).sum() + p.forces[atoms].pow(2).sum()
+        if p.stress is not None:
+            total = total + torch.where(batch.cell[batch.slices[task][0]][:, :1, :1] > 0, p.stress, 0.0)[real].sum()
+    return total
+
+
+def gradients(potential, batch, **options):
+    potential.zero_grad()
+    value = of_labels(potential(batch, **options), batch)
+    value.backward()
+    return value.detach(), {n: p.grad.clone() for n, p in potential.named_parameters() if p.grad is not None}
+
+
+def assert_near(one, other, tolerance=1e-10):
+    (value, grads), (value_other, grads_other) = one, other
+    assert abs(value - value_other) <= tolerance * abs(value)
+    largest = max(float(g.abs().max()) for g in grads.values())
+    for name, g in grads.items():
+        assert float((g - grads_other[name]).abs().max()) <= tolerance * max(float(g.abs().max()), 1e-3 * largest), name
+    for name in grads_other.keys() - grads.keys():
+        assert not grads_other[name].any(), name
+
+
+def test_sizes_are_few_and_waste_a_quarter_at_most():
+    sizes = [size_for(n) for n in range(1, 5000)]
+    assert all(n <= s <= max(8, 1.25 * n) for n, s in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert all(size_for(s) == s for s in sizes) and len({s for s in sizes if s >= 512}) <= 15
+
+
+@pytest.mark.parametrize("forces", ["direct", "conservative"])
+@pytest.mark.parametrize("encoder", ["egnn", "painn"])
+def test_padding_changes_no_prediction_and_no_gradient(stores, encoder, forces):
+    batch, potential = between_sizes(stores), potential_of(encoder, forces)
+    padded = pad(batch, CUTOFF)
+    plain, filled = potential(batch), potential(padded)
+    for task, (structures, atoms) in batch.slices.items():
+        n, m = structures.stop - structures.start, atoms.stop - atoms.start
+        assert torch.allclose(plain[task].energy, filled[task].energy[:n], rtol=1e-12, atol=1e-13)
+        assert torch.allclose(plain[task].forces, filled[task].forces[:m], rtol=1e-12, atol=1e-13)
+    assert_near(gradients(potential, batch), gradients(potential, padded))
+
+
+def test_padded_batches_have_sorted_receivers_one_structure_for_each_atom_and_no_more_labels(stores):
+    batch = between_sizes(stores)
+    padded = pad(batch, CUTOFF)
+    receivers = padded.edges[0]
+    assert bool((receivers.diff() >= 0).all()) and bool((padded.structure.diff() >= 0).all())
+    assert int(padded.edges.max()) < len(padded.numbers) and int(padded.structure[-1]) < padded.structures
+    assert int(padded.natoms.sum()) == int(batch.natoms.sum()) == int((padded.numbers > 0).sum())
+    for task, y in padded.targets.items():
+        structures, atoms = padded.slices[task]
+        assert len(y.energy) == size_for(len(y.energy)) == structures.stop - structures.start
+        assert int(padded.structure[atoms.start]) == structures.start < structures.stop
+        assert bool(torch.isnan(y.forces[padded.numbers[atoms] == 0]).all())
+        assert int(torch.isfinite(y.energy).sum()) == int(torch.isfinite(batch.targets[task].energy).sum())
+
+
+@pytest.mark.parametrize("encoder, forces", [("egnn", "direct"), ("painn", "direct"), ("egnn", "conservative")])
+def test_compiled_passes_equal_eager_ones_and_compile_once_for_each_shape(stores, encoder, forces):
+    eager = potential_of(encoder, forces)
+    compiled, counter = copy.deepcopy(eager), CompileCounterWithBackend(BACKEND)
+    lists = compile_training(compiled, True, counter)
+    shapes = set()
+    for batch in (pad(b, CUTOFF) for b in batches_of(stores, 2)):
+        shapes.add((batch.structures, len(batch.numbers), batch.edges.shape[1]))
+        assert_near(gradients(eager, batch), gradients(compiled, batch))
+    assert counter.frame_count == len(lists.compiled), "one graph for each list, none compiled anew"
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-10), ("bf16", 0.25)])
+def test_a_compiled_run_is_the_eager_run_over_a_stream_of_different_batches(
+    stores, tmp_path, monkeypatch, precision, tolerance
+):
+    counter, made = CompileCounterWithBackend(BACKEND), []
+
+    def compiling(*arguments):
+        made.append(compile_training(*arguments, backend=counter))
+
+    monkeypatch.setattr("multifid.train.build.compile_training", compiling)
+    updates = {}
+    for compiled in (False, True):
+        train = {"precision": precision, "compile": compiled, "batch": 5}
+        config = parse_config(config_of(stores, tmp_path / "run", train=train), "test")
+        sources = open_sources(config.tasks)
+        trainer = build(config, sources, place(list(config.tasks), "auto", 1), 10, alone())
+        feed, totals, shapes = feed_of(config, sources), Totals(list(config.tasks), trainer.device), set()
+        before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+        for step in range(STEPS):
+            micro, _ = feed.step(step)
+            ready = trainer.ready(micro[0])
+            shapes.add((ready.structures, len(ready.numbers), ready.edges.shape[1]))
+            trainer.step(micro, totals)
+        assert len(shapes) == STEPS or compiled
+        updates[compiled] = {n: p.detach() - before[n] for n, p in trainer.parameters.items()}
+        validated = trainer.validate(feed.split("validation")).as_tensor()
+        updates[compiled] |= {"train": totals.as_tensor(), "validation": validated}
+    assert all(size_for(size) == size for shape in shapes for size in shape)
+    assert len(shapes) < STEPS and counter.frame_count == len(made[0].compiled) < STEPS * 4, (
+        "a layer and three branches a step"
+    )
+    for name, one in updates[False].items():
+        assert float((one - updates[True][name]).norm()) <= tolerance * float(one.norm()) + 1e-15, name
+
+
+def test_a_backend_that_does_not_work_is_named_with_the_key_that_does_without(stores):
+    def broken(graph, inputs):
+        raise OSError("no C++ compiler")
+
+    potential = potential_of()
+    compile_training(potential, True, broken)
+    with pytest.raises(RuntimeError, match=r"set train\.compile: false"):
+        potential(pad(batches_of(stores, 1)[0], CUTOFF))
+
+
+def test_what_does_not_go_with_compiling_is_refused(stores, tmp_path):
+    with pytest.raises(ValueError, match="shard_encoder"):
+        parse_config(config_of(stores, tmp_path, train={"compile": True}, parallel={"shard_encoder": True}), "test")
+    with pytest.raises(ValueError, match="recompute"):
+        parse_config(config_of(stores, tmp_path, train={"compile": True, "recompute": True}), "test")

@@ -11,12 +11,12 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     lr: float = Field(1.0e-3, gt=0.0, description="highest learning rate of the optimizer")
+    weight_decay: float = Field(0.01, ge=0.0, description="decoupled decay of matrices; biases are not decayed")
     optimizer: Literal["adamw", "soap"] = Field(
         "adamw",
         description="soap: Adam in the eigenbasis of running averages of G G^T and G^T G; fewer steps to the same "
         "error, for 2 (m^2 + n^2) more numbers for an m x n matrix, which `plan` and `parallel.memory` do not count",
     )
-    weight_decay: float = Field(0.01, ge=0.0, description="decoupled decay of matrices; biases are not decayed")
     clip: float | None = Field(10.0, gt=0.0, description="highest norm of the gradient over encoder and all branches")
     ema: float | None = Field(0.999, gt=0.0, lt=1.0, description="decay of the moving average of weights; null: off")
     warmup: int = Field(100, ge=0, description="updates of linear warm-up")

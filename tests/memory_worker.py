@@ -20,7 +20,6 @@ PHASES = [  # (where it is looked up, its name there), from construction to the 
     (multifid.train.build, "Potential"),
     (multifid.train.build, "start_from"),
     (multifid.train.build, "Gradients"),
-    (multifid.train.build, "adamw"),
     (multifid.train.build, "MovingAverage"),
     (multifid.train.run, "load_checkpoint"),
     (multifid.train.run, "restore"),
@@ -83,6 +82,8 @@ def measured_run(values: dict) -> dict:
         run.saver.wait()  # so that the copy in host memory, and its end, belong to the phase
 
     with ExitStack() as stack:
+        optimizers = multifid.train.build.OPTIMIZERS
+        stack.enter_context(patch.dict(optimizers, adamw=marks.around("adamw", optimizers["adamw"])))
         for room, name in PHASES:
             original = save_and_wait if name == "save" else getattr(room, name)
             stack.enter_context(patch.object(room, name, marks.around(name, original)))

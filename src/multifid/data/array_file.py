@@ -1,5 +1,6 @@
 """One array file of a store in its three lives: growing, finished and read by slices, mapped and verified."""
 
+import contextlib
 import math
 import mmap
 import threading
@@ -75,6 +76,9 @@ class MappedFile:
         self.path, self.checksums = path, checksums
         with path.open("rb") as file:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: a random row of a file in small pages costs a walk of page tables
+            with contextlib.suppress(OSError):  # a kernel without huge pages refuses
+                self.bytes.madvise(mmap.MADV_HUGEPAGE)
         self.rows = np.frombuffer(self.bytes, dtype, math.prod(shape), HEADER).reshape(shape)
         self.row_bytes = self.rows.itemsize * math.prod(shape[1:])
         self.lock = threading.Lock()  # a loader reads ahead in threads

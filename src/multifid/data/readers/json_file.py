@@ -24,7 +24,8 @@ import orjson
 from multifid.data.readers import Part, Progress
 
 CHUNK = 1 << 18
-PACKED = 1 << 12  # bytes of bz2 that are unpacked at once: they count as unpacked when they are read
+PACKED = 1 << 17  # bytes of bz2 that are unpacked at once: they count as unpacked when they are read
+UNPACKED = 1 << 20  # bytes that come of them at once: after each, the thread waits for the interpreter
 PART = 1 << 25  # bytes of a part
 LARGEST = 1 << 27  # bytes of a record; the largest published ones are below 2^24
 DEEPEST = 1024  # levels of brackets: more, the parser does not take
@@ -40,6 +41,8 @@ OPEN = {
 QUOTE, OPENING, CLOSING, ESCAPE = 1, 2, 3, 4
 KINDS = np.zeros(256, np.uint8)
 KINDS[list(b'"{[}]\\')] = [QUOTE, OPENING, OPENING, CLOSING, CLOSING, ESCAPE]
+STRUCTURAL = (KINDS > 0).tobytes()  # a table for `bytes.translate`
+STEPS = np.array([0, 0, 1, -1, 0], np.int8)  # of the level, by kind
 
 
 class Text(NamedTuple):
@@ -125,15 +128,15 @@ class Scan:
 
     def ends(self, chunk: bytes) -> np.ndarray:
         """Places behind the records that end in this chunk; the last is that of the bracket around all, if `closed`."""
-        kinds = KINDS[np.frombuffer(chunk, np.uint8)]
-        at = np.flatnonzero(kinds)
-        kind = kinds[at]
+        at = np.flatnonzero(np.frombuffer(chunk.translate(STRUCTURAL), bool))
+        kind = KINDS[np.frombuffer(chunk, np.uint8)[at]]
         if self._escaping or b"\\" in chunk:
             keep = self._unescaped(at, kind, len(chunk))
             at, kind = at[keep], kind[keep]
-        quotes = np.cumsum(kind == QUOTE) + self._in_string
-        step = np.where(kind == OPENING, 1, np.where(kind == CLOSING, -1, 0)) * (1 - (quotes & 1))
-        levels = self.level + np.cumsum(step)
+        quotes = np.cumsum(kind == QUOTE, dtype=np.int32) + np.int32(self._in_string)
+        step = STEPS[kind]
+        step[(quotes & 1) == 1] = 0
+        levels = np.cumsum(step, dtype=np.int32) + np.int32(self.level)
         if len(at):
             self.deepest = max(self.deepest, int(levels.max()))
             self._in_string, self.level = int(quotes[-1] & 1), int(levels[-1])
@@ -269,7 +272,7 @@ def _streams(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     unpacked = 0
     try:
         while True:
-            if chunk := decoder.decompress(packed, CHUNK):
+            if chunk := decoder.decompress(packed, UNPACKED):
                 unpacked += len(chunk)
                 if unpacked > max(MOST[0], MOST[1] * raw.tell()):
                     raise EOFError("it unpacks to more than is plausible")

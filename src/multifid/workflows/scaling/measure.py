@@ -15,6 +15,7 @@ import torch
 from multifid.config import Config
 from multifid.data.loader import Source, ahead, open_sources
 from multifid.parallel.groups import World
+from multifid.structures.batch import Batch
 from multifid.train.build import build
 from multifid.train.feed import Feed, make_draws
 from multifid.train.resolve import placement_of
@@ -123,10 +124,14 @@ def _measure(
 def _steps(trainer: Trainer, feed: Feed, clock: Clock, count: int, workers: int) -> list[list[float]]:
     """Seconds of every part of every step on this rank, and its edges: (steps, parts + 1)."""
     rows = []
-    steps = ahead(feed.step, 0, count, workers)
+
+    def prepared(step: int) -> list[Batch]:
+        return [trainer.ready(batch) for batch in feed.step(step)[0]]
+
+    steps = ahead(prepared, 0, count, workers)
     for _ in range(count):
         clock.begins("data")
-        micro, _ = next(steps)
+        micro = next(steps)
         trainer.step(micro, Totals([t.name for t in trainer.tasks], trainer.device))
         clock.begins(None)
         rows.append([*clock.take(), float(sum(batch.edges.shape[1] for batch in micro))])

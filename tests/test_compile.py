@@ -113,9 +113,9 @@ def test_padded_batches_have_sorted_receivers_one_structure_for_each_atom_and_no
         assert int(torch.isfinite(y.energy).sum()) == int(torch.isfinite(batch.targets[task].energy).sum())
 
 
-@pytest.mark.parametrize("encoder, forces", [("egnn", "direct"), ("painn", "direct"), ("egnn", "conservative")])
-def test_compiled_passes_equal_eager_ones_and_compile_once_for_each_shape(stores, encoder, forces):
-    eager = potential_of(encoder, forces)
+@pytest.mark.parametrize("encoder", ["egnn", "painn"])
+def test_compiled_passes_equal_eager_ones_and_compile_once_for_each_shape(stores, encoder):
+    eager = potential_of(encoder)
     compiled, counter = copy.deepcopy(eager), CompileCounterWithBackend(BACKEND)
     lists = compile_training(compiled, True, counter)
     shapes = set()
@@ -125,11 +125,8 @@ def test_compiled_passes_equal_eager_ones_and_compile_once_for_each_shape(stores
     assert counter.frame_count == len(lists.compiled), "one graph for each list, none compiled anew"
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-10), ("bf16", 0.25)])
-def test_a_compiled_run_is_the_eager_run_over_a_stream_of_different_batches(
-    stores, tmp_path, monkeypatch, precision, tolerance
-):
-    counter, made = CompileCounterWithBackend(BACKEND), []
+def test_a_compiled_run_is_the_eager_run_over_a_stream_of_different_batches(stores, tmp_path, monkeypatch):
+    counter, made = CompileCounterWithBackend("eager"), []  # graphs are counted alike, and cost less
 
     def compiling(*arguments):
         made.append(compile_training(*arguments, backend=counter))
@@ -137,7 +134,7 @@ def test_a_compiled_run_is_the_eager_run_over_a_stream_of_different_batches(
     monkeypatch.setattr("multifid.train.build.compile_training", compiling)
     updates = {}
     for compiled in (False, True):
-        train = {"precision": precision, "compile": compiled, "batch": 5}
+        train = {"precision": "fp64", "compile": compiled, "batch": 5}
         config = parse_config(config_of(stores, tmp_path / "run", train=train), "test")
         sources = open_sources(config.tasks)
         trainer = build(config, sources, place(list(config.tasks), "auto", 1), 10, alone())
@@ -157,7 +154,7 @@ def test_a_compiled_run_is_the_eager_run_over_a_stream_of_different_batches(
         "a layer and three branches a step"
     )
     for name, one in updates[False].items():
-        assert float((one - updates[True][name]).norm()) <= tolerance * float(one.norm()) + 1e-15, name
+        assert float((one - updates[True][name]).norm()) <= 1e-10 * float(one.norm()) + 1e-15, name
 
 
 def test_a_backend_that_does_not_work_is_named_with_the_key_that_does_without(stores):
@@ -173,5 +170,8 @@ def test_a_backend_that_does_not_work_is_named_with_the_key_that_does_without(st
 def test_what_does_not_go_with_compiling_is_refused(stores, tmp_path):
     with pytest.raises(ValueError, match="shard_encoder"):
         parse_config(config_of(stores, tmp_path, train={"compile": True}, parallel={"shard_encoder": True}), "test")
+    model = config_of(stores, tmp_path)["model"] | {"branch": {"hidden": [8], "forces": "conservative"}}
+    with pytest.raises(ValueError, match="direct"):
+        parse_config(config_of(stores, tmp_path, train={"compile": True}) | {"model": model}, "test")
     with pytest.raises(ValueError, match="recompute"):
         parse_config(config_of(stores, tmp_path, train={"compile": True, "recompute": True}), "test")

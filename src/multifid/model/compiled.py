@@ -1,27 +1,25 @@
 """A potential whose training passes are compiled, for batches of few shapes (`structures/padding.py`).
 
 A pass is first written down for the shapes at hand as a list of plain operations (`make_fx`), and the list is compiled.
-Direct forces: every layer of the encoder and every branch is a list of its own, so that gradients still leave one layer
-after the other while the backward pass goes on; layers of one kind share their list, with other weights. Conservative
-forces: torch derives compiled code once and not twice, so the list holds the energy *and* its gradient and needs to be
-derived once only. Then all gradients arrive at the end of the backward pass.
+Every layer of the encoder and every branch is a list of its own, so that gradients still leave one layer after the
+other while the backward pass goes on; layers of one kind share their list, with other weights.
 
     shapes -> list of operations -> compiled, with its derivative        once for each, then looked up
 
+Direct forces only. Torch 2.13 derives compiled code once and not twice, and a list that holds the energy *and* its
+gradient, right when its operations are called one by one, became wrong numbers in generated code (EGNN, C++).
 What needs no gradient (validation, evaluation) is computed as ever.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, functionalize
 
 from multifid.model.layers import NodeFeatures
-from multifid.model.potential import Potential, Prediction
-from multifid.structures.batch import TENSORS, Batch
+from multifid.model.potential import Potential
 
 Compile = Literal[False, True, "reduce-overhead"]
 Function = Callable[[list[Tensor], list[Tensor]], list[Tensor]]  # (parameters, inputs) -> outputs
@@ -35,9 +33,6 @@ def compile_training(potential: Potential, how: Compile, backend: str | Callable
     lists = Lists(backend, how if isinstance(how, str) else None)
     if how == "reduce-overhead":
         potential.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
-    if potential.config.branch.forces == "conservative":
-        potential.forward = _Conservative(potential, lists)  # type: ignore[method-assign]
-        return lists
     stacks = [child for child in potential.encoder.children() if isinstance(child, nn.ModuleList)]
     for layer in (layer for stack in stacks for layer in stack):
         layer.forward = _Layer(layer, lists)
@@ -84,7 +79,7 @@ class Lists:
                 raise RuntimeError(f"torch.compile fails here; set train.compile: false ({error})") from error
 
     def _write(self, function: Function, parameters: list[Tensor], inputs: list[Tensor]) -> nn.Module:
-        """The operations that a function makes of these arguments, derivatives inside it included, none in place."""
+        """The operations that a function makes of these arguments, none in place."""
         from torch.fx.experimental.proxy_tensor import make_fx  # a second to import, for those who compile
 
         self.writing = True
@@ -153,28 +148,3 @@ class _Branch:
         inputs = [features.scalars, features.vectors, structure]
         energy, forces = self.lists(("branch", structures), self.branch, inputs, call)
         return energy, forces
-
-
-class _Conservative:
-    """The pass of a potential whose forces are minus the gradient of its energy."""
-
-    def __init__(self, potential: Potential, lists: Lists) -> None:
-        self.potential, self.forward, self.lists = potential, potential.forward, lists
-
-    def __call__(self, batch: Batch, stress: bool = False) -> dict[str, Prediction]:
-        if not (self.lists.wanted and self.potential.training):
-            return self.forward(batch, stress)
-
-        def call(*inputs: Tensor) -> Sequence[Tensor]:
-            tensors: dict[str, Any] = dict(zip(TENSORS, inputs, strict=True))
-            with torch.enable_grad():  # of the energy, for the forces
-                predictions = self.forward(replace(batch, **tensors), stress)
-            parts = ((p.energy, p.forces, p.stress) for p in predictions.values())
-            return [x for part in parts for x in part if x is not None]
-
-        places = tuple((t, s.start, s.stop, a.start, a.stop) for t, (s, a) in batch.slices.items())
-        inputs = [getattr(batch, name) for name in TENSORS]
-        outputs = iter(self.lists((places, stress), self.potential, inputs, call))
-        return {
-            task: Prediction(next(outputs), next(outputs), next(outputs) if stress else None) for task in batch.slices
-        }

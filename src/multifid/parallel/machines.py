@@ -53,7 +53,7 @@ class Machine:
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0  # standard deviation of a rank's time for equal work, a part of it
     update: Rate | None = None  # bytes per second of the optimizer, where it is not the memory's rate
     data: Seconds = 0.0  # of the host for an edge that is read, found and laid into a batch
-    bookkeeping: Seconds = 8e-4  # of the host for a task of the run: its counts, sums and errors of a step
+    bookkeeping: Seconds = 1e-3  # of the host for counts, sums and errors of a step
     ranks: Count = 1920  # how far forecasts go
 
 

@@ -168,7 +168,7 @@ def _phases(
         ),
         "waiting": max(longest - float(mean_forward + mean_backward), 0.0),
         "optimizer": turns * max(updates),
-        "bookkeeping": machine.bookkeeping * len(subject.tasks),
+        "bookkeeping": machine.bookkeeping,
     }
     # Prepared on the host ahead of the step; where cores are shared, their contention holds what it costs.
     phases["data"] = max(0.0, data - sum(v for k, v in phases.items() if k != "data"))

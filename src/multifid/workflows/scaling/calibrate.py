@@ -79,7 +79,7 @@ def _update(cases: Sequence[Case]) -> float:
 
 
 def _bookkeeping(cases: Sequence[Case]) -> float:
-    return float(np.mean([case.measured.phases["bookkeeping"] / len(case.subject.tasks) for case in cases]))
+    return float(np.mean([case.measured.phases["bookkeeping"] for case in cases]))
 
 
 def _data(cases: Sequence[Case]) -> float:

@@ -107,8 +107,10 @@ def read_and_list(store: Store, batches: list[np.ndarray]) -> int:
 
 
 def open_verified(args: argparse.Namespace, kind: str) -> Store:
-    """A store whose blocks have all been verified, so that they are in the page cache."""
-    return Store(getattr(args, kind) or synthetic(args.folder, kind, KINDS[kind]), verify="open")
+    """A store as it comes from the disk, whose blocks have all been verified, so that they are in the page cache."""
+    path = getattr(args, kind) or synthetic(args.folder, kind, KINDS[kind])
+    drop(path)
+    return Store(path, verify="open")
 
 
 def cold(args: argparse.Namespace) -> None:

@@ -5,7 +5,8 @@ files. So the store does not depend on how many processes there were, nor on how
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from multifid.data.fields import file_checksum
 from multifid.data.inputs import Input
-from multifid.data.parts import Assignment, Found, found_in, is_done, pieces_of, read_part
+from multifid.data.parts import Assignment, Found, Piece, found_in, is_done, pieces_of, read_part
 from multifid.data.readers import LabelSet, Part
 from multifid.data.unfinished import Unfinished
 from multifid.data.workers import Workers
@@ -110,6 +111,18 @@ class _Progress:
         self.advance(file, self.fraction[file], sum(self.structures.values()))
 
 
+def _ahead(pieces: Iterator[Piece], wanted: bool) -> Iterator[Piece]:
+    """The pieces, if wanted each read by a thread while the one before it is stored."""
+    if not wanted:
+        yield from pieces
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = thread.submit(next, pieces, None)
+            yield piece
+
+
 class Intake:
     """Puts finished parts into a writer and remembers what does not go into field files.
 
@@ -130,7 +143,7 @@ class Intake:
         for number, (file, _) in enumerate(plan):
             found = found_in(unfinished.part(number))
             self._remember(found, files[file])
-            for piece in pieces_of(unfinished.part(number), found):
+            for piece in _ahead(pieces_of(unfinished.part(number), found), self.writer.threads > 1):
                 for where, reason in piece.skips:
                     self.writer.skip(files[file].name, where, reason)
                 if piece.columns:

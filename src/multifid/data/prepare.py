@@ -88,7 +88,7 @@ def prepare(
             if Path(out).exists() and unfinished.plan() is not None:  # killed between the rename and the cleaning
                 unfinished.remove()
                 return Store(out)
-            with StoreWriter(out) as writer:
+            with StoreWriter(out, workers) as writer:
                 intake = Intake(module, writer, task, level_of_theory)
                 with _bar(files, progress) as advance:
                     plan = read_files(files, unfinished, pool, limit, advance)
@@ -106,7 +106,7 @@ def prepare(
                 def divided(fields: dict[str, Rows]) -> tuple[np.ndarray, dict[str, Any]]:
                     return _divide(fields, intake, files, fractions, seed, drop_duplicates, others)
 
-                _finish(writer, intake, source, divided, trust_units)
+                _finish(writer, intake, source, divided, trust_units, pool)
     except (KeyboardInterrupt, TimeoutError, ChildProcessError):
         raise  # what is done stays for the next time
     except Exception as error:
@@ -129,6 +129,7 @@ def _finish(
     source: dict[str, Any],
     divided: Callable[[dict[str, Rows]], tuple[np.ndarray, dict[str, Any]]],
     trust_units: bool,
+    pool: Workers,
 ) -> None:
     """All structures are written: doubt, divide, fit, count, commit."""
     fields = writer.seal()
@@ -143,7 +144,7 @@ def _finish(
                     "level_of_theory": labels.level_of_theory,
                     "energy_kind": labels.energy_kind,
                     "labels": writer.labels[name],
-                    **survey_task(name, fields, split, intake.isolated.get(name, {})),
+                    **survey_task(name, fields, split, intake.isolated.get(name, {}), pool.each),
                 }
                 for name, labels in intake.label_sets.items()
                 if name in writer.labels

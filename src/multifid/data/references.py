@@ -7,13 +7,14 @@ Min-norm least squares of energy per atom on composition: rows x_s = n_s / N_s (
 Totals reach 1e6 eV where 1e-9 eV matter, so neither normal equations nor a single pass will do. A first fit is rounded
 to multiples of 2^-10 eV; with it the products n_sZ e_Z and their sums are exact in float64, so the residual energies of
 the second fit are exact and small, and what it adds is exact to rounding of the sum. Both passes stream: chunks of rows
-are folded into one triangular factor (QR), whose size is the number of elements.
+are folded into one triangular factor (QR), whose size is the number of elements. Factors of several runs of chunks fold
+into one likewise, so that several processes can share a pass.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -100,20 +101,57 @@ def count_elements(numbers: np.ndarray, natoms: np.ndarray, elements: Sequence[i
     return flat.reshape(len(natoms), len(elements)).astype(np.float64)
 
 
+class Folded(NamedTuple):
+    """Rows [x | y] folded into a triangular factor (None without rows), how many, and which elements occur in them."""
+
+    factor: np.ndarray | None
+    rows: int
+    seen: np.ndarray  # (elements,) bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass over the data: what is subtracted, `coarse` exactly and then `rest` (elements,) eV, and what is free."""
+
+    coarse: np.ndarray
+    rest: np.ndarray
+    free: np.ndarray  # (elements,) bool
+
+    def fold(self, chunks: Chunks) -> Folded:
+        """The rows of some chunks."""
+        factor, rows, seen = None, 0, np.zeros(len(self.free), bool)
+        for counts, energies in chunks:
+            if len(energies) == 0:
+                continue
+            rows += len(energies)
+            seen |= counts.any(axis=0)
+            left = (energies - counts @ self.coarse) - counts @ self.rest  # the first difference is exact
+            block = np.column_stack([counts[:, self.free], left]) / counts.sum(axis=1)[:, None]
+            factor = _triangle([block] if factor is None else [factor, block])
+        return Folded(factor, rows, seen)
+
+
 def fit(chunks: Chunks, elements: Sequence[int], isolated: dict[int, float] | None = None) -> References:
     """Fit reference energies; isolated-atom energies (Z -> eV) are taken as they are and the others fitted to the rest.
 
     chunks: counts of `elements` and finite total energies in eV, structure by structure; iterated twice. Elements that
     occur in no structure get no energy.
     """
+    return fit_by(lambda once: [once.fold(chunks)], elements, isolated)
+
+
+def fit_by(
+    fold: Callable[[Pass], Iterable[Folded]], elements: Sequence[int], isolated: dict[int, float] | None = None
+) -> References:
+    """As `fit`; fold(pass) says what becomes of all chunks, run by run, in an order that must always be the same."""
     given = dict(isolated or {})
     fixed = np.array([z in given for z in elements], bool)
     known = np.array([given.get(z, 0.0) for z in elements], np.float64)
-    seen = np.zeros(len(elements), bool)
     coarse = np.round(known * COARSE) / COARSE
-    first, _ = _triangle(_rows(chunks, coarse, known - coarse, ~fixed, seen))
+    first, _, _ = _together(fold(Pass(coarse, known - coarse, ~fixed)))
+    coarse = np.where(fixed, coarse, 0.0)
     coarse[~fixed] = np.round(_solve(first)[0] * COARSE) / COARSE
-    factor, rows = _triangle(_rows(chunks, coarse, np.where(fixed, known - coarse, 0.0), ~fixed, seen))
+    factor, rows, seen = _together(fold(Pass(coarse, np.where(fixed, known - coarse, 0.0), ~fixed)))
     solution, null = _solve(factor)
     residual = np.linalg.norm(factor[:, -1] - factor[:, :-1] @ solution) / np.sqrt(max(rows, 1))
     free = coarse[~fixed] + solution
@@ -128,27 +166,19 @@ def fit(chunks: Chunks, elements: Sequence[int], isolated: dict[int, float] | No
     )
 
 
-def _rows(chunks: Chunks, coarse: np.ndarray, rest: np.ndarray, free: np.ndarray, seen: np.ndarray):
-    """Blocks [x | y] of the least-squares problem in the free elements; marks the elements that occur in `seen`."""
-    for counts, energies in chunks:
-        if len(energies) == 0:
-            continue
-        seen |= counts.any(axis=0)
-        atoms = counts.sum(axis=1)
-        left = (energies - counts @ coarse) - counts @ rest  # the first difference is exact
-        yield np.column_stack([counts[:, free], left]) / atoms[:, None]
-
-
-def _triangle(blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, int]:
-    """The triangular factor of all rows of [x | y], and how many rows there were."""
-    factor, rows = None, 0
-    for block in blocks:
-        rows += len(block)
-        stacked = block if factor is None else np.concatenate([factor, block])
-        factor = np.asarray(np.linalg.qr(stacked, mode="r"))
-    if factor is None:
+def _together(parts: Iterable[Folded]) -> tuple[np.ndarray, int, np.ndarray]:
+    """Parts of one pass as one: the factor, how many rows, and which elements occur."""
+    folded = list(parts)
+    factors = [part.factor for part in folded if part.factor is not None]
+    if not factors:
         raise ValueError("no structure of the train split has an energy: there is nothing to fit reference energies to")
-    return factor, rows
+    factor = factors[0] if len(factors) == 1 else _triangle(factors)
+    return factor, sum(part.rows for part in folded), np.any([part.seen for part in folded], axis=0)
+
+
+def _triangle(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """The triangular factor of blocks of rows, one above the other."""
+    return np.asarray(np.linalg.qr(np.concatenate(blocks), mode="r"))
 
 
 def _solve(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,14 +3,14 @@
 Works in pieces of the fields, so that memory does not grow with the number of structures.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from multifid.data.array_file import Rows
-from multifid.data.references import References, count_elements, fit
+from multifid.data.references import Folded, Pass, References, count_elements, fit_by
 from multifid.data.split import TRAIN
 from multifid.structures.neighbors import edges_per_atom
 from multifid.structures.structure import Packed
@@ -18,27 +18,67 @@ from multifid.structures.structure import Packed
 CUTOFFS = (4.0, 5.0, 6.0)  # angstrom: for these the manifest says how many edges an atom has
 SAMPLE = 200  # structures on which they are counted
 PIECE = 4096, 1 << 18  # structures and atoms looked at together, at most
+STRETCH = 1 << 16  # structures that one process looks at
 
 Fields = dict[str, Rows]
 
 
+Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Sequence[Any]]  # function of arguments, of each
+
+
+def one_by_one(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What the function makes of each of the arguments, in their order; `Workers.each` does the same in processes."""
+    return [function(*own) for own in arguments]
+
+
 @dataclass(frozen=True)
-class TrainEnergies:
-    """Compositions and energies of the train split of one task, in chunks; can be iterated again and again."""
+class Stretch:
+    """Consecutive structures of a store and one of its tasks: what one process looks at. Can be sent to it."""
 
     fields: Fields
-    split: np.ndarray
+    start: int
+    train: np.ndarray  # (structures,) bool: which of them are of the train split
     task: str
-    elements: list[int]
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        energies = self.fields.get(f"labels/{self.task}/energy")
-        if energies is None:
-            return
-        for part, _, numbers, natoms in pieces(self.fields):
+    def __iter__(self) -> Iterator[tuple["Piece", np.ndarray]]:
+        """Its pieces, and which of their structures are of the train split."""
+        for piece in pieces(self.fields, self.start, self.start + len(self.train)):
+            yield piece, self.train[piece.structures.start - self.start : piece.structures.stop - self.start]
+
+    def energies(self, elements: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Compositions and energies of its train structures, in chunks."""
+        energies = self.fields[f"labels/{self.task}/energy"]
+        for (part, _, numbers, natoms), train in self:
             energy = energies[part]
-            used = (self.split[part] == TRAIN) & np.isfinite(energy)
-            yield count_elements(numbers, natoms, self.elements)[used], energy[used]
+            used = train & np.isfinite(energy)
+            yield count_elements(numbers, natoms, elements)[used], energy[used]
+
+
+def stretches(task: str, fields: Fields, split: np.ndarray) -> list[Stretch]:
+    """A whole store; where it is cut depends on nothing but the number of structures."""
+    kinds = ("natoms", "offsets", "numbers", f"labels/{task}/energy", f"labels/{task}/forces")
+    used = {name: fields[name] for name in kinds if name in fields}
+    starts = range(0, len(split), STRETCH)
+    return [Stretch(used, start, split[start : start + STRETCH] == TRAIN, task) for start in starts]
+
+
+def folded(stretch: Stretch, elements: list[int], once: Pass) -> Folded:
+    """What a pass of the fit makes of a stretch."""
+    return once.fold(stretch.energies(elements))
+
+
+def squares(stretch: Stretch) -> "MeanSquare":
+    """The squares of the force components of the train structures of a stretch."""
+    forces, found = stretch.fields[f"labels/{stretch.task}/forces"], MeanSquare()
+    for (_, atoms, _, natoms), train in stretch:
+        found.add(forces[atoms][np.repeat(train, natoms)].astype(np.float64))
+    return found
+
+
+def has_energies(stretch: Stretch) -> bool:
+    """Whether a train structure of a stretch has an energy."""
+    energies = stretch.fields[f"labels/{stretch.task}/energy"]
+    return any((train & np.isfinite(energies[piece.structures])).any() for piece, train in stretch)
 
 
 class Piece(NamedTuple):
@@ -50,42 +90,49 @@ class Piece(NamedTuple):
     natoms: np.ndarray
 
 
-def pieces(fields: Fields) -> Iterator[Piece]:
-    """The whole store, piece by piece."""
+def pieces(fields: Fields, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
+    """The structures start .. stop-1 of a store (the whole of it by default), piece by piece."""
     structures, atoms = PIECE
-    start, first = 0, 0
-    while start < len(fields["natoms"]):
-        natoms = fields["natoms"][start : start + structures].astype(np.int64)
+    stop = len(fields["natoms"]) if stop is None else stop
+    first = int(fields["offsets"][start : start + 1][0])
+    while start < stop:
+        natoms = fields["natoms"][start : min(start + structures, stop)].astype(np.int64)
         natoms = natoms[: max(1, int(np.searchsorted(np.cumsum(natoms), atoms, side="right")))]
         last = first + int(natoms.sum())
         yield Piece(slice(start, start + len(natoms)), slice(first, last), fields["numbers"][first:last], natoms)
         start, first = start + len(natoms), last
 
 
-def survey_task(task: str, fields: Fields, split: np.ndarray, isolated: dict[int, float]) -> dict[str, Any]:
+def survey_task(
+    task: str, fields: Fields, split: np.ndarray, isolated: dict[int, float], each: Each = one_by_one
+) -> dict[str, Any]:
     """What the manifest says of a task's numbers: references, undetermined, rank, residual, scale."""
     elements = [int(z) for z in np.flatnonzero(elements_of(fields))]
-    energies = TrainEnergies(fields, split, task, elements)
-    if any(len(energy) for _, energy in energies):
-        references = fit(energies, elements, isolated)
+    parts = stretches(task, fields, split)
+    if f"labels/{task}/energy" in fields and any(map(has_energies, parts)):
+
+        def fold(once: Pass) -> Sequence[Folded]:
+            return each(folded, [(part, elements, once) for part in parts])
+
+        references = fit_by(fold, elements, isolated)
     else:  # forces alone: nothing to subtract
         references = References({}, [], 0, 0.0)
-    return {**references.to_manifest(), "scale": scale(fields, split, task, references)}
+    return {**references.to_manifest(), "scale": scale(fields, split, task, references, each)}
 
 
-def scale(fields: Fields, split: np.ndarray, task: str, references: References) -> float:
+def scale(fields: Fields, split: np.ndarray, task: str, references: References, each: Each = one_by_one) -> float:
     """RMS of the train split's force components, eV/angstrom; of the aligned energy per atom, eV, without forces.
 
     1.0 where both are zero: a residual is divided by it.
     """
-    forces, energies = fields.get(f"labels/{task}/forces"), fields.get(f"labels/{task}/energy")
-    if forces is not None:
-        of_forces = _Mean()
-        for part, atoms, _, natoms in pieces(fields):
-            of_forces.add(forces[atoms][np.repeat(split[part] == TRAIN, natoms)].astype(np.float64))
+    energies = fields.get(f"labels/{task}/energy")
+    if f"labels/{task}/forces" in fields:
+        of_forces = MeanSquare()
+        for part in each(squares, [(part,) for part in stretches(task, fields, split)]):
+            of_forces.join(part)
         if rms := of_forces.rms():
             return rms
-    of_energy = _Mean()
+    of_energy = MeanSquare()
     if energies is not None:
         for part, _, numbers, natoms in pieces(fields):
             of_energy.add((references.align(energies[part], numbers, natoms) / natoms)[split[part] == TRAIN])
@@ -128,7 +175,7 @@ def sampled(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, SAMPLE).astype(np.int64))
 
 
-class _Mean:
+class MeanSquare:
     """Mean square of all finite values that come along."""
 
     def __init__(self) -> None:
@@ -138,6 +185,10 @@ class _Mean:
         finite = values[np.isfinite(values)]
         self.sum += float(np.square(finite).sum())
         self.count += finite.size
+
+    def join(self, other: "MeanSquare") -> None:
+        self.sum += other.sum
+        self.count += other.count
 
     def rms(self) -> float:
         return float(np.sqrt(self.sum / self.count)) if self.count else 0.0

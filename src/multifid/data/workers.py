@@ -33,6 +33,8 @@ class Workers:
     def __init__(self, count: int, jobs: Mapping[str, Job]) -> None:
         context = get_context("fork")
         self._processes: dict[Connection, BaseProcess] = {}
+        self.count = count
+        jobs = {"call": lambda task, report: task[0](*task[1]), **jobs}
         for _ in range(count):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, [*self._processes, here], jobs), daemon=True)
@@ -62,6 +64,13 @@ class Workers:
                     del busy[pipe]
                     _give(pipe, job, left, busy)
                 yield Event(number, kind == "done", value)
+
+    def each(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What a function of a module makes of each of the arguments, in their order."""
+        found: list[Any] = [None] * len(arguments)
+        for event in self.run("call", [(function, own) for own in arguments], lambda task: task[0].__name__):
+            found[event.task] = event.value
+        return found
 
     def _death(self, pipe: Connection, what: str) -> Exception:
         process = self._processes[pipe]

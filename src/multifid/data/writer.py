@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -40,10 +41,11 @@ from multifid.structures.structure import SPLITS, Structure
 class StoreWriter:
     """Append structures, `seal`, look at the fields, `commit`. As a context manager it cleans up unless committed.
 
-    FileExistsError where `directory` exists already, BlockingIOError where another process is writing it.
+    threads: write so many field files at once. FileExistsError where `directory` exists already, BlockingIOError where
+    another process is writing it.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, threads: int = 1) -> None:
         self.directory = Path(directory)
         _refuse_existing(self.directory)
         self.partial = self.directory.parent / f".{self.directory.name}.partial"
@@ -56,6 +58,9 @@ class StoreWriter:
         self.labels: dict[str, dict[str, int]] = {}
         self.skipped: dict[str, int] = {}
         self._files: dict[str, ArrayFile] = {}
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads)  # starts threads when they have something to do
+        self._syncs: dict[Path, Future[None]] = {}  # files that are on their way to the disk
         self._skipped_file: BinaryIO | None = None
         self._file("offsets").put(0)
         self._file("source_id_offsets").put(0)
@@ -78,20 +83,29 @@ class StoreWriter:
         self._file("source_id_offsets").append(self._source_bytes + np.cumsum(lengths))
         for task in tasks_of(columns):
             self.labels.setdefault(task, dict.fromkeys(LABELS, 0))
-        for name, values in columns.items():
-            if name.startswith("labels/"):
-                _, task, kind = name.split("/")
-                self.labels[task][kind] += (labelled := _labelled(name, values, natoms))
-                if not labelled:
-                    continue
-            array = self._file(name)
-            if array.what.absent is not None:  # those before this block may have said nothing
-                array.pad(self.structures if array.what.rows == "structures" else self.atoms)
-            array.append(values)
+        if self.threads > 1:
+            writes = [self._pool.submit(self._append_column, name, x, natoms) for name, x in columns.items()]
+            wait(writes)
+            for write in writes:
+                write.result()
+        else:
+            for name, values in columns.items():
+                self._append_column(name, values, natoms)
         self.elements += np.bincount(columns["numbers"], minlength=MAX_Z + 1)
         self.structures += len(natoms)
         self.atoms += int(natoms.sum())
         self._source_bytes += int(lengths.sum())
+
+    def _append_column(self, name: str, values: np.ndarray, natoms: np.ndarray) -> None:
+        if name.startswith("labels/"):
+            _, task, kind = name.split("/")
+            self.labels[task][kind] += (labelled := _labelled(name, values, natoms))
+            if not labelled:
+                return
+        array = self._file(name)
+        if array.what.absent is not None:  # those before this block may have said nothing
+            array.pad(self.structures if array.what.rows == "structures" else self.atoms)
+        array.append(values)
 
     def skip(self, file: str, where: str, reason: str) -> None:
         """Count a record that is not stored and list it in `skipped.jsonl`."""
@@ -102,15 +116,16 @@ class StoreWriter:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
     def seal(self) -> "dict[str, Rows]":
-        """No more structures: finish the field files and return them, by field name."""
+        """No more structures: finish the field files and return them, by field name. They go to the disk meanwhile."""
         for array in self._files.values():
             rows = {"structures": self.structures, "atoms": self.atoms}.get(array.what.rows)
             if rows is not None:
                 array.pad(rows)
             array.close()
+            self._syncs[array.path] = self._pool.submit(_sync, array.path)
         if self._skipped_file is not None:
             self._skipped_file.close()
-        return {name: Rows(array) for name, array in self._files.items()}
+        return {name: Rows(array) for name, array in sorted(self._files.items())}
 
     def commit(self, split: np.ndarray, manifest: dict[str, Any]) -> None:
         """Write split, index, checksums and manifest (to which counts and files are added), then rename.
@@ -142,7 +157,11 @@ class StoreWriter:
         }
         (self.partial / MANIFEST).write_bytes(manifest_bytes(body))
         for entry in (*self.partial.rglob("*"), self.partial):
-            _sync(entry)
+            if entry in self._syncs:
+                self._syncs[entry].result()
+            else:
+                _sync(entry)
+        self._pool.shutdown()
         _refuse_existing(self.directory)
         self.partial.rename(self.directory)
         _sync(self.directory.parent)
@@ -152,6 +171,7 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._pool.shutdown(cancel_futures=True)
         if self.partial.exists():
             shutil.rmtree(self.partial)
             os.close(self._lock)
@@ -166,6 +186,8 @@ class StoreWriter:
         what = field(name)
         if name.startswith("index/") and self.structures > np.iinfo(np.uint32).max:
             what = Field("<u8", what.rows)
+        if (sync := self._syncs.pop(self.partial / f"{name}.npy", None)) is not None:
+            sync.result()
         array = self._files[name] = ArrayFile(self.partial / f"{name}.npy", what)
         array.append(values)
         array.close()

@@ -13,6 +13,7 @@ JSON has no NaN and the parser refuses it, but published files contain bare `NaN
 import bz2
 import queue
 import re
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ import orjson
 from multifid.data.readers import Part, Progress
 
 CHUNK = 1 << 18
-PACKED = 1 << 17  # bytes of bz2 that are unpacked at once: they count as unpacked when they are read
-UNPACKED = 1 << 20  # bytes that come of them at once: after each, the thread waits for the interpreter
+PACKED = 1 << 18  # bytes of bz2 that are unpacked at once: they count as unpacked when they are read
+UNPACKED = 1 << 21  # bytes that come of them at once: after each, the thread waits for the interpreter
+SWITCH = 5e-4  # seconds that it waits at most; Python's default is ten times as much
 PART = 1 << 25  # bytes of a part
 LARGEST = 1 << 27  # bytes of a record; the largest published ones are below 2^24
 DEEPEST = 1024  # levels of brackets: more, the parser does not take
@@ -255,6 +257,8 @@ def _unpacked(path: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
 
     thread = threading.Thread(target=unpack, daemon=True)
     thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(min(SWITCH, interval))
     try:
         while (item := ahead.get()) is not None:
             if isinstance(item, Exception):
@@ -262,6 +266,7 @@ def _unpacked(path: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
             yield item[1]
             progress(item[0])
     finally:
+        sys.setswitchinterval(interval)
         stop.set()
         thread.join()
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from multifid.data import parts as parts_module
 from multifid.data import prepare as module
-from multifid.data import unfinished
+from multifid.data import survey, unfinished
 from multifid.data.prepare import prepare
 from multifid.data.readers import IsolatedAtom, LabelSet, Skip, cut
 from multifid.data.store import Store
@@ -61,6 +61,7 @@ def fake(monkeypatch, tmp_path):
     reader.parts = lambda path, options: cut([1] * COUNT, PART)
     monkeypatch.setattr(module, "reader", lambda format: reader)
     monkeypatch.setattr(parts_module, "PIECE", 3000)
+    monkeypatch.setattr(survey, "STRETCH", 50)
     (tmp_path / "in").mkdir()
     for name in ("b.fake", "a.fake"):
         (tmp_path / "in" / name).write_text(name)

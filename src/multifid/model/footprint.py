@@ -103,7 +103,8 @@ def footprint(
     more = max(n // 16, 1)
     base, two, both = Size(1, n, n, e), Size(2, n, n, e), Size(2, n, 2 * n, e)
     near = [Size(1, n + more, n + more, e), Size(1, n, n, e + max(e // 16, 1))]
-    far = [Size(1, 2 * n, 2 * n, e), Size(1, n, n, 2 * e)]
+    # Where edges are taken in tiles, a few more of them may be no further operation: sums need larger steps.
+    far = [Size(1, 2 * n, 2 * n, e), Size(1, n, n, 2 * e)] if processor else near
     rows = {size: _count(config, size, dtype, processor) for size in (base, two, both, *near, *far)}
 
     def solve(sizes: list[Size], key: str) -> np.ndarray:

@@ -4,6 +4,7 @@ They are forked: they start at once, share what is loaded, and know the jobs by 
 that it is known what a process was doing when it died.
 """
 
+import gc
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,6 +102,7 @@ def _give(pipe: Connection, job: str, left: list[tuple[int, Any]], busy: dict[Co
 
 def _serve(pipe: Connection, of_others: Sequence[Connection], jobs: Mapping[str, Job]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process decides
+    gc.set_threshold(100_000)  # parsed records are many small objects without cycles: 2 to 13 % of reading
     for other in of_others:
         other.close()
     while True:

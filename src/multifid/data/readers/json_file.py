@@ -25,9 +25,8 @@ import orjson
 from multifid.data.readers import Part, Progress
 
 CHUNK = 1 << 18
-PACKED = 1 << 18  # bytes of bz2 that are unpacked at once: they count as unpacked when they are read
-UNPACKED = 1 << 21  # bytes that come of them at once: after each, the thread waits for the interpreter
-SWITCH = 5e-4  # seconds that it waits at most; Python's default is ten times as much
+PACKED = 1 << 12  # bytes of bz2 that are unpacked at once: they count as unpacked when they are read
+SWITCH = 5e-4  # seconds that the thread that unpacks waits for the interpreter; by default ten times as much
 PART = 1 << 25  # bytes of a part
 LARGEST = 1 << 27  # bytes of a record; the largest published ones are below 2^24
 DEEPEST = 1024  # levels of brackets: more, the parser does not take
@@ -277,7 +276,7 @@ def _streams(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     unpacked = 0
     try:
         while True:
-            if chunk := decoder.decompress(packed, UNPACKED):
+            if chunk := decoder.decompress(packed, CHUNK):
                 unpacked += len(chunk)
                 if unpacked > max(MOST[0], MOST[1] * raw.tell()):
                     raise EOFError("it unpacks to more than is plausible")

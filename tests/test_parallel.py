@@ -284,7 +284,7 @@ def test_trial_steps_see_what_a_task_really_costs_and_auto_gives_it_ranks(pool, 
     """Each structure of one task sleeps for 0.2 s: what no estimate from edges can know. 3 of them in a step."""
     (cost, holding), other = pool.run(2, "trial_with_a_slow_task", values_of(five, 3), "berry", 0.2)
     assert (cost, holding) == other, "all ranks place by the same numbers"
-    assert 0.3 < cost["berry"] < 1.5 and max(cost["apple"], cost["cherry"], *holding.values()) < 0.5 * cost["berry"]
+    assert cost["berry"] > 0.3 and max(cost["apple"], cost["cherry"], *holding.values()) < 0.5 * cost["berry"]
     placement = place(list(cost), "auto", 4, loads={t: Load(cost[t], holding[t]) for t in cost})
     assert len(placement["berry"]) > max(len(placement["apple"]), len(placement["cherry"]))
 

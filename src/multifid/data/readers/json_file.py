@@ -25,7 +25,8 @@ import orjson
 from multifid.data.readers import Part, Progress
 
 CHUNK = 1 << 18
-PACKED = 1 << 12  # bytes of bz2 that are unpacked at once: they count as unpacked when they are read
+PACKED = 1 << 12, 1 << 16  # bytes of bz2 that are unpacked at once: they count as unpacked when they are read
+USUAL = 50  # times as many bytes unpacked as packed: below it, steps become longer
 SWITCH = 5e-4  # seconds that the thread that unpacks waits for the interpreter; by default ten times as much
 PART = 1 << 25  # bytes of a part
 LARGEST = 1 << 27  # bytes of a record; the largest published ones are below 2^24
@@ -272,8 +273,14 @@ def _unpacked(path: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
 
 def _streams(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     """The content of one bz2 stream after the other; what follows the last and is none is an error."""
-    decoder, packed = bz2.BZ2Decompressor(), raw.read(PACKED)
-    unpacked = 0
+    step, unpacked = PACKED[0], 0
+
+    def more() -> bytes:
+        nonlocal step
+        step = min(2 * step, PACKED[1]) if unpacked < USUAL * raw.tell() else PACKED[0]
+        return raw.read(step)
+
+    decoder, packed = bz2.BZ2Decompressor(), raw.read(step)
     try:
         while True:
             if chunk := decoder.decompress(packed, CHUNK):
@@ -282,12 +289,12 @@ def _streams(path: Path, raw: BinaryIO) -> Iterator[bytes]:
                     raise EOFError("it unpacks to more than is plausible")
                 yield chunk
             if decoder.eof:
-                packed = decoder.unused_data or raw.read(PACKED)
+                packed = decoder.unused_data or more()
                 if not packed:
                     return
                 decoder = bz2.BZ2Decompressor()
             else:
-                packed = raw.read(PACKED) if decoder.needs_input else b""
+                packed = more() if decoder.needs_input else b""
                 if decoder.needs_input and not packed:
                     raise EOFError("the file ends inside a bz2 stream")
     except (OSError, EOFError) as error:

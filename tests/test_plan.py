@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from multifid.config import parse_config
 from multifid.data.loader import open_sources
+from multifid.model.encoders import edge_messages
+from multifid.model.footprint import Size, count, footprint
 from multifid.model.potential import ModelConfig
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
@@ -75,6 +78,21 @@ def test_bytes_are_those_of_a_run(stores, tmp_path, encoder, hidden, forces):
     assert planned["activations"] == pytest.approx(seen["activations"], rel=0.1)
 
 
+@pytest.mark.parametrize("encoder", ["egnn", "painn"])
+def test_a_large_batch_in_tiles_is_told_from_a_small_one(monkeypatch, encoder):
+    monkeypatch.setattr(edge_messages, "TILE_EDGES", 96)
+    monkeypatch.setattr(edge_messages, "TILE_VALUES", 0)
+    model = {"encoder": {"name": encoder, "layers": 1, "hidden": 16}, "branch": {"hidden": [16], "forces": "direct"}}
+    config, large = ModelConfig.model_validate(model), Size(1, 400, 400, 40 * 96)
+    told = footprint(config, edges_per_atom=9.6, atoms=400, processor=True)
+    seen = count(config, large, torch.float32, processor=True)
+    assert told.activations(large) == pytest.approx(seen["activations"], rel=0.03)
+    forward, backward = told.forward(large), told.backward(large)
+    for quantity in ("flops", "traffic", "kernels"):
+        assert getattr(forward, quantity) == pytest.approx(seen[f"forward.{quantity}"], rel=0.02)
+        assert getattr(backward, quantity) == pytest.approx(seen[f"backward.{quantity}"], rel=0.02)
+
+
 def test_the_largest_batch_is_the_largest_that_fits(stores, tmp_path):
     config = parse_config(config_of(stores, tmp_path / "run", train={"batch": 20}), "test")
     roomy = replace(SLOW, memory=3e6)
@@ -132,8 +150,10 @@ def test_only_what_the_backward_pass_cannot_hide_is_waited_for():
     one = all_reduce(SLOW, 2, 1e6)
     assert exposed(SLOW, 1e3, 0.3, [(2, 1e6)], (2, 1e6), 1e9) == pytest.approx(one)  # only the last bucket
     assert exposed(SLOW, 0.0, 0.3, [(2, 1e6)], (2, 2e6), 1e6) == pytest.approx(3 * one)  # nothing to hide behind
-    blocked = replace(SLOW, overlap=0.0)
-    assert exposed(blocked, 1e3, 0.3, [(2, 1e6)], (2, 1e6), 1e9) == pytest.approx(2 * one)
+    blocked = replace(SLOW, overlap=0.0)  # moving bytes takes what computes; waiting for each other does not
+    moving = one - all_reduce(SLOW, 2, 0.0)
+    assert 0 < moving < one
+    assert exposed(blocked, 1e3, 0.3, [(2, 1e6)], (2, 1e6), 1e9) == pytest.approx(one + moving)
 
 
 def test_the_slowest_of_many_is_as_sampled():

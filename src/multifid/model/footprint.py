@@ -1,8 +1,8 @@
 """What a training step of the model asks of a device: bytes, arithmetic, memory traffic, kernels. Counted, not run.
 
-The real modules run on tensors without memory (torch's fake and `meta` tensors), forward and backward, and every
-operation that autograd and the modules issue is looked at: what it computes, what it reads and writes, which storages
-live while it runs. Nothing here knows what an encoder is made of, so what it says stays right when an encoder changes.
+The real modules run on tensors without memory (torch's `meta` tensors), forward and backward, and every operation that
+autograd and the modules issue is looked at: what it computes, what it reads and writes, which storages live while it
+runs. Nothing here knows what an encoder is made of, so what it says stays right when an encoder changes.
 
 All of it is linear in the size of a batch: so much for the step, for every branch, every atom, every atom that a branch
 sees, and every edge. Five batches give five coefficients.
@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from multifid.model.encoders.edge_messages import TILED, edges_of_tile
 from multifid.model.potential import ModelConfig, Potential
 from multifid.structures.batch import Batch, Targets
 
 PER_STRUCTURE = 16  # atoms of a structure while counting: what structures cost by themselves is next to nothing
+# Tiles of edges in a batch that is counted: from some on, one more is like the one before. What a tile needs for itself
+# matters for bytes only where its derivative is written out; autograd keeps everything.
+TILES, TILES_OF_AUTOGRAD, TILES_OF_SUMS = 12, 3, 2
 DENSE = 10.0  # operations per byte from which a matrix product waits for arithmetic and not for memory
 
 _PHASES = ("forward", "backward")
@@ -97,28 +100,47 @@ def footprint(
 
     processor: of the code that runs on a CPU, where edges are taken in tiles; else of that for accelerators. Bytes at
     the fullest moment are the largest of several linear functions (the moment shifts with the edges per atom), so
-    `edges_per_atom` should be that of the data. Everything else is linear everywhere.
+    `edges_per_atom` should be that of the data. Everything else is linear everywhere. Of a large batch in tiles a
+    smaller one is counted.
     """
     n, e = atoms, int(atoms * edges_per_atom)
-    more = max(n // 16, 1)
-    base, two, both = Size(1, n, n, e), Size(2, n, n, e), Size(2, n, 2 * n, e)
-    near = [Size(1, n + more, n + more, e), Size(1, n, n, e + max(e // 16, 1))]
-    # Where edges are taken in tiles, a few more of them may be no further operation: sums need larger steps.
-    far = [Size(1, 2 * n, 2 * n, e), Size(1, n, n, 2 * e)] if processor else near
-    rows = {size: _count(config, size, dtype, processor) for size in (base, two, both, *near, *far)}
+    tile = edges_of_tile(config.encoder.hidden)
+    if processor:
+        e = min(e, tile * (TILES_OF_AUTOGRAD if config.branch.forces == "conservative" else TILES))
+        n = max(1, min(n, round(e / edges_per_atom)))
 
-    def solve(sizes: list[Size], key: str) -> np.ndarray:
-        return np.linalg.solve(np.stack([s.vector() for s in sizes]), np.array([rows[s][key] for s in sizes]))
+    def solve(sizes: list[Size], rows: list[dict[str, float]], key: str) -> np.ndarray:
+        return np.linalg.solve(np.stack([s.vector() for s in sizes]), np.array([row[key] for row in rows]))
 
-    sums = {key: solve([base, *far, two, both], key) for key in rows[base] if key != "activations"}
-    return Footprint({"activations": solve([base, *near, two, both], "activations"), **sums})
+    more = n + max(n // 16, 1)
+    sizes = [
+        Size(1, n, n, e),
+        Size(2, n, n, e),
+        Size(2, n, 2 * n, e),
+        Size(1, more, more, e),
+        Size(1, n, n, e + e // 16),
+    ]
+    rows = [count(config, s, dtype, processor) for s in sizes]
+    activations = solve(sizes, rows, "activations")
+    if processor:  # a few more edges may be no further operation: sums need whole tiles
+        e = TILES_OF_SUMS * tile
+        n = max(1, round(e / edges_per_atom))
+        sizes = [
+            Size(1, n, n, e),
+            Size(2, n, n, e),
+            Size(2, n, 2 * n, e),
+            Size(1, 2 * n, 2 * n, e),
+            Size(1, n, n, 2 * e),
+        ]
+        rows = [count(config, s, dtype, processor) for s in sizes]
+    return Footprint({"activations": activations, **{key: solve(sizes, rows, key) for key in rows[0] if "." in key}})
 
 
-def _count(config: ModelConfig, size: Size, dtype: torch.dtype, processor: bool) -> dict[str, float]:
+def count(config: ModelConfig, size: Size, dtype: torch.dtype, processor: bool) -> dict[str, float]:
     """All quantities of one forward and one backward pass through a batch of this size."""
     tasks = [f"t{k}" for k in range(int(size.tasks))]
     shared = len(tasks) > 1 and size.labelled != size.atoms
-    with FakeTensorMode() if processor else torch.device("meta"), _default(dtype):
+    with torch.device("meta"), _default(dtype), _in_tiles(processor):
         potential = Potential(config, tasks, {t: t for t in tasks}, seed=0).train()
         for p in potential.parameters():
             p.grad = torch.zeros_like(p)
@@ -130,6 +152,17 @@ def _count(config: ModelConfig, size: Size, dtype: torch.dtype, processor: bool)
             assert isinstance(loss, Tensor)
             loss.backward()
     return {"activations": float(counts.most), **counts.sums}
+
+
+@contextmanager
+def _in_tiles(wanted: bool) -> Iterator[None]:
+    """Inside, modules take edges of tensors without memory in tiles, as on a processor."""
+    if wanted:
+        TILED.add("meta")
+    try:
+        yield
+    finally:
+        TILED.discard("meta")
 
 
 @contextmanager
@@ -230,12 +263,27 @@ class _Watch(TorchDispatchMode):
 
     def _add(self, func: Any, given: list[Tensor], made: list[Tensor]) -> None:
         counts, name = self.counts, func.overloadpacket.__name__
-        moved = sum(t.numel() * t.element_size() for t in [*given, *made])
+        moved = _moved(name, given, made)
         flops = _product(name, given, made)
         dense = flops >= DENSE * moved
         counts.sums[f"{counts.phase}.flops"] += flops if dense else 0.0
         counts.sums[f"{counts.phase}.traffic"] += 0.0 if dense else moved
         counts.sums[f"{counts.phase}.kernels"] += 1.0
+
+
+def _moved(name: str, given: list[Tensor], made: list[Tensor]) -> int:
+    """Bytes read and written. Of a table that is read or added to by an index, as many rows as the index has."""
+    sizes = [t.numel() * t.element_size() for t in given]
+    out = sum(t.numel() * t.element_size() for t in made)
+    if "empty" in name:
+        return 0
+    if name.startswith("new_") or name.endswith("_like"):
+        return out
+    if name in ("index_select", "index", "gather", "embedding"):
+        return sum(sizes[1:]) + 2 * out
+    if name in ("index_add_", "index_add"):
+        return sum(sizes[1:]) + 2 * sizes[-1]
+    return sum(sizes) + out
 
 
 def _product(name: str, given: list[Tensor], made: list[Tensor]) -> float:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad, silu
 ALIGNMENT = 16  # widths are padded with zeros to a multiple: 866 runs at two thirds of the speed of 880
 TILE_EDGES = 1024  # at least so many edges in a tile: enough rows for a matrix product ...
 TILE_VALUES = 3 << 16  # ... and about so many values for each thread: 0.75 MiB in float32
+TILED = {"cpu"}  # kinds of devices with a cache to stay in
 
 
 class EdgeWeights(NamedTuple):
@@ -78,10 +79,14 @@ def messages(
 
 def tiles(edges: int, like: Tensor) -> list[slice]:
     """The edges in pieces of nearly equal size; in one piece where there is no cache to stay in, and at least one."""
-    values = TILE_VALUES * torch.get_num_threads()
-    most = max(TILE_EDGES, values // like.shape[1]) if like.device.type == "cpu" else edges
+    most = edges_of_tile(like.shape[1]) if like.device.type in TILED else edges
     pieces = max(1, -(-edges // max(most, 1)))
     return [slice(k * edges // pieces, (k + 1) * edges // pieces) for k in range(pieces)]
+
+
+def edges_of_tile(width: int) -> int:
+    """At most, for so many hidden units."""
+    return max(TILE_EDGES, TILE_VALUES * torch.get_num_threads() // width)
 
 
 def tile(a: Tensor, c: Tensor, f: Tensor, i: Tensor, j: Tensor, w: EdgeWeights) -> tuple[Tensor, Tensor]:

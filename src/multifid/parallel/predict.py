@@ -42,9 +42,12 @@ def exposed(
     branches: (ranks, bytes) of the groups of one rank, in their order; encoder: the same of the world.  branch_part: of
     the backward pass, until the branches' gradients are there.  bucket: bytes that travel together. Buckets arrive
     evenly in the backward pass and are sent one after the other, each when it is ready and the one before it is done.
+    The backward pass goes on while ranks wait for each other; of what moving bytes takes, it hides the part
+    `machine.overlap`.
     """
     ready: list[float] = []
     takes: list[float] = []
+    moving = 0.0  # of all that, bytes
     early = backward * branch_part
     total = sum(size for _, size in branches)
     done = 0.0
@@ -54,15 +57,18 @@ def exposed(
             done += size / pieces
             ready.append(early * done / total)
             takes.append(all_reduce(machine, ranks, size / pieces))
+            moving += takes[-1] - all_reduce(machine, ranks, 0.0)
     pieces = max(1, math.ceil(encoder[1] / bucket))
     for k in range(pieces):
         ready.append(early + (backward - early) * (k + 1) / pieces)
         takes.append(all_reduce(machine, encoder[0], encoder[1] / pieces))
+        moving += takes[-1] - all_reduce(machine, encoder[0], 0.0)
     end = 0.0
     for at, duration in zip(ready, takes, strict=True):
         end = max(end, at) + duration
-    hidden = machine.overlap * (sum(takes) - max(end - backward, 0.0))
-    return sum(takes) - hidden
+    late = max(end - backward, 0.0)
+    hidden = 1 - late / max(sum(takes), 1e-300)
+    return late + (1 - machine.overlap) * hidden * moving
 
 
 def expected_slowest(means: ArrayLike, deviations: ArrayLike, counts: Sequence[int]) -> float:

@@ -72,7 +72,8 @@ def test_what_is_measured_fits_the_ranks():
 
 def test_one_rank_is_measured_and_everything_is_written(stores, tmp_path):
     config = parse_config(config_of(stores, tmp_path / "run"), "test")
-    scaling_here(config, tmp_path, 6, 12, epoch_steps=2, epochs=2)
+    for epoch in (0, 1):
+        scaling_here(config, tmp_path, 6, 12, epoch_steps=2, epoch=epoch)
     (weak, strong) = json.loads((tmp_path / "measured-1.json").read_text())
     for point in (weak, strong):
         assert point["step"] == pytest.approx(sum(point["phases"].values())) and set(point["phases"]) == set(PHASES)

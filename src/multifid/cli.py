@@ -203,14 +203,17 @@ def scaling(
     local_batch: Annotated[float | None, typer.Option(min=1, help="structures of a rank, weak scaling")] = None,
     global_batch: Annotated[float | None, typer.Option(min=1, help="structures of a step, strong scaling")] = None,
     forecast_batch: Annotated[float | None, typer.Option(min=1, help="structures of a rank in forecasts")] = None,
-    epoch_steps: Annotated[int, typer.Option(min=1, help="steps of an epoch; one warms up, three count")] = 10,
+    epoch_steps: Annotated[int, typer.Option(min=1, help="steps of an epoch; there are three of every point")] = 10,
     here: Annotated[
         bool, typer.Option("--here", help="only measure, on the ranks of this launch (srun, torchrun)")
     ] = False,
+    epoch: Annotated[
+        int | None, typer.Option(min=0, help="with --here: only this epoch, beside those that OUT holds")
+    ] = None,
 ) -> None:
     """Weak and strong scaling: measured on the ranks at hand, forecast for Perlmutter, Frontier and Aurora."""
     from multifid.config import load_config
-    from multifid.workflows.scaling import launch, report, scaling_here
+    from multifid.workflows.scaling import EPOCHS, launch, report, scaling_here
 
     path = config / "config.yaml" if config.is_dir() else config
     loaded = load_config(path, overrides)
@@ -219,11 +222,12 @@ def scaling(
     whole = global_batch or local * max([*numbers, 1])
     out.mkdir(parents=True, exist_ok=True)
     if here:
-        scaling_here(loaded, out, local, whole, epoch_steps)
+        scaling_here(loaded, out, local, whole, epoch_steps, epoch)
         return
     told = [f"--out={out}", f"--local-batch={local}", f"--global-batch={whole}", f"--epoch-steps={epoch_steps}"]
-    for number in numbers:
-        launch([str(path), *(overrides or []), *told], number)
+    for turn in range(EPOCHS):  # the pace of a shared machine changes: all points meet the same
+        for number in numbers:
+            launch([str(path), *(overrides or []), *told, f"--epoch={turn}"], number)
     report(loaded, out, local, forecast_batch=forecast_batch)
 
 

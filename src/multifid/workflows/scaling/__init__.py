@@ -1,6 +1,7 @@
 """`multifid scaling CONFIG`: weak and strong scaling, measured on the ranks at hand and forecast beyond.
 
-    for each number of ranks: launch it -> measure weak and strong, replicated and split -> OUT/measured-<ranks>.json
+    three times, for each number of ranks: launch it
+        -> an epoch of weak and of strong scaling, replicated and split -> OUT/measured-<ranks>.json
     fit a description of this machine to some of the points -> forecast the others -> OUT/machine.yaml
     forecast the described machines -> OUT/scaling.json, OUT/scaling.png
 
@@ -34,19 +35,29 @@ from multifid.workflows.subject import subject_of
 
 SHORT = {"communication": "sums", "bookkeeping": "books", "optimizer": "update"}
 ERROR = "multifid: error: "  # before what the user should read, see `cli.main`
-EPOCHS = 3  # that are measured, after one to warm up
+EPOCHS = 3  # that are measured
 
 
 def scaling_here(
-    config: Config, out: Path, local_batch: float, global_batch: float, epoch_steps: int, epochs: int = EPOCHS
+    config: Config, out: Path, local_batch: float, global_batch: float, epoch_steps: int, epoch: int | None = None
 ) -> None:
-    """Measure on the ranks of this launch, and write OUT/measured-<ranks>.json."""
+    """Measure on the ranks of this launch, and write OUT/measured-<ranks>.json.
+
+    epoch: only this one, beside what the file holds of those before it; None: all, anew.
+    """
     with groups.world(config.train.device) as world:
         wanted = points(world.size, len(config.tasks), local_batch, global_batch)
-        found = measure(config, wanted, world, epochs, epoch_steps)
+        found = measure(config, wanted, world, range(EPOCHS) if epoch is None else [epoch], epoch_steps)
         if world.first:
             path = out / f"measured-{world.size}.json"
+            if epoch:
+                found = [a.and_(b) for a, b in zip(read_measured(path), found, strict=True)]
             path.write_text(json.dumps([m.as_dict() for m in found], indent=1), encoding="utf-8")
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """What `scaling_here` wrote."""
+    return [Measured.from_dict(values) for values in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
@@ -68,11 +79,8 @@ def report(
     forecast_batch: structures a rank on the described machines; None: as measured here.
     """
     console = console or Console()
-    measured = [
-        Measured.from_dict(values)
-        for path in sorted(out.glob("measured-*.json"), key=lambda p: int(p.stem.partition("-")[2]))
-        for values in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    paths = sorted(out.glob("measured-*.json"), key=lambda p: int(p.stem.partition("-")[2]))
+    measured = [point for path in paths for point in read_measured(path)]
     if not measured:
         raise ValueError(f"{out} holds no measured-<ranks>.json: measure first (--ranks 1,2,...)")
     here = this_machine(config.train.device, max(m.point.ranks for m in measured))

@@ -2,10 +2,13 @@
 
 A rank's clock is told by the trainer which part of a step begins. What a rank waits for the others inside a reduction
 is told apart from the reduction itself by the times that all ranks spent computing.
+
+Machines that are shared change their pace within a minute. So the epochs of all points are measured in turns, and what
+`multifid scaling` compares has seen the same hours.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +26,7 @@ from multifid.train.step import Totals, Trainer
 
 PHASES = ("data", "forward", "backward", "communication", "waiting", "optimizer", "bookkeeping")
 PLACEMENTS = ("replicated", "split")
+WARM = 3  # steps before an epoch that is measured
 Mode = Literal["weak", "strong"]
 
 
@@ -50,6 +54,25 @@ class Measured:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def and_(self, other: "Measured") -> "Measured":
+        """The same point with the epochs of both."""
+        assert self.point == other.point, f"{self.point} and {other.point} cannot be averaged"
+        epochs = [*self.epochs, *other.epochs]
+        part = len(other.epochs) / len(epochs)
+
+        def mean(a: float, b: float) -> float:
+            return a + part * (b - a)
+
+        return Measured(
+            point=self.point,
+            step=mean(self.step, other.step),
+            phases={phase: mean(seconds, other.phases[phase]) for phase, seconds in self.phases.items()},
+            epochs=epochs,
+            spread=mean(self.spread, other.spread),
+            edge=mean(self.edge, other.edge),
+            edges=mean(self.edges, other.edges),
+        )
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Measured":
@@ -92,10 +115,20 @@ def points(ranks: int, tasks: int, local_batch: float, global_batch: float) -> l
     return [Point(mode, name, ranks, batch) for mode, batch in batches for name in names]
 
 
-def measure(config: Config, wanted: Sequence[Point], world: World, epochs: int, epoch_steps: int) -> list[Measured]:
-    """Train at every point, an epoch to warm up and `epochs` that count; nothing is written."""
+def measure(
+    config: Config, wanted: Sequence[Point], world: World, epochs: Iterable[int], epoch_steps: int
+) -> list[Measured]:
+    """Train at every point, some epochs each, in turns; nothing is written.
+
+    epochs: their numbers; all points see the same structures in an epoch, and others in the next.
+    """
     sources = open_sources(config.tasks, config.train.verify)
-    return [_measure(config, sources, point, world, epochs, epoch_steps) for point in wanted]
+    found: dict[Point, Measured] = {}
+    for epoch in epochs:
+        for point in wanted:
+            one = _measure(config, sources, point, world, epoch, epoch_steps)
+            found[point] = found[point].and_(one) if point in found else one
+    return [found[point] for point in wanted]
 
 
 def at_point(config: Config, point: Point) -> Config:
@@ -106,7 +139,7 @@ def at_point(config: Config, point: Point) -> Config:
 
 
 def _measure(
-    config: Config, sources: list[Source], point: Point, world: World, epochs: int, epoch_steps: int
+    config: Config, sources: list[Source], point: Point, world: World, epoch: int, epoch_steps: int
 ) -> Measured:
     config = at_point(config, point)
     draws = make_draws(config, sources)
@@ -116,22 +149,23 @@ def _measure(
     clock = Clock(world.device)
     trainer.begins = clock.begins
     edge = _preparing(feed)
-    rows = np.array(_steps(trainer, feed, clock, (1 + epochs) * epoch_steps, config.train.workers))[epoch_steps:]
+    steps = range(epoch * epoch_steps, (epoch + 1) * epoch_steps + WARM)
+    rows = np.array(_steps(trainer, feed, clock, steps, config.train.workers))[WARM:]
     table = _of_all_ranks(rows, world)
-    return _summary(point, table[:, :, :-1], epochs, edge, float(table[:, :, -1].sum(axis=0).mean()))
+    return _summary(point, table[:, :, :-1], edge, float(table[:, :, -1].sum(axis=0).mean()))
 
 
-def _steps(trainer: Trainer, feed: Feed, clock: Clock, count: int, workers: int) -> list[list[float]]:
+def _steps(trainer: Trainer, feed: Feed, clock: Clock, steps: range, workers: int) -> list[list[float]]:
     """Seconds of every part of every step on this rank, and its edges: (steps, parts + 1)."""
     rows = []
 
     def prepared(step: int) -> list[Batch]:
         return [trainer.ready(batch) for batch in feed.step(step)[0]]
 
-    steps = ahead(prepared, 0, count, workers)
-    for _ in range(count):
+    batches = ahead(prepared, steps.start, steps.stop, workers)
+    for _ in steps:
         clock.begins("data")
-        micro = next(steps)
+        micro = next(batches)
         trainer.step(micro, Totals([t.name for t in trainer.tasks], trainer.device))
         clock.begins(None)
         rows.append([*clock.take(), float(sum(batch.edges.shape[1] for batch in micro))])
@@ -153,7 +187,8 @@ def _of_all_ranks(rows: np.ndarray, world: World) -> np.ndarray:
     return world.group.sum_(table).numpy()
 
 
-def _summary(point: Point, table: np.ndarray, epochs: int, edge: float, edges: float) -> Measured:
+def _summary(point: Point, table: np.ndarray, edge: float, edges: float) -> Measured:
+    """Of one epoch."""
     part = {phase: table[:, :, k] for k, phase in enumerate(PHASES)}
     computing = part["data"] + part["forward"] + part["backward"]  # (ranks, steps)
     waiting = float((computing.max(axis=0) - computing.mean(axis=0)).mean())
@@ -163,5 +198,4 @@ def _summary(point: Point, table: np.ndarray, epochs: int, edge: float, edges: f
     steps = table.sum(axis=2).mean(axis=0)
     passes = part["forward"] + part["backward"]
     spread = float((passes.std(axis=0) / passes.mean(axis=0)).mean())
-    by_epoch = [float(chunk.sum()) for chunk in np.array_split(steps, epochs)]
-    return Measured(point, float(steps.mean()), phases, by_epoch, spread, edge, edges)
+    return Measured(point, float(steps.mean()), phases, [float(steps.sum())], spread, edge, edges)

@@ -64,14 +64,17 @@ def measured(config, folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("encoder", "hidden", "forces"),
-    [(e, h, "direct") for e in ("egnn", "painn") for h in (16, 64, 160)] + [("egnn", 64, "conservative")],
+    ("encoder", "hidden", "forces", "optimizer"),
+    [(e, h, "direct", "adamw") for e in ("egnn", "painn") for h in (16, 64, 160)]
+    + [("egnn", 64, "conservative", "adamw"), ("egnn", 16, "direct", "soap")],
 )
-def test_bytes_are_those_of_a_run(stores, tmp_path, encoder, hidden, forces):
+def test_bytes_are_those_of_a_run(stores, tmp_path, encoder, hidden, forces, optimizer):
     layers = 2 if (encoder, hidden, forces) == ("egnn", 160, "direct") else 1  # counting takes a second for a layer
     model = {"cutoff": 6.0, "encoder": {"name": encoder, "layers": layers, "hidden": hidden}}
     model["branch"] = {"hidden": [hidden, hidden], "forces": forces}
-    config = parse_config(config_of(stores, tmp_path / "run", model=model, train={"batch": 40}), "test")
+    config = parse_config(
+        config_of(stores, tmp_path / "run", model=model, train={"batch": 40, "optimizer": optimizer}), "test"
+    )
     planned = make_plan(config, 1, SLOW).forecasts["replicated"].bytes_per_rank
     seen = measured(config, tmp_path)
     assert {k: planned[k] for k in STATE} == {k: seen[k] for k in STATE}

@@ -15,6 +15,7 @@ from multifid.model.branch import Branch
 from multifid.model.encoder import build_encoder
 from multifid.parallel.layout import GIB, Load, Memory
 from multifid.parallel.shard import elements, layers_of
+from multifid.train.soap import bases_of
 
 SAMPLE = 1000  # structures of a train split whose edges are estimated
 # Multiplications, in the unit above, that could be made while one parameter is summed over ranks and updated. AdamW,
@@ -27,14 +28,15 @@ UPDATE = 300.0
 def loads(config: Config, sources: list[Source], draws: list[Draw]) -> dict[str, Load]:
     """The load of every task in a mean step."""
     encoder, branch = parameters(config)
+    held = branch * bytes_per_parameter(config) + bases(config)[1] * _bytes_of_number(config)
     out = {}
     for source, draw in zip(sources, draws, strict=True):
         edges = mean_edges(source, config.model.cutoff)
         atoms = float(source.store.rows("natoms", sample_of(source)).mean())
         for task in draw.tasks:  # tasks of one store share the encoder's pass, and their ranks
             work = 3 * float(draw.rate) * (edges * encoder / len(draw.tasks) + atoms * branch)
-            own = 0 if config.branches == "shared" else branch
-            out[task] = Load(cost=work, holding=UPDATE * own, bytes=own * bytes_per_parameter(config))
+            own = config.branches != "shared"
+            out[task] = Load(cost=work, holding=UPDATE * branch * own, bytes=held * own)
     return out
 
 
@@ -54,7 +56,8 @@ def memory(config: Config, ranks: int = 1) -> Memory | None:
         return None
     _, branch = parameters(config)
     everywhere = encoder_bytes(config, ranks)
-    everywhere += branch * bytes_per_parameter(config) if config.branches == "shared" else 0
+    if config.branches == "shared":
+        everywhere += branch * bytes_per_parameter(config) + bases(config)[1] * _bytes_of_number(config)
     return Memory(limit=int(config.parallel.memory * GIB), encoder=everywhere)
 
 
@@ -69,7 +72,7 @@ def encoder_bytes(config: Config, ranks: int) -> int:
         encoder = build_encoder(config.model.encoder, config.model.cutoff)
     copies, number = bytes_per_parameter(config), _bytes_of_number(config)
     if ranks == 1 or not config.parallel.shard_encoder:
-        return copies * sum(p.numel() for p in encoder.parameters())
+        return copies * sum(p.numel() for p in encoder.parameters()) + number * bases(config)[0]
     pieces = sum(elements(p.shape, ranks) for p in encoder.parameters())
     conservative = config.model.branch.forces == "conservative"
     return copies * pieces + number * gathered(encoder, conservative, config.train.max_edges is not None)
@@ -86,10 +89,23 @@ def gathered(encoder: nn.Module, conservative: bool, micro_batches: bool) -> int
 
 def parameters(config: Config) -> tuple[int, int]:
     """Parameters of the encoder and of a branch, counted on modules without memory."""
+    encoder, branch = _modules(config)
+    return sum(p.numel() for p in encoder.parameters()), sum(p.numel() for p in branch.parameters())
+
+
+def bases(config: Config) -> tuple[int, int]:
+    """Numbers that the optimizer keeps of the encoder and of a branch besides two moments."""
+    if config.train.optimizer != "soap":
+        return 0, 0
+    encoder, branch = _modules(config)
+    return bases_of(dict(encoder.named_parameters())), bases_of(dict(branch.named_parameters()))
+
+
+def _modules(config: Config) -> tuple[nn.Module, nn.Module]:
+    """Encoder and branch without memory."""
     with torch.device("meta"):
         encoder = build_encoder(config.model.encoder, config.model.cutoff)
-        branch = Branch(encoder.hidden, encoder.vectors, config.model.branch)
-    return sum(p.numel() for p in encoder.parameters()), sum(p.numel() for p in branch.parameters())
+        return encoder, Branch(encoder.hidden, encoder.vectors, config.model.branch)
 
 
 def bytes_per_parameter(config: Config) -> int:

@@ -15,7 +15,7 @@ together, since for small models calls cost more than arithmetic.
 An update of a matrix depends on nothing but that matrix and its gradients: any placement of branches gives the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ def is_turned(name: str, parameter: nn.Parameter) -> bool:
     return (
         "embedding" not in name and parameter.dim() == 2 and 1 < min(parameter.shape) <= max(parameter.shape) <= LARGEST
     )
+
+
+def bases_of(parameters: Mapping[str, nn.Parameter]) -> int:
+    """Numbers that are kept of these parameters besides their two moments: two for each entry of a basis."""
+    return sum(2 * side**2 for name, p in parameters.items() if is_turned(name, p) for side in p.shape)
 
 
 class SOAP(torch.optim.Optimizer):

@@ -99,13 +99,14 @@ def _bytes(subject: Subject, rank: Member, ranks: int, sharded: bool) -> dict[st
     encoder = subject.encoder.sharded(ranks) if sharded else subject.encoder
     number = encoder.count + len(rank.groups) * subject.branch.count
     tensors = len(encoder.shapes) + len(rank.groups) * len(subject.branch.shapes)
+    bases = encoder.bases + len(rank.groups) * subject.branch.bases
     activations = subject.footprint.activations(rank.size.times(1 / rank.pieces))
     if sharded:
         activations += subject.encoder.gathered * subject.width
     return {
         "parameters": number * subject.width,
         "gradients": number * subject.width,
-        "optimizer": 2 * number * subject.width + 4 * tensors,  # two moments, and a count of updates for each tensor
+        "optimizer": (2 * number + bases) * subject.width + 4 * tensors,  # with a count of updates for each tensor
         "averages": number * subject.width * subject.averaged,
         "activations": int(max(activations, 0)),
     }

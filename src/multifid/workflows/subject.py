@@ -22,6 +22,7 @@ from multifid.model.potential import ModelConfig
 from multifid.parallel.machines import Machine
 from multifid.parallel.shard import rows_of_piece
 from multifid.train.costs import SAMPLE, gathered
+from multifid.train.soap import bases_of
 
 # Error of an estimated cost, as `data.loader.edge_costs` states it.
 CRYSTAL_ERROR, MOLECULE_ERROR = 0.05, 0.125
@@ -44,6 +45,7 @@ class Parameters:
 
     shapes: tuple[tuple[int, ...], ...]
     gathered: int = 0  # numbers that a rank holds beside its pieces where they are sharded
+    bases: int = 0  # numbers that the optimizer keeps besides two moments
 
     @property
     def count(self) -> int:
@@ -117,6 +119,7 @@ def subject_of(
         together=[draw.tasks for draw in draws],
         double=config.train.precision == "fp64",
         averaged=config.train.ema is not None,
+        soap=config.train.optimizer == "soap",
         max_edges=config.train.max_edges,
         near=2 ** round(math.log2(min(max(atoms / ranks, 64), 8192))),
         processor=processor,
@@ -131,6 +134,7 @@ def make_subject(
     together: Sequence[Sequence[str]] = (),
     double: bool = False,
     averaged: bool = True,
+    soap: bool = False,
     max_edges: int | None = None,
     near: int = 2048,
     processor: bool = False,
@@ -145,8 +149,8 @@ def make_subject(
     alone = set(tasks) - {t for unit in together for t in unit}
     return Subject(
         model=model,
-        encoder=replace(_parameters(encoder), gathered=beside),
-        branch=_parameters(branch),
+        encoder=replace(_parameters(encoder, soap), gathered=beside),
+        branch=_parameters(branch, soap),
         footprint=_footprint(model.model_dump_json(), double, float(f"{edges / atoms:.2g}"), near, processor),
         tasks=tasks,
         branch_of=dict(branch_of or {t: t for t in tasks}),
@@ -164,5 +168,6 @@ def _footprint(model: str, double: bool, edges_per_atom: float, near: int, proce
     return footprint(ModelConfig.model_validate_json(model), dtype, edges_per_atom, near, processor)
 
 
-def _parameters(module: torch.nn.Module) -> Parameters:
-    return Parameters(tuple(tuple(p.shape) for p in module.parameters()))
+def _parameters(module: torch.nn.Module, soap: bool) -> Parameters:
+    named = dict(module.named_parameters())
+    return Parameters(tuple(tuple(p.shape) for p in named.values()), bases=bases_of(named) if soap else 0)

@@ -123,6 +123,8 @@ def measure(
     epochs: their numbers; all points see the same structures in an epoch, and others in the next.
     """
     sources = open_sources(config.tasks, config.train.verify)
+    for point in wanted:  # what a process does for the first time is nobody's epoch
+        _measure(config, sources, point, world, 0, WARM)
     found: dict[Point, Measured] = {}
     for epoch in epochs:
         for point in wanted:

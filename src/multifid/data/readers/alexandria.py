@@ -153,7 +153,7 @@ def _stress(values: Any, unit: Any, options: Options) -> np.ndarray | None:
     if options.stress != "auto":
         vasp = options.stress == "vasp"
     elif unit is None:
-        vasp = np.size(values) == 9
+        vasp = tensor is not None and len(values) != 6
     elif str(unit).lower().startswith("ev/a"):
         vasp = False
     elif str(unit).lower() in ("kb", "kbar"):

@@ -17,6 +17,8 @@ from multifid.structures.structure import Structure
 
 KBAR = 1.0 / 1602.1766208  # eV/angstrom^3 (CODATA 2014, as VASP and the datasets made with it)
 
+VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])  # where the entries of a tensor are in xx yy zz yz xz xy
+
 
 class BadRecord(Exception):
     """One record cannot be used; the message is a short constant phrase, the `reason` of a `Skip`."""
@@ -101,8 +103,7 @@ def stress_tensor(values: object) -> np.ndarray | None:
     if raw.size == 9:
         full = raw.reshape(3, 3)
     elif raw.shape == (6,):
-        xx, yy, zz, yz, xz, xy = raw
-        full = np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+        full = raw[VOIGT]
     else:
         raise BadRecord("stress has a wrong shape")
     return full if np.isfinite(full).all() else None

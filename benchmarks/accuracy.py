@@ -10,7 +10,8 @@ is already in OUT is not made again.
     value      at the end of either run
     wall, cpu  seconds of the whole command, and of the processor in it, which other work hardly stretches
     reached    steps of FAST at the end of its first epoch whose value is at most the last one of REFERENCE
-    ratios     of the whole commands, FAST to REFERENCE, though the value may have been reached before the end
+    until      seconds of the clock from the start of the command FAST to that
+    ratios     FAST to REFERENCE: until that, and of the whole commands
 """
 
 import argparse
@@ -38,8 +39,8 @@ def main() -> None:
     reference, fast = load_config(args.reference), load_config(args.fast)
     if reference.objective != fast.objective or set(reference.tasks) != set(fast.tasks):
         raise SystemExit(f"{args.reference} and {args.fast} must have the same objective and the same tasks")
-    print("| seed | value | wall | cpu | value, fast | wall | cpu | reached | ratio of wall | ratio of cpu |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| seed | value | wall | cpu | value, fast | wall | cpu | reached | until | ratio | whole wall | whole cpu |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for seed in args.seeds:
         runs = [train(path, seed, args.out) for path in (args.reference, args.fast)]
         print(row(seed, reference, *runs), flush=True)
@@ -67,14 +68,16 @@ def processor() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def curve(run: Path, reference: Config) -> list[tuple[int, float]]:
-    """(step, value) at the end of every epoch, the value with the weights of the reference's tasks."""
+def curve(run: Path, reference: Config) -> list[tuple[int, float, float]]:
+    """(step, value, seconds of training) at the end of every epoch; the value with the weights of the reference."""
     values: dict[int, float] = {}
+    seconds: dict[int, float] = {}
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         r = json.loads(line)
         if r["split"] == "validation":
             values[r["step"]] = values.get(r["step"], 0.0) + reference.tasks[r["task"]].weight * r["loss"]
-    return sorted(values.items())
+            seconds[r["step"]] = r["seconds"]
+    return [(step, values[step], seconds[step]) for step in sorted(values)]
 
 
 def row(seed: int, reference: Config, slow: Path, fast: Path) -> str:
@@ -83,8 +86,10 @@ def row(seed: int, reference: Config, slow: Path, fast: Path) -> str:
         t = json.loads((run / TIMES).read_text(encoding="utf-8"))
         times.append(t)
         cells += [f"{curve(run, reference)[-1][1]:.4f}", f"{t['wall']:.0f}", f"{t['processor']:.0f}"]
-    goal = curve(slow, reference)[-1][1]
-    cells.append(str(next((step for step, value in curve(fast, reference) if value <= goal), "never")))
+    goal, epochs = curve(slow, reference)[-1][1], curve(fast, reference)
+    step, at = next(((step, seconds) for step, value, seconds in epochs if value <= goal), (0, float("nan")))
+    until = times[1]["wall"] - (epochs[-1][2] - at)  # the start of the command included, what followed not
+    cells += [str(step) if step else "never", f"{until:.0f}", f"{until / times[0]['wall']:.2f}"]
     cells += [f"{times[1][kind] / times[0][kind]:.2f}" for kind in ("wall", "processor")]
     return f"| {' | '.join(cells)} |"
 

@@ -27,7 +27,7 @@ from multifid.structures.batch import Batch, Targets
 PER_STRUCTURE = 16  # atoms of a structure while counting: what structures cost by themselves is next to nothing
 # Tiles of edges in a batch that is counted: from some on, one more is like the one before. What a tile needs for itself
 # matters for bytes only where its derivative is written out; autograd keeps everything.
-TILES, TILES_OF_AUTOGRAD, TILES_OF_SUMS = 12, 3, 2
+TILES, TILES_OF_AUTOGRAD, TILES_OF_SUMS = 12, 1, 1
 DENSE = 10.0  # operations per byte from which a matrix product waits for arithmetic and not for memory
 
 _PHASES = ("forward", "backward")

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from multifid.cli import app
 from multifid.config import load_config, parse_config
 from multifid.model.potential import ModelConfig
 from multifid.parallel.layout import place
@@ -89,15 +91,29 @@ def test_one_rank_is_measured_and_everything_is_written(stores, tmp_path):
     assert read_machine(str(tmp_path / "machine.yaml")).name == "measured"
 
 
+def test_an_epoch_is_added_to_its_own_points_only(stores, tmp_path):
+    config = parse_config(config_of(stores, tmp_path / "run"), "test")
+    with pytest.raises(FileNotFoundError, match=r"measured-1\.json"):
+        scaling_here(config, tmp_path, 6, 12, epoch_steps=1, epoch=1)
+    scaling_here(config, tmp_path, 6, 12, epoch_steps=1, epoch=0)
+    whole = (tmp_path / "measured-1.json").read_bytes()
+    with pytest.raises(ValueError, match=r"measured-1\.json.*--epoch 1"):
+        scaling_here(config, tmp_path, 6, 24, epoch_steps=1, epoch=1)
+    assert (tmp_path / "measured-1.json").read_bytes() == whole
+    told = CliRunner().invoke(app, ["scaling", str(tmp_path / "c.yaml"), "--epoch", "1"])
+    assert isinstance(told.exception, ValueError) and "--here" in str(told.exception)
+
+
 def test_ranks_are_launched_by_the_command_itself(stores, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config_of(stores, tmp_path / "run")))
-    told = [f"--out={tmp_path}", "--local-batch=6", "--global-batch=12", "--epoch-steps=1"]
+    told = [f"--out={tmp_path}", "--local-batch=6", "--global-batch=12", "--epoch-steps=1", "--epoch=0"]
     launch([str(path), *told], 2)
     measured = json.loads((tmp_path / "measured-2.json").read_text())
     assert [m["point"]["placement"] for m in measured] == ["replicated", "split"] * 2
     assert all(m["point"]["ranks"] == 2 and m["phases"]["communication"] > 0 for m in measured)
     assert len({m["edges"] for m in measured}) == 1, "every placement takes the same structures"
+    assert [len(m["epochs"]) for m in measured] == [1] * 4
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="measure first"):
         report(load_config(path), tmp_path / "empty", 6)

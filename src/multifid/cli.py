@@ -215,6 +215,8 @@ def scaling(
     from multifid.config import load_config
     from multifid.workflows.scaling import EPOCHS, launch, report, scaling_here
 
+    if epoch is not None and not here:
+        raise ValueError(f"--epoch {epoch} is for measuring by hand, with --here; without it all epochs are measured")
     path = config / "config.yaml" if config.is_dir() else config
     loaded = load_config(path, overrides)
     numbers = [] if ranks == "none" else [_count(text, "--ranks") for text in ranks.split(",")]

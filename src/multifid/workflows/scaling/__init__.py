@@ -43,15 +43,18 @@ def scaling_here(
 ) -> None:
     """Measure on the ranks of this launch, and write OUT/measured-<ranks>.json.
 
-    epoch: only this one, beside what the file holds of those before it; None: all, anew.
+    epoch: only this one, beside what the file holds of those before it (the first, 0, begins anew); None: all, anew.
+    ValueError where the file holds other points.
     """
     with groups.world(config.train.device) as world:
         wanted = points(world.size, len(config.tasks), local_batch, global_batch)
+        path = out / f"measured-{world.size}.json"
+        before = read_measured(path) if epoch else []
+        if epoch and [m.point for m in before] != wanted:
+            raise ValueError(f"{path}: its points are not those of this command, so --epoch {epoch} cannot be added")
         found = measure(config, wanted, world, range(EPOCHS) if epoch is None else [epoch], epoch_steps)
         if world.first:
-            path = out / f"measured-{world.size}.json"
-            if epoch:
-                found = [a.and_(b) for a, b in zip(read_measured(path), found, strict=True)]
+            found = [a.and_(b) for a, b in zip(before, found, strict=True)] if epoch else found
             path.write_text(json.dumps([m.as_dict() for m in found], indent=1), encoding="utf-8")
 
 

@@ -96,6 +96,16 @@ def test_a_large_batch_in_tiles_is_told_from_a_small_one(monkeypatch, encoder):
         assert getattr(backward, quantity) == pytest.approx(seen[f"backward.{quantity}"], rel=0.02)
 
 
+@pytest.mark.parametrize("edges_per_atom", [0.0, 0.01, 3000.0])
+@pytest.mark.parametrize("processor", [False, True])
+def test_few_and_many_edges_are_counted_too(edges_per_atom, processor):
+    model = {"encoder": {"layers": 1, "hidden": 16}, "branch": {"hidden": [16], "forces": "direct"}}
+    told = footprint(ModelConfig.model_validate(model), edges_per_atom=edges_per_atom, atoms=64, processor=processor)
+    for quantity, coefficients in told.coefficients.items():
+        assert np.isfinite(coefficients).all(), quantity
+    assert told.forward(Size(1, 64, 64, 640)).flops + told.forward(Size(1, 64, 64, 640)).traffic > 0
+
+
 def test_the_largest_batch_is_the_largest_that_fits(stores, tmp_path):
     config = parse_config(config_of(stores, tmp_path / "run", train={"batch": 20}), "test")
     roomy = replace(SLOW, memory=3e6)

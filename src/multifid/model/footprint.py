@@ -103,11 +103,16 @@ def footprint(
     `edges_per_atom` should be that of the data. Everything else is linear everywhere. Of a large batch in tiles a
     smaller one is counted.
     """
+
+    def atoms_with(edges: int) -> int:
+        """As many as have so many edges, and no more than were asked for, however few edges there are."""
+        return max(1, min(atoms, round(edges / max(edges_per_atom, 1 / atoms))))
+
     n, e = atoms, int(atoms * edges_per_atom)
     tile = edges_of_tile(config.encoder.hidden)
     if processor:
         e = min(e, tile * (TILES_OF_AUTOGRAD if config.branch.forces == "conservative" else TILES))
-        n = max(1, min(n, round(e / edges_per_atom)))
+        n = atoms_with(e)
 
     def solve(sizes: list[Size], rows: list[dict[str, float]], key: str) -> np.ndarray:
         return np.linalg.solve(np.stack([s.vector() for s in sizes]), np.array([row[key] for row in rows]))
@@ -118,13 +123,13 @@ def footprint(
         Size(2, n, n, e),
         Size(2, n, 2 * n, e),
         Size(1, more, more, e),
-        Size(1, n, n, e + e // 16),
+        Size(1, n, n, e + max(e // 16, 1)),
     ]
     rows = [count(config, s, dtype, processor) for s in sizes]
     activations = solve(sizes, rows, "activations")
     if processor:  # a few more edges may be no further operation: sums need whole tiles
         e = TILES_OF_SUMS * tile
-        n = max(1, round(e / edges_per_atom))
+        n = atoms_with(e)
         sizes = [
             Size(1, n, n, e),
             Size(2, n, n, e),

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from multifid.config import parse_config
+from multifid.model.potential import Potential
+from multifid.train.costs import bases, encoder_bytes
 from multifid.train.optimizer import adamw, moments, set_moments, updates_of
 from multifid.train.soap import EPSILON, EVERY, SOAP, is_turned
 from test_train import assert_same_bits, config_of, start
@@ -148,3 +150,19 @@ def test_an_encoder_in_pieces_is_refused_because_pieces_are_no_matrices(stores, 
     values = config_of(stores, tmp_path / "run", train={"optimizer": "soap"}, parallel={"shard_encoder": True})
     with pytest.raises(ValueError, match=r"train\.optimizer: soap needs whole matrices"):
         parse_config(values, "test")
+
+
+def test_the_limit_of_memory_knows_what_is_kept(stores, tmp_path):
+    config = parse_config(config_of(stores, tmp_path / "run", train={"optimizer": "soap"}), "test")
+    plain = parse_config(config_of(stores, tmp_path / "run", train={"optimizer": "adamw"}), "test")
+    potential = Potential(config.model, ["a"], {"a": "a"}, seed=0)
+    encoder, branch = dict(potential.encoder_parameters()), dict(potential.branch_parameters("a"))
+    optimizer = SOAP(encoder | branch, 1e-3, 0.0)
+
+    def beside_moments(parameters):
+        held = [moments(optimizer, p) for p in parameters.values()]
+        return sum(t.numel() for tensors in held for name, t in tensors.items() if not name.startswith("exp_avg"))
+
+    assert bases(config) == (beside_moments(encoder), beside_moments(branch)) and min(bases(config)) > 0
+    assert encoder_bytes(config, 1) - encoder_bytes(plain, 1) == 4 * beside_moments(encoder)
+    assert bases(plain) == (0, 0)

@@ -1,13 +1,15 @@
 """Which structures hold two atoms at one place, periodic images included.
 
-No model can tell such atoms apart, and forces between them are undefined. Looked for in columns, structures of equal
-size together:
+No model can tell such atoms apart, and forces between them are undefined. Looked for in columns:
 
-* molecules: atoms that are close are close in every direction, so their projections on one line are; sorted, few pairs
-  of neighbours on the line remain to be measured.
-* crystals: on a line half of the atoms of a symmetric cell coincide, so all pairs are compared, along the first cell
-  vector first.
+* molecules of equal size together: atoms that are close are close in every direction, so their projections on one line
+  are; sorted, few pairs of neighbours on the line remain to be measured.
+* crystals of all sizes together: on a line half of the atoms of a symmetric cell coincide, so atoms are put into boxes
+  of fractional coordinates; those of one box remain to be measured. An atom that is as near to a wall of its box as
+  another may be in the box behind it is in both.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from multifid.data.block import Block
 
 COINCIDENT = 1e-3  # angstrom
 LINE = np.array([0.5471, 0.7236, 0.4210]) / np.linalg.norm([0.5471, 0.7236, 0.4210])  # along no usual bond
+WALLS = np.array([0.0618, 0.0414, 0.0732])  # of boxes, moved away from where symmetric cells have their atoms
 MOST_PAIRS = 1 << 20  # compared at once
 LARGEST = 512  # atoms; larger structures go through a tree, one by one
 
@@ -22,17 +25,16 @@ LARGEST = 512  # atoms; larger structures go through a tree, one by one
 def coincident(block: Block) -> np.ndarray:
     """(structures,) bool: whether two atoms are closer than COINCIDENT; positions must be finite, cells have volume."""
     found = np.zeros(len(block), bool)
-    first, positions = block.first_atoms(), block.columns["positions"]
     pbc = block.columns.get("pbc")
     periodic = np.zeros(len(block), bool) if pbc is None else pbc.any(axis=1)
-    for n in np.unique(block.natoms).tolist():
+    first, positions = block.first_atoms(), block.columns["positions"]
+    for n in np.unique(block.natoms[~periodic]).tolist():
         if n == 1:
             continue
         for rows in _portions(np.flatnonzero((block.natoms == n) & ~periodic), n):
             found[rows] = _molecules(positions[first[rows, None] + np.arange(n)].astype(np.float64))
-        for rows in _portions(np.flatnonzero((block.natoms == n) & periodic), n):
-            places = positions[first[rows, None] + np.arange(n)].astype(np.float64)
-            found[rows] = _crystals(places, block.columns["cell"][rows], block.columns["pbc"][rows])
+    if periodic.any():
+        found[periodic] = _crystals(block.take(periodic))
     return found
 
 
@@ -51,51 +53,71 @@ def _molecules(positions: np.ndarray) -> np.ndarray:
         found[s] = _by_tree(positions[s], None)
     if n <= LARGEST and suspect.any():
         x = positions[suspect]
-        close = _far_triangle(n)
-        near = np.ones((len(x), len(close[0])), bool)
+        i, j = np.triu_indices(n, 1)
+        near = np.ones((len(x), len(i)), bool)
         for axis in range(3):
-            near &= np.abs(x[:, close[0], axis] - x[:, close[1], axis]) < COINCIDENT
-        found[suspect] = _measured(x, close, near, None)
-    return found
-
-
-def _crystals(positions: np.ndarray, cells: np.ndarray, pbc: np.ndarray) -> np.ndarray:
-    """positions (S, n, 3), cells (S, 3, 3), pbc (S, 3) -> (S,)."""
-    cells = np.array([c if p.all() else _filled(c, p) for c, p in zip(cells, pbc, strict=True)])
-    inverse = np.linalg.inv(cells)
-    fractional = positions @ inverse
-    n = positions.shape[1]
-    if n > LARGEST:
-        return np.array([_by_tree(f, (c, p)) for f, c, p in zip(fractional, cells, pbc, strict=True)])
-    tolerance = COINCIDENT * np.linalg.norm(inverse, axis=1)  # |f_k| <= |f @ cell| |column k of the inverse|
-    i, j = _far_triangle(n)
-    apart = fractional[:, i, 0] - fractional[:, j, 0]
-    apart -= np.round(apart) * pbc[:, None, 0]
-    near = np.abs(apart) <= tolerance[:, None, 0]
-    for axis in (1, 2):
+            near &= np.abs(x[:, i, axis] - x[:, j, axis]) < COINCIDENT
         s, pair = np.nonzero(near)
-        apart = fractional[s, i[pair], axis] - fractional[s, j[pair], axis]
-        apart -= np.round(apart) * pbc[s, axis]
-        near[s, pair] = np.abs(apart) <= tolerance[s, axis]
-    return _measured(fractional, (i, j), near, (cells, pbc))
-
-
-def _far_triangle(n: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.triu_indices(n, 1)
-
-
-def _measured(
-    x: np.ndarray, pairs: tuple[np.ndarray, np.ndarray], near: np.ndarray, lattice: tuple[np.ndarray, np.ndarray] | None
-) -> np.ndarray:
-    """(S,) whether one of the pairs that may be near (S, pairs) is; x is fractional where a lattice is given."""
-    s, pair = np.nonzero(near)
-    apart = x[s, pairs[0][pair]] - x[s, pairs[1][pair]]
-    if lattice is not None:
-        cells, pbc = lattice
-        apart = np.einsum("pk,pkl->pl", apart - np.round(apart) * pbc[s], cells[s])
-    found = np.zeros(len(x), bool)
-    found[s[np.linalg.norm(apart, axis=1) < COINCIDENT]] = True
+        close = np.linalg.norm(x[s, i[pair]] - x[s, j[pair]], axis=1) < COINCIDENT
+        found[np.flatnonzero(suspect)[s[close]]] = True
     return found
+
+
+def _crystals(block: Block) -> np.ndarray:
+    """(structures,) bool, of periodic structures."""
+    cells, pbc = block.columns["cell"].astype(np.float64), block.columns["pbc"]
+    for s in np.flatnonzero(~pbc.all(axis=1)):
+        cells[s] = _filled(cells[s], pbc[s])
+    inverse = np.linalg.inv(cells)
+    owner = np.repeat(np.arange(len(block)), block.natoms)
+    positions = block.columns["positions"].astype(np.float64)
+    fractional = np.einsum("ak,akl->al", positions, inverse[owner])
+    found = np.zeros(len(block), bool)
+    first = block.first_atoms()
+    for s in np.flatnonzero(block.natoms > LARGEST):
+        found[s] = _by_tree(fractional[first[s] : first[s] + block.natoms[s]], (cells[s], pbc[s]))
+    small = (block.natoms <= LARGEST)[owner]
+    tolerance = COINCIDENT * np.linalg.norm(inverse, axis=1)  # |f_k| <= |f @ cell| |column k of the inverse|
+    boxes = np.minimum(2 * np.cbrt(block.natoms)[:, None], 0.25 / tolerance).astype(np.int64).clip(1)
+    fractional, owner = fractional[small], owner[small]
+    for i, j in _in_one_box(fractional, owner, boxes, tolerance):
+        apart = fractional[i] - fractional[j]
+        apart -= np.round(apart) * pbc[owner[i]]
+        close = np.linalg.norm(np.einsum("pk,pkl->pl", apart, cells[owner[i]]), axis=1) < COINCIDENT
+        found[owner[i[close]]] = True
+    return found
+
+
+def _in_one_box(
+    fractional: np.ndarray, owner: np.ndarray, boxes: np.ndarray, tolerance: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (i, j) of atoms of one structure, some at a time: all that differ by `tolerance` at most, and some more.
+
+    fractional (A, 3), compared modulo one; owner (A,) the structure of each atom, tolerance (S, 3), boxes (S, 3) how
+    many there are along each axis: at most a quarter of 1 / tolerance.
+    """
+    place = fractional + WALLS
+    place = (place - np.floor(place)) * boxes[owner]
+    box = place.astype(np.int64)
+    into = place - box
+    margin = (tolerance * boxes * (1 + 1e-6) + 1e-9)[owner]
+    atom = np.arange(len(owner))
+    for axis in range(3):
+        before, behind = into[atom, axis] < margin[atom, axis], into[atom, axis] > 1 - margin[atom, axis]
+        step = np.array([axis == k for k in range(3)])
+        box = np.concatenate([box, box[before] - step, box[behind] + step])
+        atom = np.concatenate([atom, atom[before], atom[behind]])
+    box %= boxes[owner[atom]]
+    along = int(boxes.max(initial=1))
+    key = ((owner[atom] * along + box[:, 0]) * along + box[:, 1]) * along + box[:, 2]
+    order = np.argsort(key)
+    key, atom = key[order], atom[order]
+    for apart in range(1, len(key)):
+        same = np.flatnonzero(key[apart:] == key[:-apart])
+        if not len(same):
+            return
+        i, j = atom[same], atom[same + apart]
+        yield i[i != j], j[i != j]
 
 
 def _filled(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:

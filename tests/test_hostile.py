@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from multifid.data.prepare import prepare
+from multifid.data.readers import unbz2
 from multifid.data.store import Store
 from multifid.structures.neighbors import neighbor_list
 
@@ -245,6 +246,17 @@ def test_a_bz2_bomb_is_an_error(format, repeated, tmp_path):
     path = tmp_path / "bomb.json.bz2"
     path.write_bytes(json_bomb(head, repeated))
     assert "bomb.json.bz2" in made(format, path, tmp_path / "out")
+
+
+def test_a_bz2_bomb_behind_much_that_is_honest_is_refused_as_soon(tmp_path):
+    path = tmp_path / "late.json.bz2"
+    honest = np.random.default_rng(0).integers(32, 127, 3_000_000, np.uint8).tobytes()
+    path.write_bytes(bz2.compress(honest) + json_bomb(b"", b"{},"))
+    size = 0
+    with pytest.raises(ValueError, match=r"late\.json\.bz2: .* more than is plausible"):
+        for chunk in unbz2.unpacked(path, 1 << 18, lambda place: None):
+            size += len(chunk)
+    assert len(honest) <= size <= len(honest) + (4 << 20)
 
 
 @pytest.mark.parametrize("format", ["alexandria", "mptrj"])

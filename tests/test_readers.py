@@ -27,6 +27,7 @@ from multifid.data.readers import (
     alexandria,
     aselmdb,
     json_file,
+    json_scan,
     mptrj,
     qm7x,
     transition1x,
@@ -465,6 +466,45 @@ def test_json_records_are_whole_wherever_the_file_is_cut(tmp_path, monkeypatch, 
             assert (dict(found) if depth == 1 else [value for _, value in found]) == (
                 expected if depth == 1 else expected["entries"]
             )
+
+
+RECORDS = {  # of one file; all but the first two are not where the seam between those says, or look as if they were
+    "alike": ['{"m": {"x": [1]}}'] * 9,
+    "in a string": ['{"m": {"x": [1]}}', '{"m": {"x": "}}, \\"k1\\": {\\"m\\""}}', '{"m": {"x": "}}, "}}'],
+    "deeper": ['{"m": {"x": [1]}}', '{"m": {"n": {"x": 2}}, "k9": {"m": {"x": [3]}}, "y": 3}', '{"m": {"x": 4}}'],
+    "no numbers": ['{"m": {"x": [1]}}', '{"m": {"x": [NaN, -Infinity]}}', '{"m": {"x": [5]}}'],
+    "of other kinds": ['{"m": {"x": [1]}}', '{"m": {"x": [2]}}', "[]", '{"m": {}}', "{}", '{"m": {"x": [5]}}'],
+}
+
+
+@pytest.mark.parametrize("keys", [["k1", "k2"], ["k"], ['\\"\\\\', "k1"]], ids=["two", "one", "escaped"])
+@pytest.mark.parametrize("commas", [[", "], [",", " ,\n "]], ids=["even", "uneven"])
+@pytest.mark.parametrize("content", RECORDS)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_json_records_are_the_same_wherever_one_seems_to_end(tmp_path, monkeypatch, depth, content, commas, keys):
+    values = RECORDS[content] * 3
+    names = [f'"{keys[i % len(keys)]}"' for i in range(len(values))]
+    members = [f"{name}: {value}" for name, value in zip(names, values, strict=True)] if depth == 1 else values
+    joined = "".join(f"{commas[i % len(commas)] if i else ''}{member}" for i, member in enumerate(members))
+    path = tmp_path / "a.json"
+    path.write_text(f"{{{joined}}}" if depth == 1 else f'{{"entries": [{joined}]}}')
+    read = json_file.pairs if depth == 1 else json_file.elements
+    expected = [json.loads(value, parse_constant=lambda token: None) for value in values]
+    for chunk in (1, 7, 40, 1000):
+        monkeypatch.setattr(json_file, "CHUNK", chunk)
+        found = list(read(path, lambda fraction: None))
+        assert [value for _, value in found] == expected
+        assert depth == 2 or [key for key, _ in found] == [json.loads(name) for name in names]
+
+
+def test_of_json_records_that_are_alike_only_the_first_and_the_last_are_scanned(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({f"mp-{i}": {"a": frame()} for i in range(200)}))
+    scanned, ends = [], json_scan.Scan.ends
+    monkeypatch.setattr(json_file, "CHUNK", 4096)
+    monkeypatch.setattr(json_scan.Scan, "ends", lambda scan, chunk: scanned.append(len(chunk)) or ends(scan, chunk))
+    assert len(records(mptrj, path)) == 200
+    assert sum(scanned) < 0.05 * path.stat().st_size
 
 
 def entry(mat_id: str = "agm001", energy=-11.9, forces=FORCE, **data) -> dict:

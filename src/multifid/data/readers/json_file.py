@@ -4,54 +4,38 @@
     {"entries": [{...}, {...}], "more": ...}      depth 2: a record is an element of the array
 
 The files have 1-12 GB. Where records end is found without parsing: of the structural characters, outside strings, a
-closing bracket that returns to the depth ends a record. That costs 2-3 ns for each byte in numpy, a tenth of parsing,
-and is exact, so that plain files can be read in parts by several processes. Memory holds one record.
-
-JSON has no NaN and the parser refuses it, but published files contain bare `NaN` tokens: they become `null`.
+closing bracket that returns to the depth ends a record (`Scan`). That is exact, so that plain files can be read in
+parts by several processes, but costs up to a fifth of parsing. So it is done for the first records, and then the bytes
+at their seams are looked for: what lies between two of them is the next record if it parses as one. Memory holds one.
 """
 
-import bz2
-import queue
 import re
-import sys
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
 
 from multifid.data.readers import Part, Progress
+from multifid.data.readers.json_scan import Scan
+from multifid.data.readers.json_seams import BARE, LONGEST, Seam, parse
+from multifid.data.readers.unbz2 import unpacked
 
 CHUNK = 1 << 18
-PACKED = 1 << 12, 1 << 16  # bytes of bz2 that are unpacked at once: they count as unpacked when they are read
-USUAL = 50  # times as many bytes unpacked as packed: below it, steps become longer
-SWITCH = 5e-4  # seconds that the thread that unpacks waits for the interpreter; by default ten times as much
 PART = 1 << 25  # bytes of a part
 LARGEST = 1 << 27  # bytes of a record; the largest published ones are below 2^24
+PATIENCE = 100  # records behind which a seam is tried to be learned
+UNSURE = 1 << 22  # bytes without a seam, after which seams are no longer looked for
 DEEPEST = 1024  # levels of brackets: more, the parser does not take
-MOST = (1 << 20, 200)  # unpacked bytes: this many and this many times the packed ones; real files stay below 20 times
-BARE = re.compile(rb"(?:(?<=[\[:,\s])|\A)(?:NaN|-?Infinity)(?=[\s,\]}])")
+COMMA = re.compile(rb"\s*,\s*")
 FIRST_KEY = re.compile(rb'\s*\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*(.)', re.DOTALL)
 # What stands before the first record, by depth.
 OPEN = {
     1: re.compile(rb"\s*\{"),
     2: re.compile(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\[', re.DOTALL),
-}  # before the first record
-
-QUOTE, OPENING, CLOSING, ESCAPE = 1, 2, 3, 4
-KINDS = np.zeros(256, np.uint8)
-KINDS[list(b'"{[}]\\')] = [QUOTE, OPENING, OPENING, CLOSING, CLOSING, ESCAPE]
-STRUCTURAL = (KINDS > 0).tobytes()  # a table for `bytes.translate`
-STEPS = np.array([0, 0, 1, -1, 0], np.int8)  # of the level, by kind
-
-
-class Text(NamedTuple):
-    """One record or a few, as they lie in the file, and at which (unpacked) byte."""
-
-    start: int
-    text: bytes
+}
 
 
 def first_key(path: Path) -> tuple[str, bytes]:
@@ -75,12 +59,15 @@ def json_parts(path: Path, depth: int) -> list[Part]:
         return [None]
     size, cuts, at, scan = path.stat().st_size, [0], 0, Scan(depth)
     for chunk in _chunks(path, 0, None, lambda fraction: None):
-        ends = scan.ends(chunk)
-        ends = ends[:-1] if scan.closed else ends
+        if at + len(chunk) <= cuts[-1] + PART:
+            scan.skip(chunk)
+        else:
+            ends = scan.ends(chunk)
+            ends = ends[:-1] if scan.closed else ends
+            while len(ends) and (place := np.searchsorted(ends, cuts[-1] + PART - at)) < len(ends):
+                cuts.append(at + int(ends[place]))
         if scan.deepest > DEEPEST:
             raise ValueError(f"{path}: brackets more than {DEEPEST} deep near byte {at:,}")
-        while len(ends) and (place := np.searchsorted(ends, cuts[-1] + PART - at)) < len(ends):
-            cuts.append(at + int(ends[place]))
         if scan.closed:
             break
         at += len(chunk)
@@ -95,104 +82,107 @@ def is_packed(path: Path) -> bool:
 
 def pairs(path: Path, progress: Progress, part: Part = None) -> Iterator[tuple[str, Any]]:
     """(key, value) of the outermost object, one after the other."""
-    for record in _records(path, 1, progress, part):
-        yield from _parsed(path, record, b"{", b"}").items()
+    for _, record in _records(path, 1, progress, part):
+        yield from record.items()
 
 
 def elements(path: Path, progress: Progress, part: Part = None) -> Iterator[tuple[int, Any]]:
     """(first byte, element) of the array under the first key of the outermost object, one after the other."""
-    for record in _records(path, 2, progress, part):
-        for element in _parsed(path, record, b"[", b"]"):
-            yield record.start, element
+    for start, record in _records(path, 2, progress, part):
+        for element in record:
+            yield start, element
 
 
-def _parsed(path: Path, record: Text, before: bytes, after: bytes) -> Any:
-    text = before + record.text + after
-    if b"NaN" in text or b"Infinity" in text:
-        text = BARE.sub(b"null", text)
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        place = record.start + error.pos - 1
-        raise ValueError(f"{path}: truncated or not JSON near byte {place:,}: {error.msg}") from None
+class _Records:
+    """Takes the records from a text that grows at its end, by a scan or at learned seams."""
 
+    def __init__(self, path: Path, depth: int, start: int) -> None:
+        self.path, self.depth = path, depth
+        self.rest, self.at = bytearray(), start  # what is read but not given out, and where that starts
+        self.header: re.Pattern | None = OPEN[depth] if start == 0 else None
+        self.scan, self.scanned = Scan(depth, start == 0), 0  # and how much of the rest it has seen
+        self.seam: Seam | None = None
+        self.unlearned = 0  # records behind which no seam could be learned
 
-class Scan:
-    """Finds where records end in a file that comes chunk by chunk, from its beginning or from behind a record."""
-
-    def __init__(self, depth: int, at_start: bool = True) -> None:
-        self.depth = depth
-        self.level = 0 if at_start else depth
-        self.deepest = 0
-        self.closed = False  # the object or array of the records has ended
-        self._in_string = 0
-        self._escaping = False  # the chunk before ended with a backslash that escapes what comes
-
-    def ends(self, chunk: bytes) -> np.ndarray:
-        """Places behind the records that end in this chunk; the last is that of the bracket around all, if `closed`."""
-        at = np.flatnonzero(np.frombuffer(chunk.translate(STRUCTURAL), bool))
-        kind = KINDS[np.frombuffer(chunk, np.uint8)[at]]
-        if self._escaping or b"\\" in chunk:
-            keep = self._unescaped(at, kind, len(chunk))
-            at, kind = at[keep], kind[keep]
-        quotes = np.cumsum(kind == QUOTE, dtype=np.int32) + np.int32(self._in_string)
-        step = STEPS[kind]
-        step[(quotes & 1) == 1] = 0
-        levels = np.cumsum(step, dtype=np.int32) + np.int32(self.level)
-        if len(at):
-            self.deepest = max(self.deepest, int(levels.max()))
-            self._in_string, self.level = int(quotes[-1] & 1), int(levels[-1])
-        out = np.flatnonzero((step < 0) & (levels < self.depth))
-        last = int(out[0]) if len(out) else len(at)
-        self.closed = len(out) > 0
-        return at[: last + 1][(step[: last + 1] < 0) & (levels[: last + 1] <= self.depth)] + 1
-
-    def _unescaped(self, at: np.ndarray, kind: np.ndarray, size: int) -> np.ndarray:
-        """Which of the structural characters are none behind a backslash (itself not escaped)."""
-        slashes = at[kind == ESCAPE]
-        if self._escaping:
-            slashes = np.concatenate([[-1], slashes])
-        runs = np.flatnonzero(np.diff(slashes, prepend=-3) != 1)
-        lengths = np.diff([*runs, len(slashes)])
-        behind = slashes[runs] + lengths  # the first character behind each run of backslashes
-        escaped = behind[lengths % 2 == 1]
-        self._escaping = bool(len(escaped) and escaped[-1] == size)
-        return (kind != ESCAPE) & ~np.isin(at, escaped)
-
-
-def _records(path: Path, depth: int, progress: Progress, part: Part) -> Iterator[Text]:
-    """The records of a part, commas removed. ValueError if the file is truncated or something follows the object."""
-    start, stop = part or (0, None)
-    scan = Scan(depth, start == 0)
-    rest, at = bytearray(), start  # what is read but not given out, and where that starts
-    header: re.Pattern | None = OPEN[depth] if start == 0 else None
-    chunks = _chunks(path, start, stop, progress)
-    for chunk in chunks:
-        ends = scan.ends(chunk) + len(rest)
-        if scan.deepest > DEEPEST:
-            raise ValueError(f"{path}: brackets more than {DEEPEST} deep in the record at byte {at:,}")
-        rest += chunk
+    def at_seams(self) -> Iterator[tuple[int, Any]]:
+        """Those that end at seams. After it the rest begins behind a record; the scan begins anew there."""
         done = 0
+        while self.seam is not None and (end := self.seam.find(self.rest, done)) >= 0:
+            comma = COMMA.match(self.rest, done)
+            record = None if comma is None else self.seam.parse(bytes(self.rest[comma.end() : end]))
+            if comma is None or record is None:
+                self.doubt()
+            else:
+                yield self.at + comma.end(), record
+                done = end
+        self._drop(done)
+        self.scan, self.scanned = Scan(self.depth, at_start=False), 0
+
+    def by_scan(self) -> Iterator[tuple[int, Any]]:
+        """Those that end in what has been added since the last time."""
+        ends = self.scan.ends(bytes(self.rest[self.scanned :])) + self.scanned
+        if self.scan.deepest > DEEPEST:
+            raise ValueError(f"{self.path}: brackets more than {DEEPEST} deep in the record at byte {self.at:,}")
+        rest, done = bytes(self.rest) if len(ends) else b"", 0
         for end in ends.tolist():
-            closing = scan.closed and end == ends[-1]
-            text = bytes(rest[done : end - closing])
-            if header is not None:
-                text = text[header.match(text).end() :]  # type: ignore[union-attr]
+            last = end - (self.scan.closed and end == ends[-1])
+            text = rest[done:last]
+            if self.header is not None:
+                text = text[self.header.match(text).end() :]  # type: ignore[union-attr]
             elif text and not text.isspace():
-                text = _without_comma(path, text, at + done)
+                text = _without_comma(self.path, text, self.at + done)
             if text and not text.isspace():
-                yield Text(at + end - closing - len(text), text)
-            done, header = end, None
-        del rest[:done]
-        at += done
-        if scan.closed:
+                place = self.at + last - len(text)
+                yield place, _parsed(self.path, text, self.depth, place)
+                if self.seam is None and self.unlearned < PATIENCE:
+                    self.seam = Seam.between(text, rest[end : end + LONGEST], self.depth)
+                    self.unlearned += 1
+            done, self.header = end, None
+        self.scanned = len(self.rest)
+        self._drop(done)
+
+    def doubt(self) -> None:
+        """From here on the scan decides."""
+        self.seam, self.unlearned = None, PATIENCE
+
+    def _drop(self, done: int) -> None:
+        del self.rest[:done]
+        self.at += done
+        self.scanned -= done
+
+
+def _records(path: Path, depth: int, progress: Progress, part: Part) -> Iterator[tuple[int, Any]]:
+    """(first byte, object or array of one member) for every record of a part.
+
+    ValueError if the file is truncated or something follows the object.
+    """
+    start, stop = part or (0, None)
+    records = _Records(path, depth, start)
+    chunks = _chunks(path, start, stop, progress)
+    for chunk in chain(chunks, [b""]):  # at last nothing: what is left has no seam behind it
+        records.rest += chunk
+        if records.seam is not None:
+            yield from records.at_seams()
+            if len(records.rest) > UNSURE:
+                records.doubt()
+        if (records.seam is None or not chunk) and len(records.rest) > records.scanned:
+            yield from records.by_scan()
+        if records.scan.closed:
             break
-        if len(rest) > LARGEST:
-            raise ValueError(f"{path}: a record longer than {LARGEST:,} bytes begins at byte {at:,}")
-    if scan.closed:
-        _check_end(path, bytes(rest), chunks, at, depth)
+        if len(records.rest) > LARGEST:
+            raise ValueError(f"{path}: a record longer than {LARGEST:,} bytes begins at byte {records.at:,}")
+    rest, at = bytes(records.rest), records.at
+    if records.scan.closed:
+        _check_end(path, rest, chunks, at, depth)
     elif stop is None or stop == path.stat().st_size or rest:
         raise ValueError(f"{path}: truncated or not JSON near byte {at + len(rest):,}: it ends within a record")
+
+
+def _parsed(path: Path, text: bytes, depth: int, place: int) -> Any:
+    try:
+        return parse(text, depth)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{path}: truncated or not JSON near byte {place + error.pos - 1:,}: {error.msg}") from None
 
 
 def _without_comma(path: Path, text: bytes, place: int) -> bytes:
@@ -219,7 +209,7 @@ def _chunks(path: Path, start: int, stop: int | None, progress: Progress) -> Gen
     size = max(path.stat().st_size, 1)
     if is_packed(path):
         assert start == 0 and stop is None, "a packed file has one part"
-        yield from _unpacked(path, lambda place: progress(place / size))
+        yield from unpacked(path, CHUNK, lambda place: progress(place / size))
         return
     end = size if stop is None else stop
     with path.open("rb") as file:
@@ -230,72 +220,3 @@ def _chunks(path: Path, start: int, stop: int | None, progress: Progress) -> Gen
                 return
             yield chunk
             progress((file.tell() - start) / (end - start))
-
-
-def _unpacked(path: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
-    """The content of a bz2 file, a few chunks ahead: unpacking, in a thread, needs no interpreter."""
-    ahead: queue.Queue[tuple[int, bytes] | Exception | None] = queue.Queue(maxsize=8)
-    stop = threading.Event()
-
-    def put(item: tuple[int, bytes] | Exception | None) -> None:
-        while not stop.is_set():
-            try:
-                return ahead.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def unpack() -> None:
-        try:
-            with path.open("rb") as raw:
-                for chunk in _streams(path, raw):
-                    put((raw.tell(), chunk))
-                    if stop.is_set():
-                        return
-            put(None)
-        except Exception as error:
-            put(error)
-
-    thread = threading.Thread(target=unpack, daemon=True)
-    thread.start()
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(min(SWITCH, interval))
-    try:
-        while (item := ahead.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item[1]
-            progress(item[0])
-    finally:
-        sys.setswitchinterval(interval)
-        stop.set()
-        thread.join()
-
-
-def _streams(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """The content of one bz2 stream after the other; what follows the last and is none is an error."""
-    step, unpacked = PACKED[0], 0
-
-    def more() -> bytes:
-        nonlocal step
-        step = min(2 * step, PACKED[1]) if unpacked < USUAL * raw.tell() else PACKED[0]
-        return raw.read(step)
-
-    decoder, packed = bz2.BZ2Decompressor(), raw.read(step)
-    try:
-        while True:
-            if chunk := decoder.decompress(packed, CHUNK):
-                unpacked += len(chunk)
-                if unpacked > max(MOST[0], MOST[1] * raw.tell()):
-                    raise EOFError("it unpacks to more than is plausible")
-                yield chunk
-            if decoder.eof:
-                packed = decoder.unused_data or more()
-                if not packed:
-                    return
-                decoder = bz2.BZ2Decompressor()
-            else:
-                packed = more() if decoder.needs_input else b""
-                if decoder.needs_input and not packed:
-                    raise EOFError("the file ends inside a bz2 stream")
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: truncated or damaged near byte {raw.tell():,}: {error}") from None

@@ -26,7 +26,7 @@ def coincident(block: Block) -> np.ndarray:
     """(structures,) bool: whether two atoms are closer than COINCIDENT; positions must be finite, cells have volume."""
     found = np.zeros(len(block), bool)
     pbc = block.columns.get("pbc")
-    periodic = np.zeros(len(block), bool) if pbc is None else pbc.any(axis=1)
+    periodic = np.zeros(len(block), bool) if pbc is None else np.any(pbc, axis=1)
     first, positions = block.first_atoms(), block.columns["positions"]
     for n in np.unique(block.natoms[~periodic]).tolist():
         if n == 1:
@@ -57,9 +57,9 @@ def _molecules(positions: np.ndarray) -> np.ndarray:
         near = np.ones((len(x), len(i)), bool)
         for axis in range(3):
             near &= np.abs(x[:, i, axis] - x[:, j, axis]) < COINCIDENT
-        s, pair = np.nonzero(near)
-        close = np.linalg.norm(x[s, i[pair]] - x[s, j[pair]], axis=1) < COINCIDENT
-        found[np.flatnonzero(suspect)[s[close]]] = True
+        which, pair = np.nonzero(near)
+        close = np.linalg.norm(x[which, i[pair]] - x[which, j[pair]], axis=1) < COINCIDENT
+        found[np.flatnonzero(suspect)[which[close]]] = True
     return found
 
 

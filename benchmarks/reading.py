@@ -312,10 +312,8 @@ def append(writer: StoreWriter, random: np.random.Generator, kind: str, count: i
         "numbers": numbers,
         "positions": random.random((atoms, 3), np.float32) * edge[:, None],
         "natoms": natoms,
-        "offsets": writer.atoms + np.cumsum(natoms),
         "split": np.zeros(count),
         "relative": np.arange(count),
-        "source_id_offsets": np.zeros(count),
         "labels/synthetic/energy": random.random(count),
         "labels/synthetic/forces": random.random((atoms, 3), np.float32),
     }
@@ -323,12 +321,7 @@ def append(writer: StoreWriter, random: np.random.Generator, kind: str, count: i
         rows["pbc"] = np.ones((count, 3), bool)
         rows["cell"] = np.cbrt(natoms / 0.06)[:, None, None] * np.eye(3)
         rows["labels/synthetic/stress"] = random.random((count, 3, 3))
-    for name, values in rows.items():
-        writer._file(name).append(values)
-    writer._file("source_id")
-    writer.elements += np.bincount(numbers, minlength=len(writer.elements))
-    writer.structures += count
-    writer.atoms += atoms
+    writer.append_columns(rows, np.zeros(0, np.uint8), np.zeros(count, np.int64))
 
 
 if __name__ == "__main__":

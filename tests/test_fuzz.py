@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from multifid.data.parts import Assignment, found_in, pieces_of, read_part
+from multifid.data.parts import Assignment, columns_of, found_in, read_part
 from multifid.data.readers import alexandria, aselmdb, extxyz, mptrj
 
 NUMBERS = st.floats() | st.integers(-(10**25), 10**25) | st.sampled_from([0, -1, 119, 1e300, 1e-300, 3e38, 1e39, 1e5])
@@ -78,12 +78,12 @@ def grafts(draw, record: dict) -> Any:
 
 def stored(reader, path: Path) -> int:
     """How many structures a store would take of a file; what it takes is finite where it must be."""
-    work = Assignment(path, None, path.parent / "out", None)
+    work = Assignment(path, path.name, None, path.parent / "out", None)
     read_part(reader, reader.Options(), work, lambda *far: None)
     found = found_in(work.out)
-    for piece in pieces_of(work.out, found):
-        if piece.columns:
-            columns = piece.columns
+    for piece in found.pieces:
+        if piece.contents.structures:
+            columns = columns_of(piece)
             assert np.isfinite(columns["positions"]).all() and columns["numbers"].min() >= 1
             assert np.isfinite(columns.get("cell", np.zeros(1))).all()
             assert not any(np.isinf(values).any() for name, values in columns.items() if name.startswith("labels/"))

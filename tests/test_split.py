@@ -122,10 +122,10 @@ def test_structures_with_an_element_that_train_lacks_are_set_aside(chunk):
     numbers = np.array([1, 8, 1, 92, 6, 1, 1, 7, 8, 8], np.uint8)
     offsets = np.array([0, 2, 4, 5, 7, 8, 10], np.uint64)
     split = np.array([0, 1, 0, 1, 2, 2], np.uint8)
-    unseen = set_unseen_aside(split, numbers, offsets, chunk)
+    unseen = set_unseen_aside(split, numbers, offsets, np.unique(numbers), chunk)
     assert split.tolist() == [0, UNUSED, 0, 1, UNUSED, 2] and unseen == [7, 92]
 
 
 def test_setting_aside_a_whole_split_is_an_error():
     with pytest.raises(ValueError, match="every test structure has an element that the train split lacks"):
-        set_unseen_aside(np.array([0, 1, 2], np.uint8), np.array([1, 1, 8]), np.array([0, 1, 2, 3], np.uint64))
+        set_unseen_aside(np.array([0, 1, 2], np.uint8), np.array([1, 1, 8]), np.array([0, 1, 2, 3], np.uint64), [1, 8])

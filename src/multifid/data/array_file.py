@@ -5,7 +5,6 @@ import math
 import mmap
 import threading
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -16,23 +15,17 @@ READ_AHEAD = 1 << 17  # bytes: of one request Linux reads no more than the devic
 
 
 class ArrayFile:
-    """A growing npy file: rows are appended, the header is filled in at the end."""
+    """A growing npy file: rows are written anywhere (`write_rows`), the header is filled in at the end."""
 
     def __init__(self, path: Path, what: Field) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.what, self.rows = path, what, 0
         self.dtype = np.dtype(what.dtype)
-        self.file: BinaryIO = path.open("wb", buffering=BLOCK)
-        self.file.write(bytes(HEADER))
+        path.write_bytes(bytes(HEADER))
 
     def append(self, rows: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data)
+        write_rows(self.path, self.what, self.rows, rows)
         self.rows += len(rows)
-
-    def put(self, value: int) -> None:
-        """One row of a field of unsigned integers."""
-        self.file.write(value.to_bytes(self.dtype.itemsize, "little"))
-        self.rows += 1
 
     def pad(self, rows: int) -> None:
         """Rows that say nothing, until there are `rows` of them."""
@@ -46,9 +39,19 @@ class ArrayFile:
 
     def close(self) -> None:
         """Finish the file; it is not on the disk yet (`writer.commit` sees to that, when much of it has arrived)."""
-        self.file.seek(0)
-        self.file.write(npy_header(self.what.dtype, self.shape))
-        self.file.close()
+        with self.path.open("r+b") as file:
+            file.write(npy_header(self.what.dtype, self.shape))
+
+
+def write_rows(path: Path, what: Field, first: int, rows: np.ndarray) -> None:
+    """Rows of a field file that exists, from row `first` on. OSError names the file."""
+    content = np.ascontiguousarray(rows, what.dtype).reshape(-1).view(np.uint8).data
+    try:
+        with path.open("r+b") as file:
+            file.seek(HEADER + first * np.dtype(what.dtype).itemsize * math.prod(what.row))
+            file.write(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 class Rows:

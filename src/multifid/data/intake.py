@@ -5,17 +5,15 @@ files. So the store does not depend on how many processes there were, nor on how
 """
 
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from multifid.data.fields import file_checksum
 from multifid.data.inputs import Input
-from multifid.data.parts import Assignment, Found, Piece, found_in, is_done, pieces_of, read_part
+from multifid.data.parts import Assignment, Found, Piece, found_in, is_done, place_piece, read_part
+from multifid.data.placing import Place
 from multifid.data.readers import LabelSet, Part
 from multifid.data.unfinished import Unfinished
 from multifid.data.workers import Workers
@@ -32,6 +30,7 @@ def jobs(module: ModuleType, options: Any) -> dict[str, Callable[..., Any]]:
             work.path, lambda: read_part(module, options, work, lambda *far: report(far))
         ),
         "checksum": lambda path, report: file_checksum(path),
+        "place": lambda work, report: place_piece(*work),
     }
 
 
@@ -57,7 +56,11 @@ def read_files(files: list[Input], unfinished: Unfinished, workers: Workers, lim
         unfinished.write_plan(plan)
     mine = range(unfinished.rank, len(plan), unfinished.size)
     todo = [n for n in mine if not is_done(unfinished.part(n))]
-    work = [Assignment(files[plan[n][0]].path, plan[n][1], unfinished.part(n), limit) for n in todo]
+    inputs = [files[plan[n][0]] for n in todo]
+    work = [
+        Assignment(file.path, file.name, plan[n][1], unfinished.part(n), limit)
+        for file, n in zip(inputs, todo, strict=True)
+    ]
     far = _Progress(plan, advance)
     for n in mine:
         if is_done(unfinished.part(n)):
@@ -111,18 +114,6 @@ class _Progress:
         self.advance(file, self.fraction[file], sum(self.structures.values()))
 
 
-def _ahead(pieces: Iterator[Piece], wanted: bool) -> Iterator[Piece]:
-    """The pieces, if wanted each read by a thread while the one before it is stored."""
-    if not wanted:
-        yield from pieces
-        return
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
-            coming = thread.submit(next, pieces, None)
-            yield piece
-
-
 class Intake:
     """Puts finished parts into a writer and remembers what does not go into field files.
 
@@ -137,19 +128,18 @@ class Intake:
         self.isolated: dict[str, dict[int, float]] = {}  # task -> Z -> eV
         self.dropped: dict[str, int] = {}  # labels that are not numbers, by reason
 
-    def take(self, files: list[Input], plan: list[tuple[int, Part]], unfinished: Unfinished) -> None:
-        """All parts in the order of the files."""
+    def take(self, files: list[Input], plan: list[tuple[int, Part]], unfinished: Unfinished, pool: Workers) -> None:
+        """All parts in the order of the files: where everything goes is said here, workers write it there."""
         self.structures_of_file = [0] * len(files)
+        work: list[tuple[Piece, dict[str, str], Place]] = []
         for number, (file, _) in enumerate(plan):
             found = found_in(unfinished.part(number))
             self._remember(found, files[file])
-            for piece in _ahead(pieces_of(unfinished.part(number), found), self.writer.threads > 1):
-                for where, reason in piece.skips:
-                    self.writer.skip(files[file].name, where, reason)
-                if piece.columns:
-                    columns = self._renamed(piece.columns)
-                    self.writer.append_columns(columns, piece.source_id, piece.source_id_lengths)
+            for piece in found.pieces:
+                work.append((piece, self.names, self.writer.reserve(piece.contents.renamed(self.names))))
             self.structures_of_file[file] += found.structures
+        for _ in pool.run("place", work, lambda own: str(own[0].path)):
+            pass
 
     def _remember(self, found: Found, file: Input) -> None:
         for name in found.tasks:
@@ -161,16 +151,6 @@ class Intake:
                 raise ValueError(f"{file.path}: the isolated atom Z={number} has two energies: {both}")
         for what, count in found.dropped.items():
             self.dropped[what] = self.dropped.get(what, 0) + count
-
-    def _renamed(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        renamed = {}
-        for name, values in columns.items():
-            match name.split("/"):
-                case ["labels", task, kind]:
-                    renamed[f"labels/{self._task_of(task)}/{kind}"] = values
-                case _:
-                    renamed[name] = values
-        return renamed
 
     def _task_of(self, name: str) -> str:
         if name in self.names:

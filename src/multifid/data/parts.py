@@ -7,11 +7,12 @@ is whole, `NAME.json` with their sizes, checksums and what is no column: a part 
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from multifid.data.block import Block, join, pack, tasks_of
+from multifid.data.placing import Columns, Contents, Place, contents_of, place, place_skipped, renamed, skipped_line
 from multifid.data.readers import IsolatedAtom, Part, Skip
 from multifid.data.validate import malformed, screen
 from multifid.structures.structure import Structure
@@ -32,9 +34,20 @@ class Assignment:
     """A part of a file, and the path of what is made of it without its ending."""
 
     path: Path
+    name: str  # of the file, as the manifest calls it
     part: Part
     out: Path
     limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A file of some structures as columns, and the lines of what was skipped among them."""
+
+    path: Path
+    bytes: int
+    xxh3: str
+    contents: Contents
 
 
 @dataclass(slots=True)
@@ -45,7 +58,7 @@ class Found:
     tasks: list[str] = field(default_factory=list)  # label sets as the reader calls them, in order
     isolated: list[tuple[str, int, float]] = field(default_factory=list)  # label set, Z, eV
     dropped: dict[str, int] = field(default_factory=dict)
-    pieces: list[tuple[int, str]] = field(default_factory=list)  # bytes and xxh3 of each
+    pieces: list["Piece"] = field(default_factory=list)
 
 
 def read_part(module: ModuleType, options: Any, work: Assignment, report: Callable[[float, int], None]) -> None:
@@ -68,32 +81,35 @@ def is_done(out: Path) -> bool:
 
 def found_in(out: Path) -> Found:
     """What a finished part holds."""
-    return Found(**json.loads(out.with_name(f"{out.name}.json").read_text()))
+    told = json.loads(out.with_name(f"{out.name}.json").read_text())
+    pieces = [
+        Piece(_piece(out, number), size, digest, Contents(**contents))
+        for number, (size, digest, contents) in enumerate(told["pieces"])
+    ]
+    return Found(**{**told, "pieces": pieces})
 
 
-class Piece(NamedTuple):
-    """Structures as columns, their source ids as bytes laid end to end and the length of each, and what was skipped."""
+def columns_of(piece: Piece) -> Columns:
+    """The columns of a piece, with `source_id` (bytes), `source_id_lengths` and `skipped` (bytes).
 
-    columns: dict[str, np.ndarray]
-    source_id: np.ndarray
-    source_id_lengths: np.ndarray
-    skips: list[tuple[str, str]]  # (where, reason)
+    ValueError where it is damaged.
+    """
+    data = piece.path.read_bytes() if piece.path.is_file() else b""
+    if len(data) != piece.bytes or xxhash.xxh3_64_hexdigest(data) != piece.xxh3:
+        raise ValueError(f"{piece.path} is damaged or was changed: remove {piece.path.parent} and prepare again")
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{piece.path} is not what it should be: {error}") from error
 
 
-def pieces_of(out: Path, found: Found) -> Iterator[Piece]:
-    """The pieces of a finished part."""
-    for number, (size, digest) in enumerate(found.pieces):
-        path = _piece(out, number)
-        data = path.read_bytes() if path.is_file() else b""
-        if len(data) != size or xxhash.xxh3_64_hexdigest(data) != digest:
-            raise ValueError(f"{path} is damaged or was changed: remove {path.parent} and prepare again")
-        try:
-            columns = load(data)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not what it should be: {error}") from error
-        skips = [(where, reason) for where, reason in json.loads(columns.pop("skips").tobytes())]
-        text, lengths = columns.pop("source_id"), columns.pop("source_id_lengths")
-        yield Piece(columns, text, lengths, skips)
+def place_piece(piece: Piece, tasks: dict[str, str], where: Place) -> None:
+    """Write what a piece holds into a store to be. tasks: label set -> its name there."""
+    columns = columns_of(piece)
+    source_id, lengths, skipped = (columns.pop(name) for name in ("source_id", "source_id_lengths", "skipped"))
+    columns = {renamed(name, tasks): values for name, values in columns.items()}
+    place(where, piece.contents.renamed(tasks), columns, source_id, lengths)
+    place_skipped(where, skipped.tobytes())
 
 
 def _piece(out: Path, number: int) -> Path:
@@ -140,8 +156,9 @@ class _Pieces:
         self._flush()
         self._write()
         done = self.work.out.with_name(f"{self.work.out.name}.json")
-        text = json.dumps({name: getattr(self.found, name) for name in Found.__slots__})
-        _replace(done, text.encode())
+        pieces = [(piece.bytes, piece.xxh3, asdict(piece.contents)) for piece in self.found.pieces]
+        told = {name: getattr(self.found, name) for name in Found.__slots__} | {"pieces": pieces}
+        _replace(done, json.dumps(told).encode())
 
     def _flush(self) -> None:
         """What was taken record by record goes into columns."""
@@ -191,15 +208,20 @@ class _Pieces:
             return
         block = join(self.blocks)
         source = [text.encode() for text in block.sources]
+        source_id = np.frombuffer(b"".join(source), np.uint8)
+        skipped = b"".join(skipped_line(self.work.name, *skip) for skip in self.skips)
+        contents = contents_of(block.columns, source_id) if source else Contents()
+        reasons = Counter(reason for _, reason in self.skips)
         columns = {
             **block.columns,
-            "source_id": np.frombuffer(b"".join(source), np.uint8),
+            "source_id": source_id,
             "source_id_lengths": np.array([len(text) for text in source], np.int64),
-            "skips": np.frombuffer(json.dumps(self.skips).encode(), np.uint8),
+            "skipped": np.frombuffer(skipped, np.uint8),
         }
-        data = save(columns)
-        _replace(_piece(self.work.out, len(self.found.pieces)), data)
-        self.found.pieces.append((len(data), xxhash.xxh3_64_hexdigest(data)))
+        data, path = save(columns), _piece(self.work.out, len(self.found.pieces))
+        _replace(path, data)
+        contents = replace(contents, skipped=dict(reasons), skipped_bytes=len(skipped))
+        self.found.pieces.append(Piece(path, len(data), xxhash.xxh3_64_hexdigest(data), contents))
         self.blocks, self.skips, self.bytes = [], [], 0
 
 

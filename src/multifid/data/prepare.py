@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from multifid.data.array_file import Rows
 from multifid.data.check import doubts_of_fields, geometries
+from multifid.data.doubts import Doubt
 from multifid.data.fields import TASK_NAME
 from multifid.data.inputs import Input, find_inputs
 from multifid.data.intake import Advance, Intake, checksums, jobs, read_files
@@ -93,7 +94,7 @@ def prepare(
                 with _bar(files, progress) as advance:
                     plan = read_files(files, unfinished, pool, limit, advance)
                     unfinished.wait_for_parts(len(plan))
-                intake.take(files, plan, unfinished)
+                intake.take(files, plan, unfinished, pool)
                 if writer.structures == 0:
                     named = ", ".join(str(f.path) for f in files)
                     raise ValueError(f"{named}: no structure can be used ({writer.skipped})")
@@ -133,8 +134,9 @@ def _finish(
 ) -> None:
     """All structures are written: doubt, divide, fit, count, commit."""
     fields = writer.seal()
-    doubts = _doubts(fields, intake, writer, trust_units, [file["name"] for file in source["files"]])
-    split, splits = divided(fields)
+    levels = {name: about.level_of_theory for name, about in intake.label_sets.items() if name in writer.labels}
+    found, (split, splits) = pool.beside(doubts_of_fields, (fields, levels), lambda: divided(fields))
+    doubts = _doubts(found, trust_units, [file["name"] for file in source["files"]])
     writer.commit(
         split,
         {
@@ -144,7 +146,7 @@ def _finish(
                     "level_of_theory": labels.level_of_theory,
                     "energy_kind": labels.energy_kind,
                     "labels": writer.labels[name],
-                    **survey_task(name, fields, split, intake.isolated.get(name, {}), pool.each),
+                    **survey_task(name, fields, split, writer.present, intake.isolated.get(name, {}), pool.each),
                 }
                 for name, labels in intake.label_sets.items()
                 if name in writer.labels
@@ -168,15 +170,13 @@ def _question(format: str, files: list[Input], options: Any, limit: int | None) 
     }
 
 
-def _doubts(fields: dict[str, Rows], intake: Intake, writer: StoreWriter, trusted: bool, files: list[str]) -> list[str]:
+def _doubts(found: list[Doubt], trusted: bool, files: list[str]) -> list[str]:
     """What speaks against the declared units, one line each; a ValueError unless they are trusted."""
-    levels = {name: about.level_of_theory for name, about in intake.label_sets.items() if name in writer.labels}
-    found = [str(doubt) for doubt in doubts_of_fields(fields, levels)]
     if found and not trusted:
-        listed = "\n  ".join(found)
+        listed = "\n  ".join(map(str, found))
         named = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
         raise ValueError(f"{named}: units are doubtful (--trust-units, where they are right all the same):\n  {listed}")
-    return found
+    return [str(doubt) for doubt in found]
 
 
 def _divide(
@@ -194,7 +194,7 @@ def _divide(
     aside = {}
     if drop_duplicates or others:
         aside["duplicates"] = set_aside(divided.split, geometries(fields), drop_duplicates, others)
-    unseen = set_unseen_aside(divided.split, fields["numbers"], fields["offsets"])
+    unseen = set_unseen_aside(divided.split, fields["numbers"], fields["offsets"], intake.writer.present)
     counts = {name: int((divided.split == code).sum()) for code, name in enumerate(SPLITS)}
     rule = {"seed": seed, "rule": divided.rule, "fractions": list(fractions)}
     return divided.split, {**counts, **rule, "unseen_elements": unseen, **aside}

@@ -14,6 +14,7 @@ A split that would be empty is an error. `unused` (3) is for validation and test
 train split lacks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,12 +87,16 @@ def divide(
     return Divided(split, "; ".join(rules))
 
 
-def set_unseen_aside(split: np.ndarray, numbers: Sliced, offsets: Sliced, chunk: int = 4096) -> list[int]:
+def set_unseen_aside(
+    split: np.ndarray, numbers: Sliced, offsets: Sliced, elements: Sequence[int], chunk: int = 4096
+) -> list[int]:
     """Validation and test structures with an element that the train split lacks become unused, in place.
 
-    numbers (atoms,), offsets (structures + 1,). Returns the elements. ValueError where that empties a split.
+    numbers (atoms,), offsets (structures + 1,), elements: those that occur. Returns those that the train split lacks.
+    ValueError where that empties a split.
     """
     trained, present, unseen = np.zeros((3, 256), bool)
+    present[list(elements)] = True
     parts = [slice(a, min(a + chunk, len(split))) for a in range(0, len(split), chunk)]
 
     def atoms(part: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -101,8 +106,9 @@ def set_unseen_aside(split: np.ndarray, numbers: Sliced, offsets: Sliced, chunk:
 
     for part in parts:
         z, structure = atoms(part)
-        present[z] = True
         trained[z[(split[part] == TRAIN)[structure]]] = True
+        if trained[present].all():  # nearly always soon
+            break
     for part in parts if (present & ~trained).any() else ():
         z, structure = atoms(part)
         foreign = np.zeros(len(split[part]), bool)

@@ -104,10 +104,17 @@ def pieces(fields: Fields, start: int = 0, stop: int | None = None) -> Iterator[
 
 
 def survey_task(
-    task: str, fields: Fields, split: np.ndarray, isolated: dict[int, float], each: Each = one_by_one
+    task: str,
+    fields: Fields,
+    split: np.ndarray,
+    elements: list[int],
+    isolated: dict[int, float],
+    each: Each = one_by_one,
 ) -> dict[str, Any]:
-    """What the manifest says of a task's numbers: references, undetermined, rank, residual, scale."""
-    elements = [int(z) for z in np.flatnonzero(elements_of(fields))]
+    """What the manifest says of a task's numbers: references, undetermined, rank, residual, scale.
+
+    elements: the atomic numbers that occur in the store.
+    """
     parts = stretches(task, fields, split)
     if f"labels/{task}/energy" in fields and any(map(has_energies, parts)):
 
@@ -137,14 +144,6 @@ def scale(fields: Fields, split: np.ndarray, task: str, references: References, 
         for part, _, numbers, natoms in pieces(fields):
             of_energy.add((references.align(energies[part], numbers, natoms) / natoms)[split[part] == TRAIN])
     return of_energy.rms() or 1.0
-
-
-def elements_of(fields: Fields) -> np.ndarray:
-    """(256,) bool: the atomic numbers that occur."""
-    present = np.zeros(256, bool)
-    for piece in pieces(fields):
-        present[piece.numbers] = True
-    return present
 
 
 def sample_edges(fields: Fields, split: np.ndarray) -> dict[str, float]:

@@ -9,11 +9,13 @@ nothing to go on with, and the first rank removes what answers none. Ranks meet 
 file system is needed.
 """
 
+import contextlib
 import json
 import shutil
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from multifid.data.fields import SCHEMA
 from multifid.data.parts import is_done
 from multifid.data.readers import Part
 
+PARTS = 2  # what parts look like on disk: others are made anew
 BEAT = 2.0  # seconds
 SILENCE = 120.0  # seconds without a beat after which a rank is given up
 POLL = 0.2  # seconds
@@ -34,7 +37,7 @@ class Unfinished:
 
     def __init__(self, store: Path, question: dict[str, Any], rank: int, size: int) -> None:
         self.folder = store.parent / f".{store.name}.parts"
-        text = json.dumps([__version__, SCHEMA, question], sort_keys=True)
+        text = json.dumps([__version__, SCHEMA, PARTS, question], sort_keys=True)
         self.key = xxhash.xxh3_64_hexdigest(text.encode())
         self.rank, self.size = rank, size
         self._stop = threading.Event()
@@ -105,6 +108,8 @@ class Unfinished:
 
     def remove(self) -> None:
         """The store is there, or there is none to be."""
+        with contextlib.suppress(OSError), ThreadPoolExecutor() as threads:  # the kernel takes long over large files
+            wait([threads.submit(entry.unlink, True) for entry in self.folder.iterdir()])
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _beat(self) -> None:

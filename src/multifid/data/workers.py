@@ -8,11 +8,14 @@ import gc
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+T = TypeVar("T")
+U = TypeVar("U")
 Report = Callable[[Any], None]
 Job = Callable[..., Any]  # job(task, report)
 
@@ -72,6 +75,16 @@ class Workers:
         for event in self.run("call", [(function, own) for own in arguments], lambda task: task[0].__name__):
             found[event.task] = event.value
         return found
+
+    def beside(self, function: Callable[..., T], arguments: tuple[Any, ...], here: Callable[[], U]) -> tuple[T, U]:
+        """What a function of a module makes of the arguments, and what is done here, by one worker after the former."""
+        if self.count == 1:
+            return self.each(function, [arguments])[0], here()
+        events = self.run("call", [(function, arguments)], lambda task: task[0].__name__)
+        with ThreadPoolExecutor(1) as thread:  # it does nothing but wait for the worker
+            there = thread.submit(lambda: [event.value for event in events if event.done])
+            done = here()
+            return there.result()[0], done
 
     def _death(self, pipe: Connection, what: str) -> Exception:
         process = self._processes[pipe]

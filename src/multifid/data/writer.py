@@ -1,4 +1,6 @@
-"""Writes a store: structures stream in, one growing file per field, and nothing is a store before the last rename.
+"""Writes a store: one growing file per field, and nothing is a store before the last rename.
+
+Structures are appended here, or a place is reserved for them to which another process writes (`placing`).
 
 Everything goes to a hidden sibling `.NAME.partial` of the store to be. `commit` writes checksums and manifest, syncs
 and renames. A killed writer leaves at most the hidden directory, which the next writer removes and starts anew: the
@@ -8,20 +10,19 @@ Memory does not grow with the number of structures: what is written is read agai
 """
 
 import fcntl
-import json
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from multifid import __version__
 from multifid.data.array_file import ArrayFile, Rows
-from multifid.data.block import Block, pack, tasks_of
+from multifid.data.block import Block, pack
 from multifid.data.fields import (
     CHECKSUMS,
     HEADER,
@@ -34,6 +35,16 @@ from multifid.data.fields import (
     field,
 )
 from multifid.data.manifest import manifest_bytes
+from multifid.data.placing import (
+    Columns,
+    Contents,
+    Place,
+    contents_of,
+    field_file,
+    place,
+    place_skipped,
+    skipped_line,
+)
 from multifid.structures.elements import MAX_Z
 from multifid.structures.structure import SPLITS, Structure
 
@@ -41,8 +52,8 @@ from multifid.structures.structure import SPLITS, Structure
 class StoreWriter:
     """Append structures, `seal`, look at the fields, `commit`. As a context manager it cleans up unless committed.
 
-    threads: write so many field files at once. FileExistsError where `directory` exists already, BlockingIOError where
-    another process is writing it.
+    threads: so many files are on their way to the disk at once. FileExistsError where `directory` exists already,
+    BlockingIOError where another process is writing it.
     """
 
     def __init__(self, directory: Path | str, threads: int = 1) -> None:
@@ -54,16 +65,22 @@ class StoreWriter:
         for entry in self.partial.iterdir():  # what a killed writer left
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self.structures = self.atoms = self._source_bytes = 0
-        self.elements = np.zeros(MAX_Z + 1, np.int64)
+        self.elements = np.zeros(MAX_Z + 1, np.int64)  # how many atoms of each
         self.labels: dict[str, dict[str, int]] = {}
         self.skipped: dict[str, int] = {}
         self._files: dict[str, ArrayFile] = {}
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads)  # starts threads when they have something to do
         self._syncs: dict[Path, Future[None]] = {}  # files that are on their way to the disk
-        self._skipped_file: BinaryIO | None = None
-        self._file("offsets").put(0)
-        self._file("source_id_offsets").put(0)
+        self._skipped_bytes = 0
+        for name in ("offsets", "source_id_offsets"):
+            self._file(name).append(np.zeros(1, np.uint64))
+        self._file("source_id")
+
+    @property
+    def present(self) -> list[int]:
+        """The atomic numbers that occur."""
+        return [int(z) for z in np.flatnonzero(self.elements)]
 
     def append(self, structure: Structure) -> None:
         """Store one structure, which must be valid (`multifid.data.validate`)."""
@@ -75,45 +92,42 @@ class StoreWriter:
         lengths = np.array([len(source) for source in sources], np.int64)
         self.append_columns(block.columns, np.frombuffer(b"".join(sources), np.uint8), lengths)
 
-    def append_columns(self, columns: dict[str, np.ndarray], source_id: np.ndarray, lengths: np.ndarray) -> None:
+    def append_columns(self, columns: Columns, source_id: np.ndarray, lengths: np.ndarray) -> None:
         """Store structures as columns (`Block`), with their source ids end to end and the length of each in bytes."""
-        natoms = columns["natoms"].astype(np.int64)
-        self._file("offsets").append(self.atoms + np.cumsum(natoms))
-        self._file("source_id").append(source_id)
-        self._file("source_id_offsets").append(self._source_bytes + np.cumsum(lengths))
-        for task in tasks_of(columns):
-            self.labels.setdefault(task, dict.fromkeys(LABELS, 0))
-        if self.threads > 1:
-            writes = [self._pool.submit(self._append_column, name, x, natoms) for name, x in columns.items()]
-            wait(writes)
-            for write in writes:
-                write.result()
-        else:
-            for name, values in columns.items():
-                self._append_column(name, values, natoms)
-        self.elements += np.bincount(columns["numbers"], minlength=MAX_Z + 1)
-        self.structures += len(natoms)
-        self.atoms += int(natoms.sum())
-        self._source_bytes += int(lengths.sum())
+        contents = contents_of(columns, source_id)
+        place(self.reserve(contents), contents, columns, source_id, lengths)
 
-    def _append_column(self, name: str, values: np.ndarray, natoms: np.ndarray) -> None:
-        if name.startswith("labels/"):
+    def reserve(self, contents: Contents) -> Place:
+        """Where structures go that come next; they are counted as stored, and must be written there (`place`)."""
+        where = Place(self.partial, self.structures, self.atoms, self._source_bytes, self._skipped_bytes)
+        here = {"structures": self.structures, "atoms": self.atoms}
+        there = {"structures": self.structures + contents.structures, "atoms": self.atoms + contents.atoms}
+        for name in contents.stored:
+            array = self._file(name)
+            if array.what.absent is not None:  # those before these may have said nothing
+                array.pad(here[array.what.rows])
+            array.rows = there[array.what.rows]
+        self.structures, self.atoms = there["structures"], there["atoms"]
+        self._source_bytes += contents.source_bytes
+        self._file("source_id").rows = self._source_bytes
+        for name in ("offsets", "source_id_offsets"):
+            self._file(name).rows = self.structures + 1
+        for name, count in contents.labels.items():
             _, task, kind = name.split("/")
-            self.labels[task][kind] += (labelled := _labelled(name, values, natoms))
-            if not labelled:
-                return
-        array = self._file(name)
-        if array.what.absent is not None:  # those before this block may have said nothing
-            array.pad(self.structures if array.what.rows == "structures" else self.atoms)
-        array.append(values)
+            self.labels.setdefault(task, dict.fromkeys(LABELS, 0))[kind] += count
+        for z, count in contents.elements:
+            self.elements[z] += count
+        for reason, count in contents.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+        if contents.skipped_bytes:
+            (self.partial / SKIPPED).touch()
+            self._skipped_bytes += contents.skipped_bytes
+        return where
 
     def skip(self, file: str, where: str, reason: str) -> None:
         """Count a record that is not stored and list it in `skipped.jsonl`."""
-        if self._skipped_file is None:
-            self._skipped_file = (self.partial / SKIPPED).open("wb")
-        line = json.dumps({"file": file, "where": where, "reason": reason}, ensure_ascii=False)
-        self._skipped_file.write(line.encode() + b"\n")
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        line = skipped_line(file, where, reason)
+        place_skipped(self.reserve(Contents(skipped={reason: 1}, skipped_bytes=len(line))), line)
 
     def seal(self) -> "dict[str, Rows]":
         """No more structures: finish the field files and return them, by field name. They go to the disk meanwhile."""
@@ -123,8 +137,6 @@ class StoreWriter:
                 array.pad(rows)
             array.close()
             self._syncs[array.path] = self._pool.submit(_sync, array.path)
-        if self._skipped_file is not None:
-            self._skipped_file.close()
         return {name: Rows(array) for name, array in sorted(self._files.items())}
 
     def commit(self, split: np.ndarray, manifest: dict[str, Any]) -> None:
@@ -142,14 +154,13 @@ class StoreWriter:
         checksums.append(sums)
         checksums.close()
         files[CHECKSUMS] = {"bytes": HEADER + sums.nbytes, "dtype": "<u8", "shape": [len(sums)]}
-        present = np.flatnonzero(self.elements)
         body = {
             "schema": SCHEMA,
             "created_by": f"multifid {__version__}",
             "source": manifest.pop("source"),
             "structures": self.structures,
             "atoms": self.atoms,
-            "elements": {str(z): int(self.elements[z]) for z in present},
+            "elements": {str(z): int(self.elements[z]) for z in self.present},
             **manifest,
             "skipped": dict(sorted(self.skipped.items())),
             "files": dict(sorted(files.items())),
@@ -178,7 +189,7 @@ class StoreWriter:
 
     def _file(self, name: str) -> ArrayFile:
         if name not in self._files:
-            self._files[name] = ArrayFile(self.partial / f"{name}.npy", field(name))
+            self._files[name] = ArrayFile(field_file(self.partial, name), field(name))
         return self._files[name]
 
     def _whole(self, name: str, values: np.ndarray) -> None:
@@ -186,9 +197,10 @@ class StoreWriter:
         what = field(name)
         if name.startswith("index/") and self.structures > np.iinfo(np.uint32).max:
             what = Field("<u8", what.rows)
-        if (sync := self._syncs.pop(self.partial / f"{name}.npy", None)) is not None:
+        path = field_file(self.partial, name)
+        if (sync := self._syncs.pop(path, None)) is not None:
             sync.result()
-        array = self._files[name] = ArrayFile(self.partial / f"{name}.npy", what)
+        array = self._files[name] = ArrayFile(path, what)
         array.append(values)
         array.close()
 
@@ -196,21 +208,11 @@ class StoreWriter:
         """The manifest's `files`."""
         files: dict[str, dict[str, Any]] = {}
         for name, array in self._files.items():
-            size = (self.partial / f"{name}.npy").stat().st_size
+            size = field_file(self.partial, name).stat().st_size
             files[f"{name}.npy"] = {"bytes": size, "dtype": array.what.dtype, "shape": list(array.shape)}
-        if self._skipped_file is not None:
+        if self._skipped_bytes:
             files[SKIPPED] = {"bytes": (self.partial / SKIPPED).stat().st_size, "dtype": None, "shape": None}
         return files
-
-
-def _labelled(name: str, values: np.ndarray, natoms: np.ndarray) -> int:
-    """How many structures have a label in a column."""
-    if not np.isnan(values).any():
-        return len(natoms)
-    has = ~np.isnan(values.reshape(len(values), -1)).all(axis=1)
-    if field(name).rows == "atoms":
-        has = np.logical_or.reduceat(has, np.cumsum(natoms) - natoms)
-    return int(has.sum())
 
 
 def _refuse_existing(directory: Path) -> None:

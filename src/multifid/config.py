@@ -65,6 +65,11 @@ class Config(BaseModel):
             )
         if self.train.compile and self.train.recompute:
             raise ValueError("train.recompute is for what is not compiled: with train.compile the compiler chooses")
+        if self.train.compile == "reduce-overhead" and self.train.neighbors == "device":
+            raise ValueError(
+                "train.neighbors: device works on the device from other threads, which must not be while a CUDA graph "
+                "is recorded: with train.compile: reduce-overhead set it to host"
+            )
         if self.train.optimizer == "soap" and self.parallel.shard_encoder:
             raise ValueError("train.optimizer: soap needs whole matrices; with parallel.shard_encoder take adamw")
         return self

@@ -21,6 +21,7 @@ from multifid.structures.neighbors import neighbor_list
 from multifid.structures.structure import Packed, PackedLabels
 
 T = TypeVar("T")
+Lists = Callable[[Packed, float], tuple[torch.Tensor, torch.Tensor]]  # cutoff -> edges (2, E), shifts (E, 3)
 
 MOLECULAR_DENSITY = 0.09  # atoms per cubic angstrom in a molecule, hydrogen included; calibrated by each store
 
@@ -79,11 +80,18 @@ def _label_set(task: str, config: TaskConfig, store: Store) -> str:
     raise ValueError(f"tasks.{task}.labels must name one of the label sets of {store.path}: {present}")
 
 
-def collate(parts: list[tuple[Source, np.ndarray]], cutoff: float) -> Batch:
+def host_lists(packed: Packed, cutoff: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Edges (2, E) int64 and shifts (E, 3) float64 of `neighbor_list`, as tensors."""
+    edges, shifts = neighbor_list(packed, cutoff)
+    return torch.from_numpy(edges.astype(np.int64)), torch.from_numpy(shifts.astype(np.float64))
+
+
+def collate(parts: list[tuple[Source, np.ndarray]], cutoff: float, lists: Lists = host_lists) -> Batch:
     """Structures of several sources, laid end to end, with their edges and aligned labels, as one batch.
 
     parts: (source, indices into its store), in the order in which they are laid. Labels: float64 tensors in eV,
-    reference energies subtracted. An empty list of parts gives an empty batch.
+    reference energies subtracted. An empty list of parts gives an empty batch. lists: makes the edges, on the host or
+    on the device on which the batch will be processed; all else is on the host.
     """
     packs = [source.store.read(indices, source.label_sets) for source, indices in parts]
     slices: dict[str, tuple[slice, slice]] = {}
@@ -96,7 +104,7 @@ def collate(parts: list[tuple[Source, np.ndarray]], cutoff: float) -> Batch:
             slices[task] = here
             targets[task] = _targets(pack, pack.labels[name], source.references[task])
     whole = _concatenate(packs)
-    edges, shifts = neighbor_list(whole, cutoff)
+    edges, shifts = lists(whole, cutoff)
     natoms = torch.from_numpy(whole.natoms.astype(np.int64))
     return Batch(
         numbers=torch.from_numpy(whole.numbers.astype(np.int64)),
@@ -106,8 +114,8 @@ def collate(parts: list[tuple[Source, np.ndarray]], cutoff: float) -> Batch:
         spin=torch.from_numpy(whole.spin.astype(np.int64)),
         natoms=natoms,
         structure=torch.repeat_interleave(torch.arange(len(natoms)), natoms),
-        edges=torch.from_numpy(edges.astype(np.int64)),
-        shifts=torch.from_numpy(shifts.astype(np.float64)),
+        edges=edges,
+        shifts=shifts,
         slices=slices,
         targets=targets,
     )
@@ -191,10 +199,12 @@ def cut(costs: np.ndarray, most: float | None) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(costs)], strict=True)]
 
 
-def micro_batches(parts: list[tuple[Source, np.ndarray]], cutoff: float, max_edges: int | None) -> list[Batch]:
+def micro_batches(
+    parts: list[tuple[Source, np.ndarray]], cutoff: float, max_edges: int | None, lists: Lists = host_lists
+) -> list[Batch]:
     """The structures of a step as one batch, or as several of at most about `max_edges` edges each."""
     if max_edges is None:
-        return [collate(parts, cutoff)]
+        return [collate(parts, cutoff, lists)]
     costs = np.concatenate([np.zeros(0), *(edge_costs(s, i, cutoff) for s, i in parts)])
     ends = np.cumsum([len(i) for _, i in parts])
     out = []
@@ -205,7 +215,7 @@ def micro_batches(parts: list[tuple[Source, np.ndarray]], cutoff: float, max_edg
             chosen = indices[max(piece.start - begin, 0) : max(piece.stop - begin, 0)]
             if len(chosen):
                 inside.append((source, chosen))
-        out.append(collate(inside, cutoff))
+        out.append(collate(inside, cutoff, lists))
     return out
 
 

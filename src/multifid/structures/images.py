@@ -61,8 +61,8 @@ def pairs_among_images(systems: Systems, cutoff: float) -> Pairs:
     ValueError for coincident atoms, cells without volume in periodic directions, numbers that are not finite, and
     extents above LARGEST_EXTENT.
     """
-    cell = _complete(systems)
-    _check(systems, cell)
+    cell = complete(systems)
+    check(systems, cell)
     at = systems.first
     fractional, reach = _fractional(systems, cell, cutoff)
     wraps = np.floor(fractional) * np.repeat(systems.pbc, systems.natoms, axis=0)
@@ -84,7 +84,7 @@ def pairs_among_images(systems: Systems, cutoff: float) -> Pairs:
     return Pairs(*(np.concatenate([getattr(p, name) for p in parts]) for name in Pairs.__slots__))
 
 
-def _complete(systems: Systems) -> np.ndarray:
+def complete(systems: Systems) -> np.ndarray:
     """Cells (structures, 3, 3) with unit vectors at right angles to the rest in directions without periodicity."""
     cell = np.where(systems.pbc[:, :, None], systems.cell, 0.0)
     for s in np.flatnonzero(~systems.pbc.all(axis=1) & np.isfinite(cell).all(axis=(1, 2))):
@@ -93,7 +93,8 @@ def _complete(systems: Systems) -> np.ndarray:
     return cell
 
 
-def _check(systems: Systems, cell: np.ndarray) -> None:
+def check(systems: Systems, cell: np.ndarray) -> None:
+    """Refuse what has no list of neighbours: ValueError names the structure. cell: as `complete` gives it."""
     start = systems.first[:-1]
     finite = np.isfinite(cell).all(axis=(1, 2))
     finite &= np.logical_and.reduceat(np.isfinite(systems.positions).all(axis=1), start)

@@ -87,9 +87,11 @@ def _edges(batch: Batch, atoms: Tensor, size_of_atoms: int) -> tuple[Tensor, Ten
     """Edges and shifts; those that are filled in are spread over the padding atoms at the end."""
     missing = size_for(batch.edges.shape[1]) - batch.edges.shape[1]
     last = int(atoms[-1]) + 1
-    own = last + torch.arange(missing) * (size_of_atoms - last) // max(missing, 1)
+    device = batch.edges.device  # they may have been made where the batch will be processed
+    own = last + torch.arange(missing, device=device) * (size_of_atoms - last) // max(missing, 1)
     image = batch.shifts.new_tensor([1.0, 0.0, 0.0]).expand(missing, 3)
-    return torch.cat([atoms[batch.edges], torch.stack([own, own])], dim=1), torch.cat([batch.shifts, image])
+    edges = torch.cat([atoms.to(device)[batch.edges], torch.stack([own, own])], dim=1)
+    return edges, torch.cat([batch.shifts, image])
 
 
 def _without_labels(targets: Targets, place: tuple[slice, slice]) -> Targets:

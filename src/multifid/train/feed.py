@@ -10,9 +10,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from multifid.config import Config
-from multifid.data.loader import Source, edge_costs, micro_batches
+from multifid.data.loader import Lists, Source, edge_costs, host_lists, micro_batches
 from multifid.data.order import Draw, Order, rates
 from multifid.data.readahead import ReadAhead
 from multifid.data.stage import stage, staged_path
@@ -20,6 +21,8 @@ from multifid.data.store import Store
 from multifid.parallel.groups import World
 from multifid.parallel.shares import shares
 from multifid.structures.batch import Batch
+from multifid.structures.candidates import missing
+from multifid.structures.device_neighbors import DeviceLists
 
 AT_ONCE = 1 << 16  # structures of a split that are shared out together
 
@@ -33,6 +36,7 @@ class Feed:
     draws: list[Draw]  # of the sources, in their order
     placement: Mapping[str, Sequence[int]]  # task -> ranks
     rank: int = 0
+    lists: Lists = host_lists  # make the neighbour lists
     _ahead: list[ReadAhead] = field(init=False, repr=False)  # of the sources
 
     def __post_init__(self) -> None:
@@ -57,7 +61,7 @@ class Feed:
             chosen.append(indices)
             identities += draw.name.encode() + indices.astype("<i8").tobytes()
         parts = [(s, i) for s, i in zip(self.sources, self._mine(chosen), strict=True) if len(i)]
-        return micro_batches(parts, self.config.model.cutoff, self.config.train.max_edges), identities
+        return self._batches(parts, self.config.train.max_edges), identities
 
     def split(self, split: str) -> Iterator[Batch]:
         """This rank's part of a whole split, store after store, in batches of about a training step's edges.
@@ -75,7 +79,10 @@ class Feed:
                 costs = edge_costs(source, index, self.config.model.cutoff)
                 batch = max(1.0, float(self.config.train.batch or 1))
                 most = self.config.train.max_edges or max(float(costs.mean()) * batch, 1.0)
-                yield from micro_batches([(source, index)], self.config.model.cutoff, int(most))
+                yield from self._batches([(source, index)], int(most))
+
+    def _batches(self, parts: list[tuple[Source, np.ndarray]], max_edges: int | None) -> list[Batch]:
+        return micro_batches(parts, self.config.model.cutoff, max_edges, self.lists)
 
     def _mine(self, chosen: list[np.ndarray]) -> list[np.ndarray]:
         """Of the structures of each source those that this rank processes, in their order."""
@@ -85,6 +92,21 @@ class Feed:
         }
         owners = shares(costs, {draw.name: self.placement[draw.tasks[0]] for draw in self.draws})
         return [indices[owners[draw.name] == self.rank] for draw, indices in zip(self.draws, chosen, strict=True)]
+
+
+def lists_of(config: Config, device: torch.device) -> Lists:
+    """What makes the neighbour lists of a run that is processed on a device: `train.neighbors`.
+
+    ValueError where they are to be made on a device on which they cannot.
+    """
+    wanted, trouble = config.train.neighbors, missing(device)
+    if wanted == "auto":
+        on_device = device.type != "cpu" and trouble is None and config.train.compile != "reduce-overhead"
+    else:
+        on_device = wanted == "device"
+    if on_device and trouble is not None:
+        raise ValueError(f"train.neighbors: device: {trouble}")
+    return DeviceLists(device) if on_device else host_lists
 
 
 def make_draws(config: Config, sources: list[Source]) -> list[Draw]:

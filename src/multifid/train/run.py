@@ -27,7 +27,7 @@ from multifid.parallel import groups
 from multifid.structures.batch import Batch
 from multifid.train.build import build
 from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
-from multifid.train.feed import Feed, make_draws, near, total_steps
+from multifid.train.feed import Feed, lists_of, make_draws, near, total_steps
 from multifid.train.journal import Journal, finite
 from multifid.train.resolve import needs_trial, open_run, placement_of, write_config
 from multifid.train.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
@@ -78,6 +78,7 @@ def open_all(config: Config, world: groups.World, console: Console) -> Run:
         config, folder = open_run(config, world.size)
         sources = open_sources(config.tasks, config.train.verify)
         draws = make_draws(config, sources)
+        lists = lists_of(config, world.device)
         trial = needs_trial(config, world.size)
     costs = measured(config, sources, draws, world) if trial else None
     with world.together():
@@ -88,7 +89,7 @@ def open_all(config: Config, world: groups.World, console: Console) -> Run:
             write_config(config, folder, placement, world.size)
     if config.train.stage is not None:
         sources = near(sources, placement, Path(config.train.stage), world)
-    feed = Feed(config, sources, draws, placement, world.rank)
+    feed = Feed(config, sources, draws, placement, world.rank, lists)
     with world.together():
         trainer = build(config, sources, placement, feed.epoch_steps, world)
         position = Position(Totals([t.name for t in trainer.tasks], trainer.device))
@@ -98,7 +99,7 @@ def open_all(config: Config, world: groups.World, console: Console) -> Run:
             for complaint in complaints:
                 console.print(f"[yellow]{complaint}; going back to the checkpoint before it[/yellow]")
             position = restore(trainer, state, files)
-            feed = Feed(config, sources, go_on(draws, state), placement, world.rank)
+            feed = Feed(config, sources, go_on(draws, state), placement, world.rank, lists)
             console.print(f"resuming {folder} at step {position.step}")
         journal = Journal(folder, position.step, config.train.tensorboard) if world.first else None
     return Run(config, folder, world, feed, trainer, position, Saver(folder, world, config.train.keep), journal)

@@ -54,6 +54,11 @@ class TrainConfig(BaseModel):
         None,
         description="directory of each host (/dev/shm, a local disk) that the stores of its tasks are copied to first",
     )
+    neighbors: Literal["auto", "host", "device"] = Field(
+        "auto",
+        description="where neighbour lists are made; device: on `device`, which needs `pip install multifid[gpu]`; "
+        "auto: there, where it is an NVIDIA GPU and that is installed, unless `compile` is reduce-overhead",
+    )
     workers: int = Field(1, ge=0, description="threads that prepare batches ahead; 0: none")
     change_tasks: bool = Field(
         False, description="accept other tasks than the run's: they join or leave it where it goes on"
@@ -75,6 +80,7 @@ NEUTRAL = frozenset(
         "verify",
         "stage",
         "workers",
+        "neighbors",
         "device",
         "tensorboard",
         "recompute",

@@ -112,6 +112,11 @@ class Later:
         return float(self._here)
 
 
+def pinned(x: Tensor) -> Tensor:
+    """The same numbers where an accelerator can fetch them by itself; what it holds already stays there."""
+    return x.pin_memory() if x.device.type == "cpu" else x
+
+
 def unwatched(phase: str) -> None:
     """Nobody wants to know which part of a step begins."""
 
@@ -187,7 +192,7 @@ class Trainer:
             return batch
         batch = pad(batch, self.potential.config.cutoff) if self.padded else batch
         batch = laid_out(batch, self.number).to(dtype=self._dtype)
-        return batch if self.device.type == "cpu" else batch.moved(Tensor.pin_memory)
+        return batch if self.device.type == "cpu" else batch.moved(pinned)
 
     def settle(self) -> None:
         """Hear what became of the last step, if that is not yet known: count it, and average the weights it made.

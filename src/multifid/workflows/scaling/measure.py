@@ -20,7 +20,7 @@ from multifid.data.loader import Source, ahead, open_sources
 from multifid.parallel.groups import World
 from multifid.structures.batch import Batch
 from multifid.train.build import build
-from multifid.train.feed import Feed, make_draws
+from multifid.train.feed import Feed, lists_of, make_draws
 from multifid.train.resolve import placement_of
 from multifid.train.step import Totals, Trainer
 
@@ -146,7 +146,7 @@ def _measure(
     config = at_point(config, point)
     draws = make_draws(config, sources)
     placement = world.share(placement_of(config, sources, draws, world.size))
-    feed = Feed(config, sources, draws, placement, world.rank)
+    feed = Feed(config, sources, draws, placement, world.rank, lists_of(config, world.device))
     trainer = build(config, sources, placement, epoch_steps, world)
     clock = Clock(world.device)
     trainer.begins = clock.begins

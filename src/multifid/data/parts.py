@@ -68,10 +68,11 @@ def read_part(module: ModuleType, options: Any, work: Assignment, report: Callab
     def progress(fraction: float) -> None:
         report(fraction, pieces.found.structures)
 
-    for record in module.read(work.path, options, progress, work.part):
-        pieces.take(record)
-        if pieces.full:
-            break
+    with np.errstate(invalid="ignore"):  # infinite numbers become skips, and need no warning
+        for record in module.read(work.path, options, progress, work.part):
+            pieces.take(record)
+            if pieces.full:
+                break
     pieces.finish()
 
 

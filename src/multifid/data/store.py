@@ -159,7 +159,7 @@ class Store:
     def _atom_rows(self, name: str, atoms: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
         file = self._files[name]
         file.touch(first, last)
-        return file.rows.take(atoms, axis=0)
+        return file.take(atoms)
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
         return _checked(indices, self.structures, str(self.path))
@@ -198,7 +198,8 @@ def _checked(indices: np.ndarray, size: int, where: str) -> np.ndarray:
         return np.zeros(0, np.int64)
     if indices.dtype.kind not in "iu":
         raise IndexError(f"structures are read by integers, not by {indices.dtype}")
-    low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= size:
-        raise IndexError(f"structure {low if low < 0 else high} of {where}: it has structures 0..{size - 1}")
-    return indices.astype(np.int64, copy=False)
+    indices = indices.astype(np.int64, copy=False)
+    if indices.view(np.uint64).max() >= size:  # negative ones are the largest
+        wrong = int(indices[(indices < 0) | (indices >= size)][0])
+        raise IndexError(f"structure {wrong} of {where}: it has structures 0..{size - 1}")
+    return indices

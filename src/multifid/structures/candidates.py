@@ -55,7 +55,7 @@ def toolkit() -> ModuleType:
     """The toolkit's functions for torch; takes some seconds."""
     import warp
 
-    warp.config.quiet = True
+    warp.config.quiet = True  # type: ignore[attr-defined]
     from nvalchemiops.torch import neighbors
 
     return neighbors

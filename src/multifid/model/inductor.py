@@ -27,7 +27,7 @@ def options(cuda_graphs: bool) -> dict[str, Any]:
 def _readers_after_scatters() -> Any:
     """The pass over operations that are to be fused, in the form that lets compiled code be cached."""
     # Imported here: a second, for those who compile.
-    from torch._inductor.custom_graph_pass import CustomSchedulerPass
+    from torch._inductor.custom_graph_pass import CustomSchedulerPass, get_hash_for_files
     from torch._inductor.dependencies import WeakDep
 
     class ReadersAfterScatters(CustomSchedulerPass):
@@ -38,7 +38,7 @@ def _readers_after_scatters() -> Any:
                         node.add_fake_dep(WeakDep(after, mutating_buf=after))
             return nodes
 
-        def uuid(self) -> str:
-            return "multifid: readers after scatters, 1"
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
 
     return ReadersAfterScatters()

@@ -58,11 +58,6 @@ class Config(BaseModel):
             raise ValueError("train.batch and train.local_batch say the same thing twice: give one of them")
         if self.train.compile and self.parallel.shard_encoder:
             raise ValueError("train.compile needs whole layers; with parallel.shard_encoder set it to false")
-        if self.train.compile and self.model.branch.forces == "conservative":
-            raise ValueError(
-                "train.compile is for model.branch.forces: direct (torch cannot derive compiled code twice, which "
-                "training on conservative forces asks for); set it to false"
-            )
         if self.train.compile and self.train.recompute:
             raise ValueError("train.recompute is for what is not compiled: with train.compile the compiler chooses")
         if self.train.compile == "reduce-overhead" and self.train.neighbors == "device":

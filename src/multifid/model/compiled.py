@@ -1,25 +1,32 @@
 """A potential whose training passes are compiled, for batches of few shapes (`structures/padding.py`).
 
 A pass is first written down for the shapes at hand as a list of plain operations (`make_fx`), and the list is compiled.
-Every layer of the encoder and every branch is a list of its own, so that gradients still leave one layer after the
-other while the backward pass goes on; layers of one kind share their list, with other weights.
 
     shapes -> list of operations -> compiled, with its derivative        once for each, then looked up
 
-Direct forces only. Torch 2.13 derives compiled code once and not twice, and a list that holds the energy *and* its
-gradient, right when its operations are called one by one, became wrong numbers in generated code (EGNN, C++).
-What needs no gradient (validation, evaluation) is computed as ever.
+Direct forces: every layer of the encoder and every branch is a list of its own, so that gradients still leave one layer
+after the other while the backward pass goes on; layers of one kind share their list, with other weights.
+
+Conservative forces: training takes second derivatives, and torch derives compiled code once only. So one list holds the
+energies of a batch *and* their gradient, written out by autograd while the list is made, and is derived once, for the
+gradients of parameters. Its key has the slices of all tasks, and all gradients leave at the end of the backward pass.
+
+What torch's code generator gets wrong, and how that is avoided, stands in `inductor.py`. What needs no gradient
+(validation, evaluation) is computed as ever.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, functionalize
 
+from multifid.model.inductor import options
 from multifid.model.layers import NodeFeatures
-from multifid.model.potential import Potential
+from multifid.model.potential import Potential, Prediction
+from multifid.structures.batch import TENSORS, Batch
 
 Compile = Literal[False, True, "reduce-overhead"]
 Function = Callable[[list[Tensor], list[Tensor]], list[Tensor]]  # (parameters, inputs) -> outputs
@@ -30,9 +37,12 @@ def compile_training(potential: Potential, how: Compile, backend: str | Callable
 
     how: True; "reduce-overhead" also records graphs of kernels on accelerators that have them (CUDA graphs).
     """
-    lists = Lists(backend, how if isinstance(how, str) else None)
+    lists = Lists(backend, options(cuda_graphs=how == "reduce-overhead") if backend == "inductor" else {})
     if how == "reduce-overhead":
         potential.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    if potential.config.branch.forces == "conservative":
+        potential.forward = _Conservative(potential, lists)  # type: ignore[method-assign]
+        return lists
     stacks = [child for child in potential.encoder.children() if isinstance(child, nn.ModuleList)]
     for layer in (layer for stack in stacks for layer in stack):
         layer.forward = _Layer(layer, lists)
@@ -44,8 +54,8 @@ def compile_training(potential: Potential, how: Compile, backend: str | Callable
 class Lists:
     """Compiled lists of operations, by what they compute and for which shapes."""
 
-    def __init__(self, backend: str | Callable, mode: str | None) -> None:
-        self.backend, self.mode = backend, mode
+    def __init__(self, backend: str | Callable, options: dict[str, Any]) -> None:
+        self.backend, self.options = backend, options
         self.compiled: dict[Hashable, Function] = {}
         self.writing = False
 
@@ -71,7 +81,7 @@ class Lists:
 
             written = self._write(function, list(held.values()), inputs)
             self.compiled[key] = torch.compile(
-                written, backend=self.backend, mode=self.mode, dynamic=False, fullgraph=True
+                written, backend=self.backend, options=self.options or None, dynamic=False, fullgraph=True
             )
             try:
                 return self.compiled[key](list(held.values()), inputs)
@@ -79,7 +89,7 @@ class Lists:
                 raise RuntimeError(f"torch.compile fails here; set train.compile: false ({error})") from error
 
     def _write(self, function: Function, parameters: list[Tensor], inputs: list[Tensor]) -> nn.Module:
-        """The operations that a function makes of these arguments, none in place."""
+        """The operations that a function makes of these arguments, derivatives inside it included, none in place."""
         from torch.fx.experimental.proxy_tensor import make_fx  # a second to import, for those who compile
 
         self.writing = True
@@ -148,3 +158,28 @@ class _Branch:
         inputs = [features.scalars, features.vectors, structure]
         energy, forces = self.lists(("branch", structures), self.branch, inputs, call)
         return energy, forces
+
+
+class _Conservative:
+    """The pass of a potential whose forces, and stress, are derivatives of its energy."""
+
+    def __init__(self, potential: Potential, lists: Lists) -> None:
+        self.potential, self.forward, self.lists = potential, potential.forward, lists
+
+    def __call__(self, batch: Batch, stress: bool = False) -> dict[str, Prediction]:
+        if not (self.lists.wanted and self.potential.training and batch.structures):
+            return self.forward(batch, stress)
+
+        def call(*inputs: Tensor) -> Sequence[Tensor]:
+            tensors: dict[str, Any] = dict(zip(TENSORS, inputs, strict=True))
+            with torch.enable_grad():  # of the energy, for forces and stress
+                predictions = self.forward(replace(batch, **tensors), stress)
+            parts = ((p.energy, p.forces, p.stress) for p in predictions.values())
+            return [x for part in parts for x in part if x is not None]
+
+        places = tuple((t, s.start, s.stop, a.start, a.stop) for t, (s, a) in batch.slices.items())
+        inputs = [getattr(batch, name) for name in TENSORS]
+        outputs = iter(self.lists((places, stress), self.potential, inputs, call))
+        return {
+            task: Prediction(next(outputs), next(outputs), next(outputs) if stress else None) for task in batch.slices
+        }

@@ -40,7 +40,7 @@ class TrainConfig(BaseModel):
     )
     compile: Literal[False, True, "reduce-overhead"] = Field(
         False,
-        description="torch.compile for direct forces, batches padded to few sizes; reduce-overhead: CUDA graphs too",
+        description="torch.compile of training passes, batches padded to few sizes; reduce-overhead: CUDA graphs too",
     )
     recompute: bool = Field(
         False, description="keep no activations inside encoder layers but compute them again: less memory, more time"

@@ -60,7 +60,7 @@ class Invariants(nn.Module):
         v, t = bounded(v), bounded(t)
         vv = (v @ v.mT).flatten(1).index_select(1, self.of_vectors)  # type: ignore[arg-type]
         tt = (t @ t.mT).flatten(1).index_select(1, self.of_tensors)  # type: ignore[arg-type]
-        entries = torch.cat([t[:, :, :4] * (A / 2), t[:, :, 4:]], dim=2) @ self.to_matrix
+        entries = torch.cat([t[:, :, :4] * (A / 2), t[:, :, 4:]], dim=2) @ self.to_matrix  # type: ignore[operator]
         turned = entries.view(len(t), -1, 3) @ v.mT  # (N, 3 T, C), every tensor times every vector
         vtv = (turned.view(len(t), t.shape[1], 3, v.shape[1]) * v.mT[:, None]).sum(dim=2)
         return torch.cat([sizes, vv, tt, vtv.flatten(1)], dim=1)

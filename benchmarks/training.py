@@ -122,7 +122,7 @@ def arithmetic(potential: Potential, batch: Batch) -> float:
     atoms, edges, total = len(batch.numbers), batch.edges.shape[1], 0.0
     for name, module in potential.named_modules():
         if isinstance(module, torch.nn.Linear):
-            on_edges = any(part in name for part in (".pair", ".message", ".gate", ".move", ".filter"))
+            on_edges = any(part in name for part in (".pair", ".angle", ".message", ".gate", ".move", ".filter"))
             rows = edges if on_edges else 3 * atoms if ".mix" in name else atoms
             total += 6.0 * module.weight.numel() * rows
     return total

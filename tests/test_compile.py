@@ -21,6 +21,7 @@ from multifid.parallel.layout import place
 from multifid.structures.padding import pad, size_for
 from multifid.train.build import build
 from multifid.train.step import Totals
+from test_model import KINDS
 from test_train import config_of, feed_of
 
 CUTOFF = 3.0
@@ -31,7 +32,7 @@ BACKEND = "aot_eager"  # derives and calls what was written down, without the mi
 def potential_of(encoder="egnn", forces="direct", dtype=torch.float64, tasks=("apple", "berry", "cherry"), layers=2):
     config = ModelConfig(
         cutoff=CUTOFF,
-        encoder=EncoderConfig(name=encoder, layers=layers, hidden=12, vectors=3 if encoder == "egnn" else None),
+        encoder=EncoderConfig(**KINDS[encoder], layers=layers, hidden=12, vectors=None if encoder == "painn" else 3),
         branch=BranchConfig(hidden=[10], forces=forces),
     )
     return Potential(config, list(tasks), {t: t for t in tasks}, seed=0).to(dtype).train()
@@ -88,7 +89,7 @@ def test_sizes_are_few_and_waste_a_quarter_at_most():
 
 
 @pytest.mark.parametrize("forces", ["direct", "conservative"])
-@pytest.mark.parametrize("encoder", ["egnn", "painn"])
+@pytest.mark.parametrize("encoder", KINDS)
 def test_padding_changes_no_prediction_and_no_gradient(stores, encoder, forces):
     batch, potential = between_sizes(stores), potential_of(encoder, forces)
     padded = pad(batch, CUTOFF)
@@ -115,7 +116,7 @@ def test_padded_batches_have_sorted_receivers_one_structure_for_each_atom_and_no
         assert int(torch.isfinite(y.energy).sum()) == int(torch.isfinite(batch.targets[task].energy).sum())
 
 
-@pytest.mark.parametrize("encoder", ["egnn", "painn"])
+@pytest.mark.parametrize("encoder", KINDS)
 def test_compiled_passes_equal_eager_ones_and_compile_once_for_each_shape(stores, encoder):
     eager = potential_of(encoder)
     compiled, counter = copy.deepcopy(eager), CompileCounterWithBackend(BACKEND)
@@ -139,9 +140,10 @@ def sharing(batch):
     return replace(batch, slices=batch.slices | also, targets=batch.targets | {"damson": batch.targets["berry"]})
 
 
-@pytest.mark.parametrize("encoder", ["egnn", "painn"])
+@pytest.mark.parametrize("encoder", KINDS)
 def test_compiled_conservative_passes_equal_eager_ones_and_compile_once_for_each_shape(stores, encoder):
-    eager = potential_of(encoder, "conservative", tasks=["apple", "berry", "cherry", "damson"], layers=1)
+    layers = 2 if "tensors" in encoder else 1  # the first layer sees no angles
+    eager = potential_of(encoder, "conservative", tasks=["apple", "berry", "cherry", "damson"], layers=layers)
     compiled, counter = copy.deepcopy(eager), CompileCounterWithBackend(BACKEND)
     lists = compile_training(compiled, True, counter)
     batch = batches_of(stores, 1)[0]  # without structures of the fourth task, or with those that another one has too

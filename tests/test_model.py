@@ -11,6 +11,7 @@ from scipy.stats import ortho_group
 
 from multifid.model.branch import BranchConfig
 from multifid.model.encoder import ENCODERS, EncoderConfig, build_encoder
+from multifid.model.layers import draw_weights
 from multifid.model.potential import ModelConfig, Potential
 from multifid.structures.batch import Batch
 from multifid.structures.neighbors import neighbor_list
@@ -27,14 +28,15 @@ def the_same_draws_in_any_order_of_tests():
     RANDOM.bit_generator.state = np.random.default_rng(7).bit_generator.state
 
 
-every_model = pytest.mark.parametrize(("encoder", "forces"), list(itertools.product(ENCODERS, FORCES)))
-every_encoder = pytest.mark.parametrize("encoder", list(ENCODERS))
+KINDS = {name: {"name": name} for name in ENCODERS} | {"egnn with tensors": {"name": "egnn", "tensors": 3}}
+every_model = pytest.mark.parametrize(("encoder", "forces"), list(itertools.product(KINDS, FORCES)))
+every_encoder = pytest.mark.parametrize("encoder", list(KINDS))
 
 
 def model_of(encoder, forces, branches=("a",), branch_of=None, seed=0, cutoff=CUTOFF, dtype=torch.float64):
     config = ModelConfig(
         cutoff=cutoff,
-        encoder=EncoderConfig(name=encoder, layers=2, hidden=12),
+        encoder=EncoderConfig(**KINDS[encoder], layers=2, hidden=12),
         branch=BranchConfig(hidden=[10, 10], forces=forces),
     )
     potential = Potential(config, list(branches), branch_of or {b: b for b in branches}, seed).to(dtype)
@@ -345,7 +347,9 @@ def test_an_empty_slice_predicts_nothing(encoder, forces):
 @every_model
 def test_untrained_predictions_are_of_the_size_of_the_labels(encoder, forces):
     """In molecules and in dense crystals: labels in scaled units are near one, and training starts from there."""
-    config = ModelConfig(encoder=EncoderConfig(name=encoder), branch=BranchConfig(hidden=[64, 64, 64], forces=forces))
+    config = ModelConfig(
+        encoder=EncoderConfig(**KINDS[encoder]), branch=BranchConfig(hidden=[64, 64, 64], forces=forces)
+    )
     crystal = bulk("Fe", "bcc", 2.87, cubic=True).repeat(2)
     crystal.rattle(0.1, seed=0)
     systems = [system(16, spread=5.0), (crystal.numbers, crystal.positions, np.asarray(crystal.cell), True, 0, 1)]
@@ -359,7 +363,7 @@ def test_untrained_predictions_are_of_the_size_of_the_labels(encoder, forces):
 @every_model
 def test_weights_depend_on_seed_and_name_alone(encoder, forces):
     config = ModelConfig(
-        encoder=EncoderConfig(name=encoder, layers=1, hidden=8), branch=BranchConfig(hidden=[6], forces=forces)
+        encoder=EncoderConfig(**KINDS[encoder], layers=1, hidden=8), branch=BranchConfig(hidden=[6], forces=forces)
     )
 
     def weights(branches, seed=0):
@@ -439,7 +443,7 @@ def test_charge_and_spin_states_of_one_geometry_are_told_apart_by_training(encod
     z, x, cell, pbc, *_ = system(3)
     batch = batch_of(*((z, x, cell, pbc, charge, spin) for charge, spin in ((0, 1), (1, 2), (-1, 2), (0, 3))))
     energy = torch.tensor([0.0, 1.0, -1.0, 0.5], dtype=torch.float64)  # a blind model: 2.19 at best
-    config = ModelConfig(cutoff=CUTOFF, encoder=EncoderConfig(name=encoder, layers=1, hidden=12))
+    config = ModelConfig(cutoff=CUTOFF, encoder=EncoderConfig(**KINDS[encoder], layers=1, hidden=12))
     model = Potential(config, ["a"], {"a": "a"}, seed=0).double()
     optimizer = torch.optim.Adam(model.parameters(), 0.002)
     for _ in range(120):
@@ -457,6 +461,30 @@ def test_vectors_are_the_encoders_choice():
     assert build_encoder(EncoderConfig(name="painn", hidden=16, vectors=16), CUTOFF).vectors == 16
     with pytest.raises(ValueError, match="as many vector channels as hidden units"):
         build_encoder(EncoderConfig(name="painn", hidden=16, vectors=8), CUTOFF)
+
+
+def test_tensors_are_refused_by_an_encoder_that_has_none():
+    with pytest.raises(ValueError, match="painn has no tensors, got tensors: 2"):
+        build_encoder(EncoderConfig(name="painn", hidden=16, tensors=2), CUTOFF)
+
+
+def test_with_tensors_atoms_see_what_distances_and_sums_of_vectors_do_not():
+    """A centre with four neighbours in a square and one with four in a tetrahedron, each one alone.
+
+    No neighbour sees another: the sum of all directions is zero in both, the distances are the same.
+    """
+    square = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]]) * 2.5
+    tetrahedron = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3**0.5 * 2.5
+    systems = [
+        (np.array([6, 1, 1, 1, 1]), np.vstack([np.zeros(3), x]), None, False, 0, 1) for x in (square, tetrahedron)
+    ]
+    batch = batch_of(*systems, cutoff=3.0)
+    assert batch.edges.shape[1] == 16
+    blind, seeing = (build_encoder(EncoderConfig(layers=1, hidden=8, tensors=tensors), 3.0) for tensors in (0, 2))
+    for encoder, same in ((blind, True), (seeing, False)):
+        draw_weights(encoder, torch.Generator().manual_seed(0))
+        energies = encoder.double()(batch).scalars[[0, 5]]
+        assert torch.allclose(energies[0], energies[1], atol=TIGHT) == same
 
 
 def test_wrong_configurations_are_named():

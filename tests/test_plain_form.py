@@ -4,12 +4,74 @@ import copy
 
 import pytest
 import torch
-from plain import PLAIN
+from plain import PLAIN, PlainEGNN, PlainLayer, segment_sum
 
-from multifid.model.encoder import ENCODERS, EncoderConfig, build_encoder
+from multifid.model.encoder import EncoderConfig, build_encoder
 from multifid.model.encoders import edge_messages
-from multifid.model.layers import draw_weights
-from test_model import CUTOFF, FORCES, TIGHT, assert_close, batch_of, loss, mixed, model_of, system
+from multifid.model.encoders.egnn import TYPICAL_NEIGHBORS
+from multifid.model.layers import NodeFeatures, draw_weights, envelope
+from multifid.structures.batch import edge_vectors
+from test_model import CUTOFF, FORCES, KINDS, TIGHT, assert_close, batch_of, loss, mixed, model_of, system
+
+
+class PlainTensors(PlainEGNN):
+    """EGNN with tensors, which are whole matrices here, and every product of two is written out."""
+
+    def __init__(self, encoder):
+        super().__init__(encoder)
+        self.layers = torch.nn.ModuleList(PlainTensorLayer(layer) for layer in encoder.layers)
+
+    def forward(self, batch):
+        h = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
+        v = batch.positions.new_zeros(len(h), self.vectors, 3)
+        r = edge_vectors(batch)
+        d = torch.linalg.vector_norm(r, dim=1)
+        for k, layer in enumerate(self.layers):
+            h, v = layer(k, h, v, batch.edges, r, self.radial(d), envelope(d, self.cutoff))
+        return NodeFeatures(self.norm(h), v)
+
+
+class PlainTensorLayer(PlainLayer):
+    def __init__(self, layer):
+        super().__init__(layer)
+        if layer.angle is not None:
+            weight, bias = torch.cat([self.first.weight, layer.angle.weight], dim=1), self.first.bias
+            self.first = torch.nn.Linear(weight.shape[1], len(weight), dtype=weight.dtype)
+            with torch.no_grad():
+                self.first.weight.copy_(weight)
+                self.first.bias.copy_(bias)
+
+    def forward(self, k, h, v, edges, r, b, u):
+        (row, col), channels = edges, v.shape[1]
+        n = self.norm(h)
+        x = r[:, None, :] + v[col] - v[row]
+        x2 = torch.sum(x**2, dim=2)
+        s = r / torch.sqrt(torch.sum(r**2, dim=1) + 1)[:, None]
+        y = s[:, :, None] * s[:, None, :] - torch.sum(s**2, dim=1)[:, None, None] * torch.eye(3, dtype=r.dtype) / 3
+        seen = [x2 * self.per_area, b]
+        if k > 0:
+            seen += [torch.einsum("eck,ek->ec", v[end], r) * self.per_area for end in (row, col)]
+        m = torch.nn.functional.silu(self.first(torch.cat([n[row], n[col], *seen], dim=1)))
+        m = torch.nn.functional.silu(self.message(m))
+        m = torch.sigmoid(self.gate(m)) * m
+        phi = u * self.move(m)
+        moved = (phi[:, :channels] / torch.sqrt(x2 + 1.0))[:, :, None] * x
+        v = v + segment_sum(moved.flatten(1), row, len(h)).view_as(v) / TYPICAL_NEIGHBORS**0.5
+        turned = phi[:, channels:, None, None] * y[:, None]
+        t = segment_sum(turned.flatten(1), row, len(h)).view(len(h), -1, 3, 3) / TYPICAL_NEIGHBORS**0.5
+        m_sum = segment_sum(u * m, row, len(h)) / TYPICAL_NEIGHBORS
+        v2, t2 = torch.sum(v**2, dim=2), 1.5 * torch.sum(t**2, dim=(2, 3))
+        w, q = v / torch.sqrt(v2 + 1)[:, :, None], t / torch.sqrt(t2 + 1)[:, :, None, None]
+        products = [torch.sum(w[:, a] * w[:, b], dim=1) for a in range(channels) for b in range(a + 1, channels)]
+        count = t.shape[1]
+        products += [1.5 * torch.sum(q[:, a] * q[:, b], (1, 2)) for a in range(count) for b in range(a + 1, count)]
+        products += [1.5 * torch.einsum("nk,nkl,nl->n", w[:, c], q[:, a], w[:, c])
+                     for a in range(count) for c in range(channels)]  # fmt: skip
+        known = [n, m_sum, torch.log1p(v2), torch.log1p(t2), torch.stack(products, dim=1)]
+        return h + self.node(torch.cat(known, dim=1)), v
+
+
+PLAIN_KINDS = {**PLAIN, "egnn with tensors": PlainTensors}
 
 
 def plain_name(name):
@@ -28,6 +90,7 @@ def gradients(model, batch):
     for k, layer in enumerate(model.encoder.layers):
         if hasattr(layer, "pair"):
             parts = [layer.receiver.weight.grad, layer.sender.weight.grad, layer.pair.weight.grad]
+            parts += [] if layer.angle is None else [layer.angle.weight.grad]
             found[f"encoder.layers.{k}.first.weight"] = torch.cat(parts, dim=1)
             found[f"encoder.layers.{k}.first.bias"] = layer.receiver.bias.grad
     return found
@@ -35,14 +98,14 @@ def gradients(model, batch):
 
 @pytest.mark.parametrize("forces", FORCES)
 @pytest.mark.parametrize("tile", [5, 1024])
-@pytest.mark.parametrize("encoder", PLAIN)
+@pytest.mark.parametrize("encoder", PLAIN_KINDS)
 def test_an_encoder_is_its_published_form(encoder, forces, tile, monkeypatch):
     """Widths that are padded (12 to 16), several tiles or one, atoms and structures without edges."""
     monkeypatch.setattr(edge_messages, "TILE_EDGES", tile)
     monkeypatch.setattr(edge_messages, "TILE_VALUES", tile)
     fast = model_of(encoder, forces).train()
     plain = copy.deepcopy(fast)
-    plain.encoder = PLAIN[encoder](plain.encoder)
+    plain.encoder = PLAIN_KINDS[encoder](plain.encoder)
     batch = batch_of(*mixed(), system(2, spread=200.0))
     a, b = (model(batch, stress=True)["a"] for model in (fast, plain))
     assert_close(a.energy, b.energy)
@@ -58,7 +121,7 @@ def test_an_encoder_is_its_published_form(encoder, forces, tile, monkeypatch):
 
 
 @pytest.mark.parametrize("forces", FORCES)
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", KINDS)
 def test_recomputed_activations_give_the_same_gradients(encoder, forces):
     batch = batch_of(*mixed())
     kept, again = (model_of(encoder, forces).train() for _ in range(2))

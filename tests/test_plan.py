@@ -31,6 +31,7 @@ from multifid.workflows.forecast import forecast
 from multifid.workflows.here import this_machine
 from multifid.workflows.plan import STATE, make_plan, plan, ranges
 from multifid.workflows.subject import TaskLoad, make_subject
+from test_model import KINDS
 from test_train import config_of
 
 SLOW = Machine("slow", 2, 1e9, 1e9, 1e9, 1e-6, Link(1e-5, 1e8), Link(1e-4, 1e7), queued=False)
@@ -66,11 +67,12 @@ def measured(config, folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("encoder", "hidden", "forces", "optimizer"),
     [(e, h, "direct", "adamw") for e in ("egnn", "painn") for h in (16, 64, 160)]
-    + [("egnn", 64, "conservative", "adamw"), ("egnn", 16, "direct", "soap")],
+    + [("egnn", 64, "conservative", "adamw"), ("egnn", 16, "direct", "soap")]
+    + [("egnn with tensors", 16, "direct", "adamw"), ("egnn with tensors", 16, "conservative", "soap")],
 )
 def test_bytes_are_those_of_a_run(stores, tmp_path, encoder, hidden, forces, optimizer):
     layers = 2 if (encoder, hidden, forces) == ("egnn", 160, "direct") else 1  # counting takes a second for a layer
-    model = {"cutoff": 6.0, "encoder": {"name": encoder, "layers": layers, "hidden": hidden}}
+    model = {"cutoff": 6.0, "encoder": {**KINDS[encoder], "layers": layers, "hidden": hidden}}
     model["branch"] = {"hidden": [hidden, hidden], "forces": forces}
     config = parse_config(
         config_of(stores, tmp_path / "run", model=model, train={"batch": 40, "optimizer": optimizer}), "test"
@@ -81,11 +83,11 @@ def test_bytes_are_those_of_a_run(stores, tmp_path, encoder, hidden, forces, opt
     assert planned["activations"] == pytest.approx(seen["activations"], rel=0.1)
 
 
-@pytest.mark.parametrize("encoder", ["egnn", "painn"])
+@pytest.mark.parametrize("encoder", KINDS)
 def test_a_large_batch_in_tiles_is_told_from_a_small_one(monkeypatch, encoder):
     monkeypatch.setattr(edge_messages, "TILE_EDGES", 96)
     monkeypatch.setattr(edge_messages, "TILE_VALUES", 0)
-    model = {"encoder": {"name": encoder, "layers": 1, "hidden": 16}, "branch": {"hidden": [16], "forces": "direct"}}
+    model = {"encoder": {**KINDS[encoder], "layers": 1, "hidden": 16}, "branch": {"hidden": [16], "forces": "direct"}}
     config, large = ModelConfig.model_validate(model), Size(1, 400, 400, 40 * 96)
     told = footprint(config, edges_per_atom=9.6, atoms=400, processor=True)
     seen = count(config, large, torch.float32, processor=True)

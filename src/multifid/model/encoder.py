@@ -31,6 +31,12 @@ class EncoderConfig(BaseModel):
         ge=1,
         description="Vector channels per atom; none means the encoder's own: 8 for egnn, hidden for painn.",
     )
+    tensors: int = Field(
+        default=0,
+        ge=0,
+        description="Channels of symmetric tensors per atom (egnn): with some, atoms and edges see the angles between "
+        "neighbours; 8 take about twice as long for a step, and learn more from few structures.",
+    )
     radial: int = Field(default=8, ge=1, description="Radial basis functions of the distance.")
 
     @field_validator("name")
@@ -43,4 +49,4 @@ class EncoderConfig(BaseModel):
 
 def build_encoder(config: EncoderConfig, cutoff: float) -> EGNN | PaiNN:
     """The encoder that the config names, its weights not yet drawn. Raises ValueError for options it does not have."""
-    return ENCODERS[config.name](config.layers, config.hidden, config.vectors, config.radial, cutoff)
+    return ENCODERS[config.name](config.layers, config.hidden, config.vectors, config.radial, cutoff, config.tensors)

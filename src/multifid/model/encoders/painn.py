@@ -37,12 +37,14 @@ class PaiNN(nn.Module):
 
     recompute = False  # keep nothing between the layers' ends for the backward pass
 
-    def __init__(self, layers: int, hidden: int, vectors: int | None, radial: int, cutoff: float):
+    def __init__(self, layers: int, hidden: int, vectors: int | None, radial: int, cutoff: float, tensors: int = 0):
         super().__init__()
         if vectors not in (None, hidden):
             raise ValueError(
                 f"painn has as many vector channels as hidden units ({hidden}), got vectors: {vectors}; leave it out"
             )
+        if tensors:
+            raise ValueError(f"painn has no tensors, got tensors: {tensors}; leave it out, or choose egnn")
         self.hidden = self.vectors = hidden
         self.cutoff = cutoff
         self.embedding = NodeEmbedding(hidden)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, functionalize
 
+from multifid.model.encoders.edge_messages import untiled
 from multifid.model.inductor import options
 from multifid.model.layers import NodeFeatures
 from multifid.model.potential import Potential, Prediction
@@ -94,7 +95,7 @@ class Lists:
 
         self.writing = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), untiled():
                 written = make_fx(function)(parameters, inputs)
         finally:
             self.writing = False

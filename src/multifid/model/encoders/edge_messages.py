@@ -9,6 +9,9 @@ Second derivatives (forces that are minus the gradient of the energy, while trai
 same forward expression: it merges the gradients of energy and forces before every matrix product.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -19,6 +22,7 @@ ALIGNMENT = 16  # widths are padded with zeros to a multiple: 866 runs at two th
 TILE_EDGES = 1024  # at least so many edges in a tile: enough rows for a matrix product ...
 TILE_VALUES = 3 << 16  # ... and about so many values for each thread: 0.75 MiB in float32
 TILED = {"cpu"}  # kinds of devices with a cache to stay in
+UNTILED: ContextVar[bool] = ContextVar("UNTILED", default=False)
 
 
 class EdgeWeights(NamedTuple):
@@ -33,6 +37,16 @@ class EdgeWeights(NamedTuple):
     move_bias: Tensor
     weight: Tensor  # (C, K)
     weight_bias: Tensor
+
+
+@contextmanager
+def untiled() -> Iterator[None]:
+    """Edges in one piece: for a compiler, which decides itself what stays in the cache, and takes long over many."""
+    token = UNTILED.set(True)
+    try:
+        yield
+    finally:
+        UNTILED.reset(token)
 
 
 def aligned(width: int) -> int:
@@ -79,7 +93,7 @@ def messages(
 
 def tiles(edges: int, like: Tensor) -> list[slice]:
     """The edges in pieces of nearly equal size; in one piece where there is no cache to stay in, and at least one."""
-    most = edges_of_tile(like.shape[1]) if like.device.type in TILED else edges
+    most = edges_of_tile(like.shape[1]) if like.device.type in TILED and not UNTILED.get() else edges
     pieces = max(1, -(-edges // max(most, 1)))
     return [slice(k * edges // pieces, (k + 1) * edges // pieces) for k in range(pieces)]
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import mmap
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,11 @@ class Rows:
         items = math.prod(row)
         offset = HEADER + start * items * self.dtype.itemsize
         return np.fromfile(self.path, self.dtype, (stop - start) * items, offset=offset).reshape(stop - start, *row)
+
+    def parts(self, chosen: Sequence[slice]) -> np.ndarray:
+        """Some small slices, end to end."""
+        mapped = np.memmap(self.path, self.dtype, "r", HEADER, self.shape)
+        return np.concatenate([mapped[part] for part in chosen])
 
 
 class MappedFile:

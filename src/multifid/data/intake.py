@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from multifid.data.fields import file_checksum
 from multifid.data.inputs import Input
 from multifid.data.parts import Assignment, Found, Piece, found_in, is_done, place_piece, read_part
 from multifid.data.placing import Place
@@ -29,7 +28,6 @@ def jobs(module: ModuleType, options: Any) -> dict[str, Callable[..., Any]]:
         "read": lambda work, report: _named(
             work.path, lambda: read_part(module, options, work, lambda *far: report(far))
         ),
-        "checksum": lambda path, report: file_checksum(path),
         "place": lambda work, report: place_piece(*work),
     }
 
@@ -72,14 +70,6 @@ def read_files(files: list[Input], unfinished: Unfinished, workers: Workers, lim
         else:
             far.at(n, *event.value)
     return plan
-
-
-def checksums(files: list[Input], workers: Workers) -> list[str]:
-    """The xxh3 of every file."""
-    found = [""] * len(files)
-    for event in workers.run("checksum", [file.path for file in files], str):
-        found[event.task] = event.value
-    return found
 
 
 def _plan(files: list[Input], workers: Workers, limit: int | None) -> list[tuple[int, Part]]:

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from multifid.data.array_file import Rows
 from multifid.data.check import doubts_of_fields, geometries
 from multifid.data.doubts import Doubt
-from multifid.data.fields import TASK_NAME
+from multifid.data.fields import TASK_NAME, file_checksum
 from multifid.data.inputs import Input, find_inputs
-from multifid.data.intake import Advance, Intake, checksums, jobs, read_files
+from multifid.data.intake import Advance, Intake, jobs, read_files
 from multifid.data.leakage import set_aside
 from multifid.data.readers import reader
 from multifid.data.split import divide, set_unseen_aside
@@ -30,7 +30,7 @@ from multifid.data.store import Store
 from multifid.data.summary import summary
 from multifid.data.survey import sample_edges, survey_task
 from multifid.data.unfinished import Unfinished
-from multifid.data.workers import Workers
+from multifid.data.workers import Call, Workers
 from multifid.data.writer import StoreWriter
 from multifid.structures.structure import SPLITS
 
@@ -98,16 +98,12 @@ def prepare(
                 if writer.structures == 0:
                     named = ", ".join(str(f.path) for f in files)
                     raise ValueError(f"{named}: no structure can be used ({writer.skipped})")
-                source = {
-                    "format": format,
-                    "files": _sources(files, intake, checksums(files, pool)),
-                    "options": {**chosen.model_dump(mode="json"), "limit": limit},
-                }
+                asked = {"format": format, "options": {**chosen.model_dump(mode="json"), "limit": limit}}
 
                 def divided(fields: dict[str, Rows]) -> tuple[np.ndarray, dict[str, Any]]:
                     return _divide(fields, intake, files, fractions, seed, drop_duplicates, others)
 
-                _finish(writer, intake, source, divided, trust_units, pool)
+                _finish(writer, intake, files, asked, divided, trust_units, pool)
     except (KeyboardInterrupt, TimeoutError, ChildProcessError):
         raise  # what is done stays for the next time
     except Exception as error:
@@ -127,7 +123,8 @@ def prepare(
 def _finish(
     writer: StoreWriter,
     intake: Intake,
-    source: dict[str, Any],
+    files: list[Input],
+    asked: dict[str, Any],
     divided: Callable[[dict[str, Rows]], tuple[np.ndarray, dict[str, Any]]],
     trust_units: bool,
     pool: Workers,
@@ -135,12 +132,13 @@ def _finish(
     """All structures are written: doubt, divide, fit, count, commit."""
     fields = writer.seal()
     levels = {name: about.level_of_theory for name, about in intake.label_sets.items() if name in writer.labels}
-    found, (split, splits) = pool.beside(doubts_of_fields, (fields, levels), lambda: divided(fields))
-    doubts = _doubts(found, trust_units, [file["name"] for file in source["files"]])
+    calls: list[Call] = [(doubts_of_fields, (fields, levels)), *((file_checksum, (file.path,)) for file in files)]
+    (found, *sums), (split, splits) = pool.beside(calls, lambda: divided(fields))
+    doubts = _doubts(found, trust_units, [file.name for file in files])
     writer.commit(
         split,
         {
-            "source": source,
+            "source": {"format": asked["format"], "files": _sources(files, intake, sums), "options": asked["options"]},
             "tasks": {
                 name: {
                     "level_of_theory": labels.level_of_theory,

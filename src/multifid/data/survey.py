@@ -151,18 +151,16 @@ def sample_edges(fields: Fields, split: np.ndarray) -> dict[str, float]:
     train = np.flatnonzero(split == TRAIN)
     chosen = train[sampled(len(train))]
     structures = [slice(i, i + 1) for i in chosen.tolist()]
-    atoms = [slice(*fields["offsets"][i : i + 2].tolist()) for i in chosen.tolist()]
+    ends = fields["offsets"].parts([slice(i, i + 2) for i in chosen.tolist()]).reshape(-1, 2)
+    atoms = [slice(first, last) for first, last in ends.tolist()]
     n = len(chosen)
 
-    def joined(name: str, parts: list[slice]) -> np.ndarray:
-        return np.concatenate([fields[name][part] for part in parts])
-
     packed = Packed(
-        numbers=joined("numbers", atoms),
-        positions=joined("positions", atoms),
-        natoms=joined("natoms", structures).astype(np.int64),
-        cell=joined("cell", structures) if "cell" in fields else np.zeros((n, 3, 3)),
-        pbc=joined("pbc", structures) if "pbc" in fields else np.zeros((n, 3), bool),
+        numbers=fields["numbers"].parts(atoms),
+        positions=fields["positions"].parts(atoms),
+        natoms=fields["natoms"].parts(structures).astype(np.int64),
+        cell=fields["cell"].parts(structures) if "cell" in fields else np.zeros((n, 3, 3)),
+        pbc=fields["pbc"].parts(structures) if "pbc" in fields else np.zeros((n, 3), bool),
         charge=np.zeros(n, np.int8),
         spin=np.ones(n, np.uint8),
     )

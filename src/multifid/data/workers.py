@@ -15,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
-U = TypeVar("U")
 Report = Callable[[Any], None]
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
 Job = Callable[..., Any]  # job(task, report)
 
 
@@ -71,20 +71,18 @@ class Workers:
 
     def each(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """What a function of a module makes of each of the arguments, in their order."""
-        found: list[Any] = [None] * len(arguments)
-        for event in self.run("call", [(function, own) for own in arguments], lambda task: task[0].__name__):
-            found[event.task] = event.value
-        return found
+        calls = [(function, own) for own in arguments]
+        return _values(self.run("call", calls, lambda task: task[0].__name__), len(calls))
 
-    def beside(self, function: Callable[..., T], arguments: tuple[Any, ...], here: Callable[[], U]) -> tuple[T, U]:
-        """What a function of a module makes of the arguments, and what is done here, by one worker after the former."""
+    def beside(self, calls: Sequence[Call], here: Callable[[], T]) -> tuple[list[Any], T]:
+        """What functions of modules make of their arguments, and what is done here; by one worker after the former."""
+        events = self.run("call", calls, lambda task: task[0].__name__)
         if self.count == 1:
-            return self.each(function, [arguments])[0], here()
-        events = self.run("call", [(function, arguments)], lambda task: task[0].__name__)
-        with ThreadPoolExecutor(1) as thread:  # it does nothing but wait for the worker
-            there = thread.submit(lambda: [event.value for event in events if event.done])
+            return _values(events, len(calls)), here()
+        with ThreadPoolExecutor(1) as thread:  # it does nothing but wait for the workers
+            there = thread.submit(_values, events, len(calls))
             done = here()
-            return there.result()[0], done
+            return there.result(), done
 
     def _death(self, pipe: Connection, what: str) -> Exception:
         process = self._processes[pipe]
@@ -104,6 +102,15 @@ class Workers:
         for pipe, process in self._processes.items():
             process.join()
             pipe.close()
+
+
+def _values(events: Iterator[Event], count: int) -> list[Any]:
+    """The results, in the order of the tasks."""
+    found: list[Any] = [None] * count
+    for event in events:
+        if event.done:
+            found[event.task] = event.value
+    return found
 
 
 def _give(pipe: Connection, job: str, left: list[tuple[int, Any]], busy: dict[Connection, int]) -> None:

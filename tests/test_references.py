@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from multifid.data import references
 from multifid.data.references import References, count_elements, fit, fit_by
 
 HCNO = [1, 6, 7, 8]
@@ -80,6 +81,21 @@ def test_chunks_do_not_change_the_fit():
     for parts in (fit(pieces, HCNO), fit_by(lambda once: map(once.fold, runs), HCNO)):
         np.testing.assert_allclose([parts.energies[z] for z in HCNO], [whole.energies[z] for z in HCNO], atol=1e-9)
         assert parts.residual == pytest.approx(whole.residual, rel=1e-10)
+
+
+@pytest.mark.parametrize("most", [1, 40, 1 << 13])
+def test_structures_of_one_composition_count_one_by_one(monkeypatch, most):
+    monkeypatch.setattr(references, "MOST_ROWS", most)
+    random = np.random.default_rng(5)
+    compositions = random.integers(0, 4, (60, 4)) + np.array([1.0, 0.0, 0.0, 0.0])
+    counts = compositions[random.integers(0, 60, 3000)]
+    energies = counts @ [-13.0, -1000.0, -1500.0, -2000.0] + random.normal(0, 3, 3000)
+    atoms = counts.sum(axis=1)
+    expected = np.linalg.lstsq(counts / atoms[:, None], energies / atoms)[0]
+    found = fit([(counts[a : a + 700], energies[a : a + 700]) for a in range(0, 3000, 700)], HCNO)
+    np.testing.assert_allclose([found.energies[z] for z in HCNO], expected, atol=1e-8)
+    left = (energies - counts @ expected) / atoms
+    assert found.residual == pytest.approx(1000 * np.sqrt(np.mean(left**2)), rel=1e-9)
 
 
 def test_one_structure_in_a_hundred_thousand_determines_its_element():

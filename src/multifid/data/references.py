@@ -6,9 +6,9 @@ Min-norm least squares of energy per atom on composition: rows x_s = n_s / N_s (
 
 Totals reach 1e6 eV where 1e-9 eV matter, so neither normal equations nor a single pass will do. A first fit is rounded
 to multiples of 2^-10 eV; with it the products n_sZ e_Z and their sums are exact in float64, so the residual energies of
-the second fit are exact and small, and what it adds is exact to rounding of the sum. Both passes stream: chunks of rows
-are folded into one triangular factor (QR), whose size is the number of elements. Factors of several runs of chunks fold
-into one likewise, so that several processes can share a pass.
+the second fit are exact and small, and what it adds is exact to rounding of the sum. Both passes stream: structures of
+one composition become one row with their mean, and rows are folded into one triangular factor (QR), whose size is the
+number of elements. Factors of several runs fold into one likewise, so that several processes can share a pass.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +24,9 @@ COARSE = 2.0**10  # first fit: multiples of 1 / COARSE eV
 FINE = 2.0**32  # reference energy of a structure: multiples of 1 / FINE = 2.3e-10 eV, see `align`
 RANK_TOLERANCE = 1e-10  # singular values below this part of the largest one are zero
 SHARE = 1e-9  # an element with a smaller part in the null space is determined
+
+MOST_ROWS = 1 << 13  # compositions that are kept before they are folded into the factor
+KEYS = np.random.default_rng(0).integers(-(2**62), 2**62, MAX_Z + 1)
 
 Chunks = Iterable[tuple[np.ndarray, np.ndarray]]  # (counts (S, elements), total energies (S,) eV), iterated repeatedly
 
@@ -120,15 +123,56 @@ class Pass:
     def fold(self, chunks: Chunks) -> Folded:
         """The rows of some chunks."""
         factor, rows, seen = None, 0, np.zeros(len(self.free), bool)
+        kept = Compositions(np.zeros((0, len(self.free))), np.zeros(0), np.zeros(0), 0.0)
         for counts, energies in chunks:
             if len(energies) == 0:
                 continue
             rows += len(energies)
             seen |= counts.any(axis=0)
             left = (energies - counts @ self.coarse) - counts @ self.rest  # the first difference is exact
-            block = np.column_stack([counts[:, self.free], left]) / counts.sum(axis=1)[:, None]
-            factor = _triangle([block] if factor is None else [factor, block])
-        return Folded(factor, rows, seen)
+            kept = merged(kept.joined(Compositions(counts, left / counts.sum(axis=1), np.ones(len(left)), 0.0)))
+            if len(kept.mean) > MOST_ROWS:
+                factor, kept = self._with(factor, kept), kept.emptied()
+        return Folded(factor if rows == 0 else self._with(factor, kept), rows, seen)
+
+    def _with(self, factor: np.ndarray | None, rows: "Compositions") -> np.ndarray:
+        """The factor with more rows folded into it."""
+        fractions = rows.counts[:, self.free] / rows.counts.sum(axis=1)[:, None]
+        block = np.column_stack([fractions, rows.mean]) * np.sqrt(rows.weight)[:, None]
+        apart = np.zeros((1, block.shape[1]))
+        apart[0, -1] = np.sqrt(rows.apart)
+        return _triangle([block, apart] if factor is None else [factor, block, apart])
+
+
+class Compositions(NamedTuple):
+    """Structures by composition: how many atoms of each element, mean energy per atom, and how many structures.
+
+    apart: what the squares of the deviations from these means sum to. For the fit that is as good as all of them.
+    """
+
+    counts: np.ndarray  # (compositions, elements)
+    mean: np.ndarray  # (compositions,) eV
+    weight: np.ndarray  # (compositions,)
+    apart: float
+
+    def joined(self, more: "Compositions") -> "Compositions":
+        counts, mean, weight = (np.concatenate(pair) for pair in zip(self[:3], more[:3], strict=True))
+        return Compositions(counts, mean, weight, self.apart + more.apart)
+
+    def emptied(self) -> "Compositions":
+        return Compositions(self.counts[:0], self.mean[:0], self.weight[:0], 0.0)
+
+
+def merged(rows: Compositions) -> Compositions:
+    """Every composition once. Frames of one material, and conformers, are many structures of few compositions."""
+    keys = rows.counts.astype(np.int64) @ KEYS[: rows.counts.shape[1]]
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    if len(first) == len(keys) or not np.array_equal(rows.counts[first][group], rows.counts):
+        return rows  # nothing to merge, or two compositions with one key
+    weight = np.bincount(group, rows.weight)
+    mean = np.bincount(group, rows.weight * rows.mean) / weight
+    apart = float((rows.weight * np.square(rows.mean - mean[group])).sum())
+    return Compositions(rows.counts[first], mean, weight, rows.apart + apart)
 
 
 def fit(chunks: Chunks, elements: Sequence[int], isolated: dict[int, float] | None = None) -> References:

@@ -498,6 +498,17 @@ def test_json_records_are_the_same_wherever_one_seems_to_end(tmp_path, monkeypat
         assert depth == 2 or [key for key, _ in found] == [json.loads(name) for name in names]
 
 
+@pytest.mark.parametrize(
+    "damaged", ["1]}}", '"k1]}}', "]}}", '{"m": {"x": [2]}}', '"": {"m": {"x": [2]}}, "": 1]}}', 'k": [2]}}']
+)
+def test_what_stands_in_place_of_a_json_record_ends_in_an_error_and_not_never(tmp_path, damaged):
+    good = '"k": {"m": {"x": [1]}}'
+    path = tmp_path / "a.json"
+    path.write_text(f"{{{good}, {good}, {damaged}, {good}, {good}}}")
+    with pytest.raises(ValueError, match=r"a\.json"):
+        list(json_file.pairs(path, lambda fraction: None))
+
+
 def test_of_json_records_that_are_alike_only_the_first_and_the_last_are_scanned(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({f"mp-{i}": {"a": frame()} for i in range(200)}))

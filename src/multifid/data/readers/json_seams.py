@@ -57,7 +57,7 @@ class Seam:
 def _of_one_key(text: bytes) -> bool:
     """Whether the first key of some members is surely not that of another one: the parser keeps the last of a key."""
     end = text.find(b'"', 1) + 1
-    if b"\\" in text:
+    if text[:1] != b'"' or end == 0 or b"\\" in text:
         return False
     place = text.find(text[:end], end)
     while place >= 0:

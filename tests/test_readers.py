@@ -495,6 +495,10 @@ def test_json_records_are_the_same_wherever_one_seems_to_end(tmp_path, monkeypat
         monkeypatch.setattr(json_file, "CHUNK", chunk)
         found = list(read(path, lambda fraction: None))
         assert [value for _, value in found] == expected
+        if depth == 2:
+            monkeypatch.setattr(json_file, "PATIENCE", 0)  # no seam is learned: brackets alone
+            assert found == list(read(path, lambda fraction: None))
+            monkeypatch.undo()
         assert depth == 2 or [key for key, _ in found] == [json.loads(name) for name in names]
 
 

@@ -29,7 +29,7 @@ LARGEST = 1 << 27  # bytes of a record; the largest published ones are below 2^2
 PATIENCE = 100  # records behind which a seam is tried to be learned
 UNSURE = 1 << 22  # bytes without a seam, after which seams are no longer looked for
 DEEPEST = 1024  # levels of brackets: more, the parser does not take
-COMMA = re.compile(rb"\s*,\s*")
+COMMA = re.compile(rb"\s*,")
 FIRST_KEY = re.compile(rb'\s*\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*(.)', re.DOTALL)
 # What stands before the first record, by depth.
 OPEN = {

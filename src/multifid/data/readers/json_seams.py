@@ -45,7 +45,7 @@ class Seam:
 
     def parse(self, text: bytes) -> Any:
         """Exactly one record, as an object or array of one member; None where the text is anything else."""
-        if self.depth == 1 and not _of_one_key(text):
+        if self.depth == 1 and not _of_one_key(text.lstrip()):
             return None
         try:
             record = parse(text, self.depth)

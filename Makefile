@@ -10,7 +10,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,tensorboard,test,check]'
 	touch $@
 
-.PHONY: demo test bench bench-short check format clean
+.PHONY: demo test test-full bench bench-short check format clean
 
 demo: demo/elements.png      ## five small sources, stores, and the paper's two tables, in demo/
 	$(MULTIFID) study configs/demo.yaml
@@ -39,7 +39,10 @@ demo/stores/alexandria: | $(FILES)
 demo/elements.png: $(STORES)
 	$(MULTIFID) stats $(STORES) --figure $@
 
-test: $(VENV)/installed      ## the test suite
+test: $(VENV)/installed      ## the test suite: a representative of every setting
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(VENV)/installed ## the full product of settings: encoders, optimizers, precisions, forces, placements
 	$(BIN)/python -m pytest
 
 MOLECULES ?= demo/stores/ani1x

@@ -148,9 +148,16 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
         out["micro"] = len(micro)
         out["weights"] = wholes(trainer, trainer.parameters)
         out["averages"] = wholes(trainer, trainer.average.average)
-        out["mesh"] = None if world.mesh is None else (world.mesh.mesh_dim_names, tuple(world.mesh.mesh.shape))
         out["bytes"] = held_bytes(trainer)
     return out
+
+
+def groups_of(placements: list[dict[str, list[int]]]) -> tuple[int, list[float]]:
+    """Process groups that were made for some placements one after the other, and what a one sums to in each group."""
+    with groups.world("cpu") as world, patch.object(groups.dist, "new_group", wraps=groups.dist.new_group) as made:
+        found = [group for placement in placements for group in world.groups(placement).values()]
+        sums = [float(group.sum_(torch.ones(1))) for group in found if world.rank in group.ranks]
+        return made.call_count, sums
 
 
 def recorded_steps(values: dict, poisoned: int) -> dict:
@@ -321,6 +328,7 @@ JOBS = {
     f.__name__: f
     for f in (
         five_steps,
+        groups_of,
         recorded_steps,
         whole_run,
         newest_checkpoint,

@@ -100,14 +100,12 @@ def test_a_toolkit_that_was_not_tested_is_not_used(monkeypatch):
     assert candidates.missing(CPU) is None
 
 
-def test_auto_is_the_host_on_a_cpu_and_the_device_on_a_gpu(stores, tmp_path, monkeypatch, toolkit):
+def test_auto_is_the_host_until_a_gpu_has_been_seen_to_make_its_lists(stores, tmp_path, monkeypatch, toolkit):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert lists_of(config(stores, tmp_path), CPU) is host_lists
-    assert lists_of(config(stores, tmp_path), GPU) == DeviceLists(GPU)
-    assert lists_of(config(stores, tmp_path, compile=True), GPU) == DeviceLists(GPU)
-    assert lists_of(config(stores, tmp_path, compile="reduce-overhead"), GPU) is host_lists
-    assert lists_of(config(stores, tmp_path, neighbors="host"), GPU) is host_lists
-    assert lists_of(config(stores, tmp_path, neighbors="device"), CPU) == DeviceLists(CPU)
+    for device in (CPU, GPU):
+        assert lists_of(config(stores, tmp_path), device) is host_lists
+        assert lists_of(config(stores, tmp_path, neighbors="host"), device) is host_lists
+        assert lists_of(config(stores, tmp_path, neighbors="device"), device) == DeviceLists(device)
 
 
 def test_other_accelerators_have_no_lists_of_their_own(stores, tmp_path, monkeypatch, toolkit):

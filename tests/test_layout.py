@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multifid.parallel.layout import GIB, Load, Memory, mesh_shape, place, predicted_step
+from multifid.parallel.layout import GIB, Load, Memory, place, predicted_step
 
 KINDS = ("replicated", "split", "auto")
 
@@ -178,25 +178,8 @@ def test_auto_lets_groups_overlap_where_one_task_outweighs_the_others():
 
 def test_auto_splits_where_holding_a_branch_is_what_costs():
     loads = {t: Load(0.1, holding=1.0) for t in names(16)}
-    assert mesh_shape(place(names(16), "auto", 16, loads=loads), 16) == (16, 1)
+    assert sorted(place(names(16), "auto", 16, loads=loads).values()) == [[rank] for rank in range(16)]
     assert predicted_step(place(names(16), "auto", 2, loads=loads), loads) == pytest.approx(8.8)
-
-
-@pytest.mark.parametrize(
-    ("placement", "ranks", "shape"),
-    [
-        ({"a": [0, 1], "b": [2, 3]}, 4, (2, 2)),
-        ({"a": [2, 3], "b": [0, 1], "c": [0, 1]}, 4, (2, 2)),
-        ({"a": [0, 1, 2], "b": [0, 1, 2]}, 3, (1, 3)),
-        ({"a": [0], "b": [1], "c": [1]}, 2, (2, 1)),
-        ({"a": [0, 1], "b": [2]}, 3, None),  # uneven
-        ({"a": [0, 1], "b": [1, 2]}, 3, None),  # overlapping
-        ({"a": [0, 2], "b": [1, 3]}, 4, None),  # not consecutive
-        ({"a": [0], "b": [1]}, 3, None),  # a rank is idle
-    ],
-)
-def test_an_even_layout_is_a_mesh_and_no_other_is(placement, ranks, shape):
-    assert mesh_shape(placement, ranks) == shape
 
 
 @pytest.mark.parametrize(

@@ -228,11 +228,11 @@ def test_a_rank_holds_the_encoder_and_its_own_branches_and_nothing_else(pool, fi
         }  # fmt: skip
 
 
-def test_even_layouts_are_a_mesh_with_named_axes(pool, five):
-    assert all(
-        rank["mesh"] == (("group", "member"), (2, 2))
-        for rank in pool.run(4, "five_steps", values_of(five, 2, placement="split"), None, None, 2_000)
-    )
+def test_process_groups_are_made_once_in_the_life_of_a_world(pool):
+    placements = [{"a": [0, 1], "b": [2, 3]}, {"a": [0, 1, 2, 3], "b": [3, 2]}, {"a": [1, 2], "b": [0]}]
+    for made, sums in pool.run(4, "groups_of", placements * 2):
+        assert made == 3, "beside the world's own: three sub-groups of several ranks"
+        assert sums[: len(sums) // 2] == sums[len(sums) // 2 :] and {2.0, 4.0} <= set(sums)
 
 
 def through(pool, values: dict, starts: list[tuple[int, str, int | None]]) -> Path:

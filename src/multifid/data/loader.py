@@ -219,16 +219,19 @@ def micro_batches(
     return out
 
 
-def ahead(work: Callable[[int], T], start: int, stop: int, workers: int) -> Iterator[T]:
+def ahead(
+    work: Callable[[int], T], start: int, stop: int, workers: int, begin: Callable[[], None] = lambda: None
+) -> Iterator[T]:
     """work(start), work(start + 1), ... work(stop - 1), in order, prepared by `workers` threads ahead of the caller.
 
     Threads and not processes: numpy releases the interpreter in what costs time, and batches need no copying. What is
     made is a function of the step alone, so their number changes nothing. 0 prepares each batch when it is asked for.
+    begin: what each thread does first.
     """
     if workers == 0:
         yield from (work(step) for step in range(start, stop))
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="loader") as pool:
+    with ThreadPoolExecutor(workers, thread_name_prefix="loader", initializer=begin) as pool:
         pending: list[Future[T]] = []
         try:
             for step in range(start, stop):

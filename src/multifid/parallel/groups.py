@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from multifid.parallel.devices import find_device
 from multifid.parallel.heartbeat import SILENCE, Heartbeat
 from multifid.parallel.launch import launch
-from multifid.parallel.layout import mesh_shape
 
 # A rank that is gone is noticed by its heart; a rank that compiles or validates for an hour is not gone.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
@@ -91,7 +91,8 @@ class World:
     group: Group
     store: dist.Store
     device: torch.device
-    mesh: DeviceMesh | None = None  # of the branches' groups, where they are even
+    _made: dict[tuple[int, ...], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
+    _apart: DeviceMesh | None = field(default=None, repr=False)
     _shared: int = 0  # values shared so far
     _known: bool = False  # all ranks know of the fault that ends the run
 
@@ -110,21 +111,14 @@ class World:
     def groups(self, placement: Mapping[str, Sequence[int]]) -> dict[str, Group]:
         """The group of every key of a placement (key -> ranks); called on all ranks with the same placement.
 
-        Even placements become a `DeviceMesh` with the axes `group` and `member`; in others every distinct set of ranks
-        becomes a sub-group, made on all ranks in one order, members or not. On ranks outside, a group cannot sum.
+        Every distinct set of ranks is a process group, made on all ranks in one order, members or not, and once in the
+        life of a world: connections cost memory and time. On ranks outside, a group cannot sum.
         """
         sets = {key: tuple(sorted(where)) for key, where in placement.items()}
-        made: dict[tuple[int, ...], dist.ProcessGroup | None] = {self.group.ranks: self.group.process_group}
-        shape, self.mesh = mesh_shape(placement, self.size), None
-        if shape is not None and self.size > 1:
-            ranks = torch.arange(self.size).reshape(shape)
-            self.mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=("group", "member"))
-            mine = tuple(ranks[self.rank // shape[1]].tolist())
-            made.setdefault(mine, self.mesh.get_group("member") if len(mine) > 1 else None)
-        else:
-            for where in sorted(set(sets.values()) - set(made)):
-                made[where] = dist.new_group(list(where)) if len(where) > 1 else None
-        return {key: Group(where, self.rank, made.get(where)) for key, where in sets.items()}
+        self._made.setdefault(self.group.ranks, self.group.process_group)
+        for where in sorted(set(sets.values()) - set(self._made)):
+            self._made[where] = dist.new_group(list(where)) if len(where) > 1 else None
+        return {key: Group(where, self.rank, self._made[where]) for key, where in sets.items()}
 
     def on_this_host(self) -> list[int]:
         """The ranks that run on the same host as this one, ascending, itself among them; called on all ranks."""
@@ -136,7 +130,9 @@ class World:
 
     def mesh_apart(self) -> DeviceMesh:
         """All ranks as a mesh with a process group of its own, whose collectives queue behind no others."""
-        return DeviceMesh.from_group(dist.new_group(list(self.group.ranks)), self.device.type)
+        if self._apart is None:
+            self._apart = DeviceMesh.from_group(dist.new_group(list(self.group.ranks)), self.device.type)
+        return self._apart
 
     def share(self, value: Any) -> Any:
         """Rank 0's value on every rank, as JSON brings it over. Called on all ranks, in the same order."""
@@ -174,15 +170,15 @@ class World:
 
 def alone(name: str | None = "cpu") -> World:
     """A world of one process; `name` of a device as in `world`."""
-    return World(Group(), dist.HashStore(), _device(name, 0))
+    return World(Group(), dist.HashStore(), find_device(name, 0))
 
 
 @contextmanager
 def world(name: str | None, silence: float = SILENCE) -> Iterator[World]:
     """All ranks that were launched together, from now until the end of the block.
 
-    name: of the device to compute on; None: an accelerator if there is one, else the CPU. The first fault of any rank
-    is told to all, and a rank that is silent for `silence` seconds takes the others with it (see `heartbeat`).
+    name: of the device to compute on, as in `find_device`. The first fault of any rank is told to all, and a rank that
+    is silent for `silence` seconds takes the others with it (see `heartbeat`).
     """
     me = launch()
     if me.size == 1:
@@ -194,7 +190,7 @@ def world(name: str | None, silence: float = SILENCE) -> Iterator[World]:
     heart = Heartbeat(dist.PrefixStore(prefix, root.clone()), me.rank, me.size, FAULT, silence)
     root.set_timeout(COLLECTIVE_TIMEOUT)
     store = dist.PrefixStore(prefix, root)
-    chosen = _device(name, me.local_rank)
+    chosen = find_device(name, me.local_rank)
     dist.init_process_group(
         BACKENDS.get(chosen.type), store=store, rank=me.rank, world_size=me.size, timeout=COLLECTIVE_TIMEOUT
     )
@@ -242,19 +238,6 @@ def _tell(here: World, error: Exception) -> None:
     if first != mine:
         print(f"multifid: rank {here.rank} leaves because of {first}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
-
-
-def _device(name: str | None, local_rank: int) -> torch.device:
-    """The device as named, else an accelerator if there is one. Ranks of one host take its accelerators in turn."""
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        name = accelerator.type if accelerator is not None else "cpu"
-    chosen = torch.device(name)
-    if chosen.type == "cpu" or chosen.index is not None:
-        return chosen
-    chosen = torch.device(chosen.type, local_rank % torch.accelerator.device_count())
-    torch.accelerator.set_device_index(chosen.index)
-    return chosen
 
 
 @contextmanager

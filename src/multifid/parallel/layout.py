@@ -138,18 +138,6 @@ def predicted_step(
     return float(step_time(units, _by_unit(units, placement)))
 
 
-def mesh_shape(placement: Mapping[str, Sequence[int]], ranks: int) -> tuple[int, int] | None:
-    """(groups, ranks of a group) where a placement is an even mesh of all ranks, else None.
-
-    Even: the groups are consecutive blocks of ranks of equal size. The ranks of the mesh in row-major order are
-    0..ranks-1, and the group of a task is the row `placement[task][0] // mesh[1]`. `replicated` is one row.
-    """
-    groups = sorted({tuple(sorted(where)) for where in placement.values()})
-    if [rank for group in groups for rank in group] != list(range(ranks)) or len({len(g) for g in groups}) != 1:
-        return None
-    return len(groups), len(groups[0])
-
-
 def _units(
     tasks: Sequence[str], together: Sequence[Sequence[str]], loads: Mapping[str, Load], ranks: int
 ) -> list[Unit]:

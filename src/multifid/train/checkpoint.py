@@ -24,6 +24,7 @@ import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
+from multifid.parallel.devices import use
 from multifid.parallel.groups import World, alone
 from multifid.train.tensor_file import TensorFile
 
@@ -82,6 +83,7 @@ class Saver:
 
     def _in_thread(self, *arguments: Any) -> None:
         try:
+            use(self.world.device)
             self._write(*arguments)
         except Exception as error:  # told by the main thread, at its next look
             self._error = error

@@ -100,10 +100,7 @@ def lists_of(config: Config, device: torch.device) -> Lists:
     ValueError where they are to be made on a device on which they cannot.
     """
     wanted, trouble = config.train.neighbors, missing(device)
-    if wanted == "auto":
-        on_device = device.type != "cpu" and trouble is None and config.train.compile != "reduce-overhead"
-    else:
-        on_device = wanted == "device"
+    on_device = wanted == "device"  # auto: on no GPU have the kernels been seen to make the host's lists
     if on_device and trouble is not None:
         raise ValueError(f"train.neighbors: device: {trouble}")
     return DeviceLists(device) if on_device else host_lists

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from multifid.config import Config
 from multifid.data.loader import ahead, open_sources
 from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
+from multifid.parallel.devices import use
 from multifid.structures.batch import Batch
 from multifid.train.build import build
 from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
@@ -114,7 +116,7 @@ def loop(run: Run, stop: list[int], advance: Any) -> None:
         micro, identities = feed.step(step)
         return [trainer.ready(batch) for batch in micro], identities
 
-    steps = ahead(prepared, position.step, total, t.workers)
+    steps = ahead(prepared, position.step, total, t.workers, begin=partial(use, trainer.device))
     started = time.monotonic() - position.seconds
     while position.step < total and not position.ended:
         micro, identities = next(steps)

@@ -57,13 +57,16 @@ class TrainConfig(BaseModel):
     neighbors: Literal["auto", "host", "device"] = Field(
         "auto",
         description="where neighbour lists are made; device: on `device`, which needs `pip install multifid[gpu]`; "
-        "auto: there, where it is an NVIDIA GPU and that is installed, unless `compile` is reduce-overhead",
+        "auto: on the host, because the kernels for GPUs have been run on processors only",
     )
     workers: int = Field(1, ge=0, description="threads that prepare batches ahead; 0: none")
     change_tasks: bool = Field(
         False, description="accept other tasks than the run's: they join or leave it where it goes on"
     )
-    device: str | None = Field(None, description="cpu, cuda, xpu, ...; null: an accelerator if there is one")
+    device: str | None = Field(
+        None,
+        description="cpu, cuda, cuda:1, xpu, ...; null: an accelerator if there is one that has float64 (mps has not)",
+    )
     tensorboard: bool = Field(False, description="write RUN/tensorboard too")
     nonfinite: int = Field(
         5, gt=0, description="updates skipped in a row for a non-finite gradient before the run stops"

@@ -103,7 +103,7 @@ class Later:
         if number.device.type != "cpu":
             self._here = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
             self._copied = torch.Event(number.device)
-            self._copied.record()
+            self._copied.record(torch.accelerator.current_stream(number.device))  # not that of the current device
 
     def value(self) -> float:
         """The number; waits until the device has come to it."""

@@ -79,5 +79,5 @@ def _timed(step: Callable[[], object], device: torch.device, world: World) -> fl
     begun = time.perf_counter()
     step()
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - begun

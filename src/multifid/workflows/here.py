@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from multifid.parallel.devices import find_device
 from multifid.parallel.machines import GB, Link, Machine
 
 MATRIX = 1024  # rows of the product that is timed on a processor; four times as many on an accelerator
@@ -22,9 +23,8 @@ def this_machine(name: str | None = None, ranks: int = 1) -> Machine:
 
     On a processor a rank is one thread; `ranks` beyond its cores take turns, and share its memory.
     """
-    accelerator = torch.accelerator.is_available() and name != "cpu"
-    device = torch.accelerator.current_accelerator() if accelerator else torch.device("cpu")
-    assert device is not None
+    device = find_device(name, 0)
+    accelerator = device.type != "cpu"
     cores = os.cpu_count() or 1
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -32,14 +32,14 @@ def this_machine(name: str | None = None, ranks: int = 1) -> Machine:
         n = MATRIX * (4 if accelerator else 1)
         a, b, x = torch.ones(n, n, device=device), torch.ones(n, n, device=device), torch.ones(COPY, device=device)
         tiny = torch.ones(1, device=device)
-        flops = 2 * n**3 / _seconds(lambda: a @ b)
-        traffic = 3 * x.nbytes / _seconds(lambda: x.add_(x))
-        launch = _seconds(lambda: [tiny + tiny for _ in range(1000)]) / 1000
+        flops = 2 * n**3 / _seconds(lambda: a @ b, device)
+        traffic = 3 * x.nbytes / _seconds(lambda: x.add_(x), device)
+        launch = _seconds(lambda: [tiny + tiny for _ in range(1000)], device) / 1000
     finally:
         torch.set_num_threads(threads)
     per_node = torch.accelerator.device_count() if accelerator else max(cores, ranks)
     if accelerator:
-        memory = float(torch.accelerator.get_memory_info()[1])
+        memory = float(torch.accelerator.get_memory_info(device)[1])
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / per_node
     return Machine(
@@ -58,13 +58,13 @@ def this_machine(name: str | None = None, ranks: int = 1) -> Machine:
     )
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The shortest of several runs, after one that is not counted."""
     times = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         work()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times[1:])

@@ -10,6 +10,7 @@ Machines that are shared change their pace within a minute. So the epochs of all
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from multifid.config import Config
 from multifid.data.loader import Source, ahead, open_sources
+from multifid.parallel.devices import use
 from multifid.parallel.groups import World
 from multifid.structures.batch import Batch
 from multifid.train.build import build
@@ -164,7 +166,7 @@ def _steps(trainer: Trainer, feed: Feed, clock: Clock, steps: range, workers: in
     def prepared(step: int) -> list[Batch]:
         return [trainer.ready(batch) for batch in feed.step(step)[0]]
 
-    batches = ahead(prepared, steps.start, steps.stop, workers)
+    batches = ahead(prepared, steps.start, steps.stop, workers, begin=partial(use, trainer.device))
     for _ in steps:
         clock.begins("data")
         micro = next(batches)

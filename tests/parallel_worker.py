@@ -37,6 +37,7 @@ from multifid.train.resolve import placement_of, resolve
 from multifid.train.run import train
 from multifid.train.step import Totals, Trainer
 from multifid.train.trial import measured
+from multifid.workflows.evaluate import evaluate
 
 HOST = "127.0.0.1"
 
@@ -308,6 +309,11 @@ def trial_with_a_slow_task(values: dict, slow: str, seconds: float) -> tuple[dic
     return {t: load.cost for t, load in found.items()}, {t: load.holding for t, load in found.items()}
 
 
+def evaluated(run: str, data: list[str], split: str, max_edges: int) -> list[dict]:
+    """The rows of a run as each rank has them."""
+    return evaluate([Path(run)], data, split, device="cpu", max_edges=max_edges, console=Console(quiet=True))
+
+
 def train_until_killed(values: dict, environment: dict[str, str], torn_at: int | None) -> None:
     """A rank in a process of its own, which the test kills; it never gets through with the checkpoint of one step."""
 
@@ -333,6 +339,7 @@ JOBS = {
         whole_run,
         newest_checkpoint,
         error_of,
+        evaluated,
         measured_run,
         trial_with_a_slow_task,
     )

@@ -109,21 +109,21 @@ def evaluate(
     data: Annotated[list[str], typer.Option("--data", metavar="[TASK=]STORE...", help="what to ask about")],
     split: Annotated[str, typer.Option(help="test | validation | train | all")] = "test",
     branch: Annotated[str | None, typer.Option(help="the branch that answers")] = None,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="let structures with elements that the model has not seen into the means")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator if there is one")] = None,
+    max_edges: Annotated[
+        int | None, typer.Option(min=1, help="edges of a batch; default: what the memory allows")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="threads that prepare batches ahead, on each rank")] = 1,
 ) -> None:
-    """Energy and force errors of runs on stores, as a table and RUN/evaluation.json."""
-    from multifid.evaluate.evaluate import data_of, evaluate_run
-    from multifid.evaluate.table import rich_table
+    """Energy, force and stress errors of runs on stores, as a table and in RUN/evaluation.json."""
+    from multifid.workflows.evaluate import evaluate as run
 
     more = [text for text in runs if _is_data(text)]  # `--data A B`: an option takes one value, B arrives with the runs
     models = [Path(text) for text in runs if text not in more]
-    if not models:
-        raise ValueError("evaluate needs a trained run: multifid evaluate RUN... --data STORE...")
-    if split not in ("test", "validation", "train", "all"):
-        raise ValueError(f"--split {split!r} must be test, validation, train or all")
-    asked = [d for text in [*data, *more] for d in data_of(text)]
-    rows = [row for run in models for row in evaluate_run(run, asked, split, branch)]
-    for quantity in ("energy", "forces"):
-        _console().print(rich_table(rows, quantity))
+    run(models, [*data, *more], split, branch, unseen=unseen, device=device, max_edges=max_edges, workers=workers)
 
 
 @app.command()

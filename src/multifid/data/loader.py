@@ -49,6 +49,11 @@ class Source:
     def label_sets(self) -> list[str]:
         return list(dict.fromkeys(self.tasks.values()))
 
+    def elements(self, task: str) -> list[int]:
+        """What a branch of the task sees in training: the elements of its energies; where it has none, of the split."""
+        unseen = self.store.manifest["splits"].get("unseen_elements", [])
+        return sorted(self.references[task].energies or set(self.store.elements) - set(unseen))
+
 
 def open_sources(tasks: dict[str, TaskConfig], verify: str = "touch") -> list[Source]:
     """The stores of a config, each opened once. Tasks of one store share a `Source`, in the order of their names."""

@@ -1,26 +1,54 @@
-"""Ask trained models about stores: one row of errors for each model and dataset."""
+"""Ask trained models about stores: one row of errors for each model and dataset.
 
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+On any device, and on any number of processes: each takes every so-manieth batch, and only the sums of `Errors` are
+added over them, by the function that is handed down. The batches are the same however many processes there are.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from multifid.data.loader import Source, collate, cut, edge_costs
+from multifid.data.loader import Source, ahead, collate, cut, edge_costs
 from multifid.data.references import References
 from multifid.data.store import Store
 from multifid.evaluate.metrics import Errors, Row
+from multifid.evaluate.rows import add_rows
 from multifid.model.potential import Potential, Prediction
 from multifid.model.saved import Description, load_potential
-from multifid.structures.batch import Batch
+from multifid.structures.batch import Batch, Targets
 
-EDGES = 20_000  # of a batch: small enough for any machine, large enough to keep it busy
+CPU = torch.device("cpu")
+EDGES = 20_000  # of a batch on a processor: large enough to keep it busy
+MEMORY = 1 << 30  # bytes of a batch's features on a processor
+PART = 0.25  # of an accelerator's free memory
+KEPT = 16  # numbers for each edge, hidden unit and layer that a pass keeps if autograd needs them, at most
 AT_ONCE = 1 << 16  # structures whose costs are looked at together
-Collector = Callable[[Prediction, Batch, str], None]  # hears (prediction in eV, batch, data) of every batch
+Collector = Callable[[Prediction, Batch, str], None]  # hears (prediction in eV, batch, data) of this process's batches
+
+
+def _as_it_is(sums: Tensor) -> Tensor:
+    return sums
+
+
+def _unheard(structures: int) -> None:
+    """Nobody looks at how far it is."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process does of an evaluation, and how the sums of all are added."""
+
+    device: torch.device = CPU
+    rank: int = 0
+    size: int = 1
+    sum_: Callable[[Tensor], Tensor] = _as_it_is  # of a float64 tensor on the host, over all processes
+    workers: int = 1  # threads that prepare batches ahead
+    max_edges: int | None = None  # of a batch; None: by the width of the model and the memory of the device
+    advance: Callable[[int], None] = _unheard  # is told how many more structures are done, over all processes
 
 
 @dataclass(frozen=True)
@@ -44,20 +72,20 @@ def data_of(text: str, verify: str = "touch") -> list[Data]:
 
 
 def evaluate_run(
-    run: Path, data: list[Data], split: str = "test", branch: str | None = None, weights: str = "model.safetensors"
+    run: Path,
+    data: list[Data],
+    split: str = "test",
+    branch: str | None = None,
+    weights: str = "model.safetensors",
+    unseen: bool = False,
+    share: Share = Share(),
 ) -> list[Row]:
-    """Rows of one trained run on several datasets, also written to RUN/evaluation.json."""
+    """Rows of one trained run on several datasets, also added to RUN/evaluation.json by the first process."""
     potential, description = load_potential(run, weights)
-    rows = [evaluate(potential, description, run.name, d, split, branch) for d in data]
-    write_rows(run, rows)
+    rows = [evaluate(potential, description, run.name, d, split, branch, unseen=unseen, share=share) for d in data]
+    if share.rank == 0:
+        add_rows(run, rows)
     return rows
-
-
-def write_rows(directory: Path, rows: Sequence[Row]) -> None:
-    """DIRECTORY/evaluation.json, by rename."""
-    part = directory / "evaluation.json.part"
-    part.write_text(json.dumps({"rows": list(rows)}, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(part, directory / "evaluation.json")
 
 
 def evaluate(
@@ -68,29 +96,33 @@ def evaluate(
     split: str = "test",
     branch: str | None = None,
     collect: Collector | None = None,
+    unseen: bool = False,
+    share: Share = Share(),
 ) -> Row:
-    """The errors of one model on one split of one dataset, in eV/atom and eV/angstrom.
+    """The errors of one model on one split of one dataset, in eV/atom, eV/angstrom and eV/angstrom^3.
 
     A model that was trained on the task answers with its branch and its reference energies, and total energies are
     compared. Another answers with its only branch (or the one named), and its aligned energies are compared with the
-    store's aligned labels: its zero of energy says nothing about another source. Elements that the branch has never
-    seen are predicted anyway and counted.
+    store's aligned labels: its zero of energy says nothing about another source. Structures with elements that the
+    branch has never seen are predicted and counted; `unseen`: they enter the means too. The row says whether they do.
+    Called on all processes of a `share`, with the same on each; all get the same row.
     """
-    answers, references = _who_answers(description, data, branch)
+    answers, references, whose = _who_answers(description, data, branch)
     source = Source(data.store, {answers: data.label_set}, {answers: references})
-    elements, scale = _elements(description, answers), description["tasks"][answers]["scale"]
-    stress = description["architecture"]["branch"]["forces"] == "conservative"
-    errors = Errors()
-    for index in _batches(data.store, split, lambda i: edge_costs(source, i, description["cutoff"])):
-        whole = collate([(source, index)], description["cutoff"])
-        with torch.no_grad():
-            scaled = potential(whole.to(dtype=next(potential.parameters()).dtype), stress=stress)[answers]
-        sigma = None if scaled.stress is None else scaled.stress.double() * scale
-        p = Prediction(scaled.energy.double() * scale, scaled.forces.double() * scale, sigma)
-        errors.add(p.energy, p.forces, p.stress, whole.targets[answers], whole.natoms, _unseen(whole, elements))
-        if collect is not None:
-            collect(p, whole, answers)
-    return errors.row(model, data.name, split)
+    known, scale = _elements(description, answers), description["tasks"][answers]["scale"]
+    potential, errors = potential.to(share.device).eval(), Errors(share.device)
+    for index, whole in _batches(source, split, description["cutoff"], edge_budget(potential, share), share):
+        for batch, p in _predictions(potential, source, index, whole, share.device):
+            strange = _unseen(batch, known)
+            targets = batch.targets[answers] if unseen else _without(batch.targets[answers], strange, batch.structure)
+            targets, natoms = _moved(targets, share.device), batch.natoms.to(share.device)
+            p = _times(p, scale)
+            errors.add(p.energy, p.forces, p.stress, targets, natoms, strange)
+            if collect is not None:
+                collect(_at(p, CPU), batch, answers)
+        share.advance(len(index) * share.size)
+    row = Errors.from_tensor(share.sum_(errors.as_tensor().cpu())).row(model, data.name, split)
+    return row | _about(row, unseen, data, description["tasks"][answers]["branch"], whose)
 
 
 def references_row(data: Data, split: str = "test") -> Row:
@@ -98,30 +130,127 @@ def references_row(data: Data, split: str = "test") -> Row:
     about = data.store.manifest["tasks"][data.label_set]
     source = Source(data.store, {data.name: data.label_set}, {data.name: References.from_manifest(about)})
     errors = Errors()
-    for index in _batches(data.store, split, lambda i: data.store.rows("natoms", i).astype(float)):
-        packed = collate([(source, index)], 0.1)
-        targets = packed.targets[data.name]
-        zero = torch.zeros_like
-        errors.add(zero(targets.energy), zero(packed.positions), zero(packed.cell), targets, packed.natoms)
-    return errors.row("References", data.name, split)
+    for pieces in _pieces(data.store, split, lambda i: data.store.rows("natoms", i).astype(float), EDGES):
+        for index in pieces:
+            packed = collate([(source, index)], 0.1)
+            targets = packed.targets[data.name]
+            zero = torch.zeros_like
+            errors.add(zero(targets.energy), zero(packed.positions), zero(packed.cell), targets, packed.natoms)
+    row = errors.row("References", data.name, split)
+    return row | _about(row, True, data, None, "data")
 
 
-def _batches(store: Store, split: str, costs: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
-    """The structures of a split (or "all"), in batches of about EDGES; memory does not grow with the split."""
+def _about(row: Row, unseen: bool, data: Data, branch: str | None, references: str) -> Row:
+    """What a row says of its numbers: what the means cover, who answered, in which energies, and where the data lie."""
+    return {
+        "counted_structures": row["structures"] - (0 if unseen else row["unseen_structures"]),
+        "unseen": "included" if unseen else "excluded",
+        "branch": branch,
+        "references": references,
+        "source": str(data.store.path),
+    }
+
+
+def edge_budget(potential: Potential, share: Share) -> int:
+    """Edges of a batch, so that what a pass keeps of them stays within the memory."""
+    if share.max_edges is not None:
+        return share.max_edges
+    encoder, number = potential.config.encoder, next(potential.parameters())
+    of_edge = KEPT * encoder.hidden * encoder.layers * number.element_size()
+    if share.device.type == "cpu":
+        return max(1, min(EDGES, MEMORY // of_edge))
+    free, _ = torch.accelerator.get_memory_info(share.device)
+    return max(EDGES // 10, min(100 * EDGES, int(PART * free) // of_edge))
+
+
+def size_of(data: Data, split: str) -> int:
+    """Structures of a split, or of `all`."""
+    return data.store.structures if split == "all" else data.store.size(split)
+
+
+def _batches(source: Source, split: str, cutoff: float, edges: int, share: Share) -> Iterator[tuple[np.ndarray, Batch]]:
+    """This process's batches of a split (or "all"), prepared ahead; memory does not grow with the split."""
+    first = 0
+    for pieces in _pieces(source.store, split, lambda i: edge_costs(source, i, cutoff), edges):
+        mine = pieces[(share.rank - first) % share.size :: share.size]
+        first += len(pieces)  # goes on where the part before has ended, so that all have nearly as many
+
+        def prepared(k: int, mine: list[np.ndarray] = mine) -> tuple[np.ndarray, Batch]:
+            return mine[k], collate([(source, mine[k])], cutoff)
+
+        yield from ahead(prepared, 0, len(mine), share.workers)
+
+
+def _pieces(
+    store: Store, split: str, costs: Callable[[np.ndarray], np.ndarray], most: int
+) -> Iterator[list[np.ndarray]]:
+    """The structures of a split (or "all") part by part, each cut into batches of about so much cost."""
     size = store.structures if split == "all" else store.size(split)
     for start in range(0, size, AT_ONCE):
         part = slice(start, min(start + AT_ONCE, size))
         index = np.arange(part.start, part.stop) if split == "all" else store.pick(split, part)
-        yield from (index[piece] for piece in cut(costs(index), EDGES))
+        yield [index[piece] for piece in cut(costs(index), most)]
 
 
-def _who_answers(description: Description, data: Data, branch: str | None) -> tuple[str, References]:
-    """The task of the model whose branch answers, and the reference energies that are subtracted from the labels."""
+def _predictions(
+    potential: Potential, source: Source, index: np.ndarray, batch: Batch, device: torch.device
+) -> Iterator[tuple[Batch, Prediction]]:
+    """A batch and what the model says of it, in scaled units; in halves where the device has no memory for the whole.
+
+    index: of its structures in the source's store.
+    """
+    (task, label_set), cutoff = next(iter(source.tasks.items())), potential.config.cutoff
+    conservative = potential.config.branch.forces == "conservative"
+    stress = conservative and source.store.manifest["tasks"][label_set]["labels"]["stress"] > 0
+    number = next(potential.parameters())
+    prediction = None
+    try:
+        with torch.no_grad():
+            prediction = potential(replace(batch, targets={}).to(device, number.dtype), stress=stress)[task]
+    except torch.OutOfMemoryError as error:
+        if len(index) == 1:
+            where = f"structure {index[0]} of {source.store.path} ({int(batch.natoms[0])} atoms)"
+            raise ValueError(f"{device} has not enough memory for {where}: try --device cpu") from error
+    if prediction is not None:
+        yield batch, prediction
+        return
+    for half in (index[: len(index) // 2], index[len(index) // 2 :]):
+        yield from _predictions(potential, source, half, collate([(source, half)], cutoff), device)
+
+
+def _times(p: Prediction, scale: float) -> Prediction:
+    """In eV and in float64."""
+    stress = None if p.stress is None else p.stress.double() * scale
+    return Prediction(p.energy.double() * scale, p.forces.double() * scale, stress)
+
+
+def _at(p: Prediction, device: torch.device) -> Prediction:
+    return Prediction(p.energy.to(device), p.forces.to(device), None if p.stress is None else p.stress.to(device))
+
+
+def _moved(targets: Targets, device: torch.device) -> Targets:
+    forces, stress = (None if x is None else x.to(device) for x in (targets.forces, targets.stress))
+    return Targets(targets.energy.to(device), forces, stress)
+
+
+def _without(targets: Targets, left_out: Tensor, structure: Tensor) -> Targets:
+    """The labels without those of some structures, (S,) bool. structure (N,): of each atom."""
+
+    def blank(labels: Tensor | None, rows: Tensor) -> Tensor | None:
+        return None if labels is None else labels.masked_fill(rows.reshape(-1, *[1] * (labels.dim() - 1)), torch.nan)
+
+    energy = targets.energy.masked_fill(left_out, torch.nan)
+    return Targets(energy, blank(targets.forces, left_out[structure]), blank(targets.stress, left_out))
+
+
+def _who_answers(description: Description, data: Data, branch: str | None) -> tuple[str, References, str]:
+    """The task of the model whose branch answers, the references that labels are aligned by, and whose they are."""
     tasks = description["tasks"]
-    store = References.from_manifest(data.store.manifest["tasks"][data.label_set])
+    about = data.store.manifest["tasks"][data.label_set]
+    store = References.from_manifest(about)
     if branch is None and data.name in tasks:
         own = {int(z): e for z, e in tasks[data.name]["references"].items()}
-        return data.name, References({**store.energies, **own}, store.undetermined, store.rank, store.residual)
+        return data.name, References({**store.energies, **own}, store.undetermined, store.rank, store.residual), "model"
     named = [t for t in tasks if branch in (t, tasks[t]["branch"])] if branch is not None else list(tasks)
     if branch is not None and not named:
         raise ValueError(f"--branch {branch}: the model has the branches {description['branches']}")
@@ -130,7 +259,7 @@ def _who_answers(description: Description, data: Data, branch: str | None) -> tu
             f"the model has not been trained on {data.name!r} and has several branches: choose one with --branch "
             f"({', '.join(description['branches'])})"
         )
-    return named[0], store
+    return named[0], store, "data"
 
 
 def _elements(description: Description, task: str) -> Tensor:

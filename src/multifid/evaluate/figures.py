@@ -18,7 +18,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from multifid.evaluate.matrix import QUANTITIES, UNITS, Matrix, Row, matrix
+from multifid.evaluate.matrix import UNITS, Matrix, Row, matrix, quantities
 
 
 @dataclass(slots=True)
@@ -40,8 +40,8 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> None:
 
 
 def error_matrix(rows: Sequence[Row]) -> Figure:
-    """Models x datasets as a heat map with its numbers (meV/atom, meV/angstrom; mean over seeds): energy, forces."""
-    matrices = [m for quantity in QUANTITIES if (m := matrix(rows, quantity)).cells]
+    """Models x datasets as a heat map with its numbers (meV/atom, meV/angstrom; mean over seeds)."""
+    matrices = [m for quantity in quantities(rows) if (m := matrix(rows, quantity)).cells]
     if not matrices:
         raise ValueError("no row has an energy or forces error to draw")
     models, columns = len(matrices[0].models), max(len(m.columns) for m in matrices)

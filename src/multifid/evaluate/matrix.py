@@ -13,12 +13,17 @@ from typing import Any
 REFERENCES = "References"  # predicts the reference energies and zero forces
 BASELINE = "GFM-Baseline-All"  # one branch for all datasets
 TWO_LEVEL = "GFM-MTL-All"  # one branch per dataset
-QUANTITIES = ("energy", "forces")
-UNITS = {"energy": "eV/atom", "forces": "eV/Å"}
+UNITS = {"energy": "eV/atom", "forces": "eV/Å", "stress": "eV/Å³"}
 GEOMETRIC_MEAN = "geometric mean"
 
 Cell = dict[object, float]  # seed -> value
 Row = dict[str, Any]  # model, data, split, structures, unseen_structures, atoms, energy_mae, ...; None where no label
+
+
+def quantities(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What tables are made of: energy and forces, and stress where a model predicts it and data have it."""
+    stress = any(row.get("stress_mae") is not None for row in rows if row["model"] != REFERENCES)
+    return ("energy", "forces", "stress") if stress else ("energy", "forces")
 
 
 def own_model(data: str) -> str:
@@ -105,8 +110,13 @@ def matrix(rows: Sequence[Row], quantity: str) -> Matrix:
         if value is not None:
             cells.setdefault(place, {})[seed] = float(value)
     named = list(dict.fromkeys(row["data"] for row in rows))
-    filled = {data for _, data in cells}
+    filled = {data for _, data in cells} | {row["data"] for row in rows if _left_out(row)}
     return Matrix(quantity, _models(rows, named), tuple(data for data in named if data in filled), cells)
+
+
+def _left_out(row: Row) -> bool:
+    """Whether a row has no value because every structure has elements that the model has not seen."""
+    return row.get("counted_structures") == 0 and row["unseen_structures"] > 0
 
 
 def _models(rows: Sequence[Row], datasets: Sequence[str]) -> tuple[str, ...]:

@@ -1,17 +1,19 @@
 """Predictions and labels gathered while a model is evaluated, for the parity plot."""
 
 import numpy as np
+import torch
 
+from multifid.evaluate.evaluate import Share
 from multifid.evaluate.figures import Parity
 from multifid.model.potential import Prediction
 from multifid.structures.batch import Batch
 
 
 class ParityCollector:
-    """Call it with every batch; `parity()` gives all points. At most `limit` structures are kept."""
+    """Call it with every batch; `parity()` gives the points of all processes. About `limit` structures are kept."""
 
-    def __init__(self, limit: int = 20_000) -> None:
-        self.limit = limit
+    def __init__(self, share: Share, limit: int = 20_000) -> None:
+        self.share, self.limit = share, limit // share.size
         self.kept = 0
         self.points: list[tuple[np.ndarray, ...]] = []
 
@@ -30,6 +32,15 @@ class ParityCollector:
         )
 
     def parity(self) -> Parity:
-        """Energies per atom (eV/atom, aligned) and force components (eV/angstrom)."""
+        """Energies per atom (eV/atom, aligned) and force components (eV/angstrom). Called by all processes."""
         columns = [np.concatenate(c) for c in zip(*self.points, strict=True)] if self.points else [np.zeros(0)] * 4
-        return Parity(*columns)
+        return Parity(*(self._gathered(c) for c in columns))
+
+    def _gathered(self, column: np.ndarray) -> np.ndarray:
+        """The points of all processes, one after the other: each puts its own between zeros, and these are added."""
+        sizes = torch.zeros(self.share.size, dtype=torch.float64)
+        sizes[self.share.rank] = len(column)
+        ends = self.share.sum_(sizes).cumsum(0).long().tolist()
+        points = torch.zeros(ends[-1], dtype=torch.float64)
+        points[ends[self.share.rank] - len(column) : ends[self.share.rank]] = torch.from_numpy(column)
+        return self.share.sum_(points).numpy()

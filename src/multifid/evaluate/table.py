@@ -17,7 +17,6 @@ from rich.table import Table
 from multifid.evaluate.matrix import (
     BASELINE,
     GEOMETRIC_MEAN,
-    QUANTITIES,
     REFERENCES,
     TWO_LEVEL,
     UNITS,
@@ -26,17 +25,22 @@ from multifid.evaluate.matrix import (
     Row,
     matrix,
     own_model,
+    quantities,
 )
 
-_TITLES = {"energy": "Table 1. Energy MAE", "forces": "Table 2. Forces MAE, by component"}
+_TITLES = {
+    "energy": "Table 1. Energy MAE",
+    "forces": "Table 2. Forces MAE, by component",
+    "stress": "Table 3. Stress MAE, by component",
+}
 _NONE = "–"
 
 
 def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Write tables.md, table-energy.csv, table-forces.csv and tables.json, each by temporary file and rename."""
+    """Write tables.md, tables.json and table-energy.csv, -forces and -stress, each by temporary file and rename."""
     files = {
         "tables.md": markdown(rows),
-        **{f"table-{quantity}.csv": csv_table(rows, quantity) for quantity in QUANTITIES},
+        **{f"table-{quantity}.csv": csv_table(rows, quantity) for quantity in quantities(rows)},
         "tables.json": json.dumps(tables(rows), indent=2, allow_nan=False) + "\n",
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -50,9 +54,9 @@ def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
 def markdown(rows: Sequence[Row]) -> str:
     """Both tables, the ratios of the study and the footnotes, as Markdown. The two best of each column are bold."""
     parts = []
-    for quantity in QUANTITIES:
+    for quantity in quantities(rows):
         m = matrix(rows, quantity)
-        if m.cells:
+        if m.datasets:
             parts += [f"**{_TITLES[quantity]} ({UNITS[quantity]})**", _markdown_matrix(m, _unseen(rows))]
     compared = ratios(rows)
     if compared:
@@ -62,7 +66,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def csv_table(rows: Sequence[Row], quantity: str) -> str:
-    """One table as CSV in eV/atom or eV/angstrom, full precision; empty = no value.
+    """One table as CSV in eV/atom, eV/angstrom or eV/angstrom^3, full precision; empty = no value.
 
     With several seeds each column is followed by its spread.
     """
@@ -85,14 +89,14 @@ def csv_table(rows: Sequence[Row], quantity: str) -> str:
 def tables(rows: Sequence[Row]) -> dict:
     """Both tables, the ratios and the rows they come from, for JSON. null = no value (or one that is not finite)."""
     out: dict = {"datasets": {d: _counts(rows, d) for d in _datasets(rows)}}
-    for quantity in QUANTITIES:
+    for quantity in quantities(rows):
         m = matrix(rows, quantity)
         columns = m.columns
         models = {model: {c: _plain(m.estimate(model, c)) for c in columns} for model in m.models}
         out[quantity] = {"unit": UNITS[quantity].replace("Å", "angstrom"), "mae": models}
     out["ratios"] = {
-        name: {q: {c: _plain(e) for c, e in columns.items()} for q, columns in quantities.items()}
-        for name, quantities in ratios(rows).items()
+        name: {q: {c: _plain(e) for c, e in columns.items()} for q, columns in compared.items()}
+        for name, compared in ratios(rows).items()
     }
     out["rows"] = [{k: _finite(v) for k, v in row.items()} for row in rows]
     return out
@@ -105,7 +109,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Estimate | None
     energies and zero forces" over each dataset's own model. Comparisons whose models are not in the rows are left out.
     """
     names = {row["model"] for row in rows}
-    matrices = {quantity: matrix(rows, quantity) for quantity in QUANTITIES}
+    matrices = {quantity: matrix(rows, quantity) for quantity in quantities(rows)}
     own = {quantity: [own_model(d) for d in m.datasets] for quantity, m in matrices.items()}
     has_own = any(own_model(d) in names for d in _datasets(rows))
     out: dict[str, dict[str, dict[str, Estimate | None]]] = {}
@@ -125,7 +129,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Estimate | None
 
 
 def rich_table(rows: Sequence[Row], quantity: str) -> Table:
-    """One table for the terminal, in meV/atom or meV/angstrom, with its footnotes."""
+    """One table for the terminal, in meV/atom, meV/angstrom or meV/angstrom^3, with its footnotes."""
     m, unseen = matrix(rows, quantity), _unseen(rows)
     table = Table(title=f"{quantity.capitalize()} MAE (m{UNITS[quantity]})", caption_justify="left")
     table.caption = "\n".join(_footnotes(rows))
@@ -151,8 +155,8 @@ def _markdown_matrix(m: Matrix, unseen: dict[tuple[str, str], int]) -> str:
 def _markdown_ratios(compared: dict[str, dict[str, dict[str, Estimate | None]]], datasets: Sequence[str]) -> str:
     columns = [*datasets, GEOMETRIC_MEAN]
     lines = [_line(["ratio", "of", *columns]), _line(["---", "---", *["---:"] * len(columns)])]
-    for name, quantities in compared.items():
-        for quantity, values in quantities.items():
+    for name, of_quantities in compared.items():
+        for quantity, values in of_quantities.items():
             lines.append(_line([name, quantity, *(_text(values.get(c), 2) for c in columns)]))
     return "\n".join(lines)
 
@@ -169,7 +173,7 @@ def _cell(
     text = _text(m.estimate(model, column), decimals, factor)
     if text != _NONE and model in m.best(column):
         text = text.join(bold)
-    return text + (" †" if text != _NONE and unseen.get((model, column)) else "")
+    return text + (" †" if unseen.get((model, column)) else "")
 
 
 def _text(estimate: Estimate | None, decimals: int, factor: float = 1.0) -> str:
@@ -201,7 +205,9 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
         listed = ", ".join(
             f"{model} on {data} {n} of {_counts(rows, data)['structures']}" for (model, data), n in unseen.items()
         )
-        notes.append(f"† With structures that hold an element the model has not seen in training: {listed}.")
+        left_out = all(row.get("unseen") == "excluded" for row in rows if row.get("unseen_structures"))
+        how = "Without" if left_out else "With"
+        notes.append(f"† {how} structures that hold an element the model has not seen in training: {listed}.")
     return notes
 
 

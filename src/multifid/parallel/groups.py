@@ -162,6 +162,16 @@ class World:
         if failed:
             raise SystemExit(1)
 
+    @contextmanager
+    def apart(self, name: str) -> Iterator[None]:
+        """A part of the store for one of several runs that follow each other in this world: their keys never meet."""
+        whole = self.store
+        self.store = dist.PrefixStore(name, whole)
+        try:
+            yield
+        finally:
+            self.store = whole
+
     def fail(self, error: Exception) -> None:
         """End the run for a reason that all ranks found at the same place: rank 0 says it, the others just leave."""
         self._known = True

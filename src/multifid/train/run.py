@@ -11,7 +11,7 @@ ranks go through these lines; rank 0 talks, keeps the journal and commits what a
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,13 +54,16 @@ class Run:
     journal: Journal | None  # on rank 0
 
 
-def train(config: Config, console: Console | None = None) -> Path:
+def train(config: Config, console: Console | None = None, joined: groups.World | None = None) -> Path:
     """Train, or go on training, what a config describes. Returns the run's directory.
+
+    joined: the ranks, where the caller has joined them already.
 
     The same on every rank of a launch by torchrun or srun. Raises SystemExit(143) after SIGTERM on any rank, when the
     step is finished and everything saved; FloatingPointError when the gradient was not finite several steps in a row.
     """
-    with groups.world(config.train.device, config.parallel.silence) as world:
+    ranks = groups.world(config.train.device, config.parallel.silence) if joined is None else nullcontext(joined)
+    with ranks as world:
         console = (console or Console(stderr=True)) if world.first else Console(quiet=True)
         run = open_all(config, world, console)
         try:
@@ -231,7 +234,7 @@ def describe_model(run: Run) -> dict[str, Any]:
         for task, label_set in source.tasks.items():
             about = source.store.manifest["tasks"][label_set]
             tasks[task] = {
-                "elements": sorted(source.references[task].energies),
+                "elements": source.elements(task),
                 "references": {str(z): e for z, e in source.references[task].energies.items()},
                 "undetermined": about["undetermined"],
                 "scale": scales[task],

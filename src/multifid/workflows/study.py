@@ -15,12 +15,15 @@ from rich.console import Console
 
 from multifid.config import Config, StudyConfig, differences, dump_config, load_config, parse_config
 from multifid.data.loader import open_sources
-from multifid.evaluate.evaluate import Data, evaluate, references_row, write_rows
+from multifid.evaluate.evaluate import Data, Share, evaluate, references_row
 from multifid.evaluate.figures import Parity, convergence, error_matrix, parity, save
-from multifid.evaluate.matrix import BASELINE, TWO_LEVEL, Row, own_model
+from multifid.evaluate.matrix import BASELINE, TWO_LEVEL, Row, own_model, quantities
 from multifid.evaluate.parity import ParityCollector
+from multifid.evaluate.rows import add_rows, write_rows
 from multifid.evaluate.table import rich_table, write_tables
 from multifid.model.saved import load_potential
+from multifid.parallel import groups
+from multifid.parallel.groups import World
 from multifid.train.journal import read_journal
 from multifid.train.resolve import resolve
 from multifid.train.run import make_draws, total_steps, train
@@ -29,28 +32,46 @@ from multifid.train.run import make_draws, total_steps, train
 def study(config: Config, console: Console | None = None) -> Path:
     """Train what is not yet trained, evaluate everything on everything, write tables and figures into config.run.
 
-    Starting it again goes on where it was stopped. ValueError where the directory holds a study of another config.
+    Starting it again goes on where it was stopped. The same on every rank of a launch by torchrun or srun: models are
+    trained one after the other on all of them. ValueError where the directory holds a study of another config.
     """
-    console = console or Console()
-    root, settings = _open(config), config.study or StudyConfig()
+    with groups.world(config.train.device, config.parallel.silence) as world:
+        return _study(config, world, (console or Console()) if world.first else Console(quiet=True))
+
+
+def _study(config: Config, world: World, console: Console) -> Path:
+    settings = config.study or StudyConfig()
+    with world.together():
+        if settings.processes > 1 and world.size > 1:
+            raise ValueError(
+                f"study.processes: {settings.processes} is for one process, and {world.size} were launched"
+            )
+        root = _open(config, world.first)
     runs = [run for seed in settings.seeds for run in models_of(config, seed)]
-    _train_all(runs, settings.processes, console)
+    _train_all(runs, settings.processes, world, console)
     datasets = _datasets(config)
     rows: list[Row] = [references_row(data) for data in datasets]
     for seed in settings.seeds:
         clouds: dict[str, Parity] = {}
         for run in models_of(config, seed):
-            rows += _evaluate(Path(run.run), datasets, seed, clouds)
-        save(parity(clouds, f"{TWO_LEVEL}, test split, seed {seed}"), root / f"parity-seed-{seed}.png")
-        journals = {Path(r.run).name: read_journal(Path(r.run)) for r in models_of(config, seed)}
-        save(convergence(journals), root / f"convergence-seed-{seed}.png")
+            rows += _evaluate(Path(run.run), datasets, seed, clouds, world)
+        if world.first:
+            save(parity(clouds, f"{TWO_LEVEL}, test split, seed {seed}"), root / f"parity-seed-{seed}.png")
+            journals = {Path(r.run).name: read_journal(Path(r.run)) for r in models_of(config, seed)}
+            save(convergence(journals), root / f"convergence-seed-{seed}.png")
+    if world.first:
+        _write(root, rows, console)
+    return root
+
+
+def _write(root: Path, rows: list[Row], console: Console) -> None:
+    """Rows, tables and the figure of all seeds."""
     write_rows(root, rows)
     write_tables(rows, root)
     save(error_matrix(rows), root / "matrix.png")
-    for quantity in ("energy", "forces"):
+    for quantity in quantities(rows):
         console.print(rich_table(rows, quantity))
     console.print(f"tables and figures: {root}")
-    return root
 
 
 def models_of(config: Config, seed: int) -> list[Config]:
@@ -83,8 +104,8 @@ def models_of(config: Config, seed: int) -> list[Config]:
     ]
 
 
-def _open(config: Config) -> Path:
-    """The study's directory, whose config must be the same if it was begun before."""
+def _open(config: Config, first: bool) -> Path:
+    """The study's directory, whose config must be the same if it was begun before; the first rank writes it."""
     root = Path(config.run)
     path = root / "config.yaml"
     if path.exists():
@@ -94,18 +115,22 @@ def _open(config: Config) -> Path:
         changed = [d for d in changed if not d.startswith(free)]
         if changed:
             raise ValueError(f"{root} holds a study of another config:\n  " + "\n  ".join(changed))
-    root.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_config(config), encoding="utf-8")
+    if first:
+        root.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(dump_config(config), encoding="utf-8")
+        part.replace(path)
     return root
 
 
-def _train_all(runs: list[Config], processes: int, console: Console) -> None:
+def _train_all(runs: list[Config], processes: int, world: World, console: Console) -> None:
     """Longest first, so that side-by-side training ends together."""
     longest_first = sorted(runs, key=lambda r: -len(r.tasks))
     if processes == 1:
         for run in longest_first:
             console.print(f"training {run.run}")
-            train(run, console)
+            with world.apart(run.run):
+                train(run, console, world)
         return
     threads = max(1, torch.get_num_threads() // processes)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
@@ -124,14 +149,22 @@ def _datasets(config: Config) -> list[Data]:
     return [Data(t, s.store, s.tasks[t]) for t in config.tasks for s in open_sources(config.tasks) if t in s.tasks]
 
 
-def _evaluate(run: Path, datasets: list[Data], seed: int, clouds: dict[str, Parity]) -> list[Row]:
-    """Rows of one model on all datasets; the two-level model's points go to the parity plot too."""
+def _evaluate(run: Path, datasets: list[Data], seed: int, clouds: dict[str, Parity], world: World) -> list[Row]:
+    """Rows of one model on all datasets; the two-level model's points go to the parity plot too.
+
+    Elements that a model has not seen enter the means: the paper asks every model about every dataset.
+    """
     potential, description = load_potential(run)
     rows: list[Row] = []
+    share = Share(world.device, world.rank, world.size, world.group.sum_)
     for data in datasets:
-        collector = ParityCollector()
-        rows.append(evaluate(potential, description, run.name, data, collect=collector) | {"seed": seed})
+        collector = ParityCollector(share)
+        rows.append(
+            evaluate(potential, description, run.name, data, collect=collector, unseen=True, share=share)
+            | {"seed": seed}
+        )
         if run.name == TWO_LEVEL:
             clouds[data.name] = collector.parity()
-    write_rows(run, rows)
+    if world.first:
+        add_rows(run, rows)
     return rows

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from conftest import write_molecules
 from multifid.config import parse_config
 from multifid.data.prepare import prepare
 from multifid.data.store import Store
@@ -236,3 +237,37 @@ def test_the_budget_of_edges_follows_width_and_memory(stores, tmp_path):
             budgets.append(asking.edge_budget(Potential(model, ["a"], {"a": "a"}, 0), Share()))
     assert budgets[0] == asking.EDGES and budgets[1] == asking.MEMORY // (asking.KEPT * 866 * 4 * 4)
     assert asking.edge_budget(None, replace(Share(), max_edges=5)) == 5
+
+
+@pytest.fixture(scope="module")
+def only_test(tmp_path_factory) -> Path:
+    """Other molecules of the task `apple`, all of them test."""
+    folder = tmp_path_factory.mktemp("only")
+    write_molecules(folder / "a.xyz", 15, 1.0, 0.0, seed=3)
+    prepare("extxyz", [folder / "a.xyz"], folder / "s", task="apple", fractions=(0, 0, 1), progress=False)
+    return folder / "s"
+
+
+def test_a_store_that_is_only_test_is_evaluated_with_the_models_references(conservative, only_test, tmp_path):
+    """The same numbers as the same structures in a store with splits; what the store has fitted does not matter."""
+    prepare("extxyz", [only_test.parent / "a.xyz"], tmp_path / "divided", task="apple", progress=False)
+    run = tmp_path / "m"
+    shutil.copytree(conservative, run)
+    (row,) = evaluate_run(run, data_of(str(only_test)))
+    (divided,) = evaluate_run(run, data_of(str(tmp_path / "divided")), "all")
+    assert row["structures"] == 15 and row["references"] == "model"
+    for name in NUMBERS:
+        assert row[name] == (None if divided[name] is None else pytest.approx(divided[name], rel=1e-5))
+    (foreign,) = evaluate_run(run, [replace(data_of(str(only_test))[0], name="other")], branch="rock")
+    assert foreign["references"] == "data, fitted to its test split"
+
+
+def test_a_store_that_is_only_test_says_what_it_was_fitted_to_and_is_not_trained_on(only_test, tmp_path):
+    store = Store(only_test)
+    packed = store.read(np.arange(15))
+    assert store.size("test") == 15 and store.fitted_on == "test" and "fitted_on" in store.manifest["splits"]
+    rms = np.sqrt(np.square(packed.labels["apple"].forces.astype(float)).mean())
+    assert store.manifest["tasks"]["apple"]["scale"] == pytest.approx(rms, rel=1e-6)
+    with pytest.raises(ValueError, match=r"tasks\.apple\.store: .* has no train structure \(train 0, .* test 15\)"):
+        start(config_of({"apple": only_test}, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multifid.data.fields import NO_SPLIT
-from multifid.data.split import UNUSED, divide, set_unseen_aside
+from multifid.data.split import TEST, TRAIN, UNUSED, VALIDATION, divide, fitted, set_unseen_aside
 
 
 def hashes(names) -> np.ndarray:
@@ -110,10 +110,10 @@ def test_an_empty_split_is_an_error_that_names_it():
 
 
 @pytest.mark.parametrize(
-    "fractions", [(0.8, 0.2, 0.0), (0.8, 0.1, 0.2), (1.2, -0.1, -0.1), (0.5, 0.5), (np.nan, 0.5, 0.5)]
+    "fractions", [(0.8, 0.1, 0.0), (0.8, 0.1, 0.2), (1.2, -0.1, -0.1), (0.5, 0.5), (np.nan, 0.5, 0.5)]
 )
 def test_fractions_that_are_none_are_refused(fractions):
-    with pytest.raises(ValueError, match="three positive numbers"):
+    with pytest.raises(ValueError, match="three numbers"):
         split_of(np.arange(10), fractions=fractions)
 
 
@@ -129,3 +129,34 @@ def test_structures_with_an_element_that_train_lacks_are_set_aside(chunk):
 def test_setting_aside_a_whole_split_is_an_error():
     with pytest.raises(ValueError, match="every test structure has an element that the train split lacks"):
         set_unseen_aside(np.array([0, 1, 2], np.uint8), np.array([1, 1, 8]), np.array([0, 1, 2, 3], np.uint64), [1, 8])
+
+
+@pytest.mark.parametrize("names", [["a"], ["a"] * 9, np.arange(50)])
+@pytest.mark.parametrize(("fractions", "code"), [((1, 0, 0), TRAIN), ((0, 1, 0), VALIDATION), ((0, 0, 1), TEST)])
+def test_a_fraction_of_one_takes_everything_whatever_was_published(names, fractions, code):
+    published = np.arange(len(names)) % 4 % 3
+    for found in (split_of(names, fractions=fractions), split_of(names, published=published, fractions=fractions)):
+        assert (found.split == code).all()
+    assert fitted(found.split)[0] == code and fitted(found.split)[1].all()
+    file = np.arange(len(names)) % 2
+    if len(names) > 1:  # files that are given for another split stay there
+        other = split_of(names, file=file, given=("train", None), fractions=fractions).split
+        assert (other[file == 0] == TRAIN).all() and (other[file == 1] == code).all()
+
+
+@pytest.mark.parametrize("fractions", [(0.9, 0.0, 0.1), (0.0, 0.5, 0.5), (0.8, 0.2, 0.0)])
+def test_a_split_whose_fraction_is_zero_may_be_empty(fractions):
+    counts = np.bincount(split_of(np.arange(2000), fractions=fractions).split, minlength=3) / 2000
+    np.testing.assert_allclose(counts, fractions, atol=0.01)
+    published = np.where(np.arange(2000) < 1900, TRAIN, TEST)
+    carved = split_of(np.arange(2000), published=published, fractions=fractions).split
+    assert (carved[1900:] == TEST).all() and (carved == VALIDATION).any() == (fractions[1] > 0)
+
+
+def test_without_a_train_split_nothing_is_unseen():
+    numbers, offsets = np.array([1, 6, 8], np.uint8), np.arange(4, dtype=np.uint64)
+    split = np.full(3, TEST, np.uint8)
+    assert set_unseen_aside(split, numbers, offsets, [1, 6, 8]) == [] and (split == TEST).all()
+    with_train = np.array([TRAIN, TEST, TEST], np.uint8)
+    with pytest.raises(ValueError, match="every test structure has an element"):
+        set_unseen_aside(with_train, numbers, offsets, [1, 6, 8])

@@ -46,7 +46,7 @@ def prepare(
     train: Annotated[list[Path] | None, typer.Option(help="an input that is all training split")] = None,
     validation: Annotated[list[Path] | None, typer.Option(help="an input that is all validation split")] = None,
     test: Annotated[list[Path] | None, typer.Option(help="an input that is all test split")] = None,
-    fractions: Annotated[str, typer.Option(help="train,validation,test")] = "0.8,0.1,0.1",
+    fractions: Annotated[str, typer.Option(help="train,validation,test; 0,0,1 makes only a test set")] = "0.8,0.1,0.1",
     seed: Annotated[int, typer.Option(help="of the split")] = 0,
     level_of_theory: Annotated[str | None, typer.Option(help="for the manifest, where it is not the format's")] = None,
     option: Annotated[list[str] | None, typer.Option(help="key=value of the format, as energy=corrected")] = None,

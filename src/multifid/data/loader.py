@@ -61,6 +61,7 @@ def open_sources(tasks: dict[str, TaskConfig], verify: str = "touch") -> list[So
     members: dict[str, dict[str, str]] = {}
     for task in sorted(tasks):
         store = Store(tasks[task].store, verify=verify)
+        _refuse_without_split(task, store)
         path = str(store.path.resolve())
         stores.setdefault(path, store)
         members.setdefault(path, {})[task] = _label_set(task, tasks[task], store)
@@ -70,6 +71,16 @@ def open_sources(tasks: dict[str, TaskConfig], verify: str = "touch") -> list[So
         )
         for p, chosen in members.items()
     ]
+
+
+def _refuse_without_split(task: str, store: Store) -> None:
+    for split in ("train", "validation"):
+        if not store.size(split):
+            sizes = ", ".join(f"{name} {store.size(name)}" for name in ("train", "validation", "test"))
+            raise ValueError(
+                f"tasks.{task}.store: {store.path} has no {split} structure ({sizes}), so nothing can be trained on "
+                "it, only evaluated; prepare a store whose --fractions are not 0"
+            )
 
 
 def _label_set(task: str, config: TaskConfig, store: Store) -> str:
@@ -167,7 +178,7 @@ def _calibration(store: Store, cutoff: float) -> float:
     """
     measured = store.manifest["edges_per_atom"]
     nearest = min(measured, key=lambda c: abs(float(c) - cutoff))
-    sample = store.pick("train", sampled(store.size("train")))
+    sample = store.pick(store.fitted_on, sampled(store.size(store.fitted_on)))
     estimate = float(_even_edges(store, sample, float(nearest), 1.0).sum())
     counted = float(measured[nearest]) * float(store.rows("natoms", sample).sum())
     return counted / estimate if estimate else 1.0

@@ -25,7 +25,7 @@ from multifid.data.inputs import Input, find_inputs
 from multifid.data.intake import Advance, Intake, jobs, read_files
 from multifid.data.leakage import set_aside
 from multifid.data.readers import reader
-from multifid.data.split import divide, set_unseen_aside
+from multifid.data.split import divide, fitted, set_unseen_aside
 from multifid.data.store import Store
 from multifid.data.summary import summary
 from multifid.data.survey import sample_edges, survey_task
@@ -194,7 +194,9 @@ def _divide(
         aside["duplicates"] = set_aside(divided.split, geometries(fields), drop_duplicates, others)
     unseen = set_unseen_aside(divided.split, fields["numbers"], fields["offsets"], intake.writer.present)
     counts = {name: int((divided.split == code).sum()) for code, name in enumerate(SPLITS)}
-    rule = {"seed": seed, "rule": divided.rule, "fractions": list(fractions)}
+    rule: dict[str, Any] = {"seed": seed, "rule": divided.rule, "fractions": list(fractions)}
+    if not counts["train"]:
+        rule["fitted_on"] = SPLITS[fitted(divided.split)[0]]
     return divided.split, {**counts, **rule, "unseen_elements": unseen, **aside}
 
 

@@ -10,8 +10,10 @@ Three rules, the first that speaks decides over a structure:
    that a publication has placed (rule 2) is followed. Where there are fewer relatives than splits to fill, each file is
    cut into contiguous blocks (train first, test last), since neighbouring frames of one trajectory are nearly equal.
 
-A split that would be empty is an error. `unused` (3) is for validation and test structures with an element that the
-train split lacks.
+A split that would be empty is an error, unless its fraction is 0: then only files that are given for it fill it, or a
+publication. Where one fraction is 1, published splits do not count either: `--fractions 0,0,1` makes a store that is
+only test. `unused` (3) is for validation and test structures with an element that the train split lacks, if there is a
+train split. Reference energies and scale are fitted to the train split, or to what `fitted` says where there is none.
 """
 
 from collections.abc import Sequence
@@ -57,6 +59,8 @@ def divide(
     ValueError where a split would be empty.
     """
     _check_fractions(fractions)
+    if max(fractions) == 1.0:
+        published = np.full_like(published, NO_SPLIT)
     split = np.full(len(relative), NO_SPLIT, np.uint8)
     rules = []
     by_file = np.array([NO_SPLIT if name is None else SPLITS.index(name) for name in given], np.uint8)[file]
@@ -69,22 +73,36 @@ def divide(
         _follow(split, relative, chosen)
     filled = {SPLITS.index(name) for name in given if name}
     pool = split == NO_SPLIT
-    open_splits = [code for code in range(3) if code not in filled]
+    open_splits = [code for code in range(3) if fractions[code] == 1.0 or (code not in filled and fractions[code])]
     if not pool.any() and rules[-1:] == ["published"]:
         missing = [code for code in open_splits if code != TRAIN and not (split == code).any()]
         pool = chosen & (split == TRAIN) if missing else pool
-        open_splits = [TRAIN, *missing]
+        open_splits = [code for code in (TRAIN, *missing) if fractions[code]]
     if pool.any() and open_splits:
         weights = np.array([fractions[code] for code in open_splits])
         codes, how = _divide_pool(relative[pool], file[pool], weights / weights.sum(), seed)
         split[pool] = np.array(open_splits, np.uint8)[codes]
+        if max(fractions) == 1.0:
+            how = f"all {'others ' * bool(rules)}to {DIVIDED[open_splits[0]]}"
         rules.append(f"{how} {kind}" if how == "by" else how)
     elif pool.any():
         raise ValueError("files are given for train, validation and test: nothing is left for the other inputs")
     for code, name in enumerate(DIVIDED):
-        if not (split == code).any():
+        if not (split == code).any() and (fractions[code] or name in given):
             raise ValueError(_empty(name, given))
     return Divided(split, "; ".join(rules))
+
+
+def fitted(split: np.ndarray) -> tuple[int, np.ndarray]:
+    """The split that references, scale and edges are fitted to, and which structures are in it, (structures,) bool.
+
+    The train split; where it is empty, test; where that is empty too, validation.
+    """
+    for code in (TRAIN, TEST, VALIDATION):
+        chosen = split == code
+        if chosen.any():
+            return code, chosen
+    return TRAIN, chosen
 
 
 def set_unseen_aside(
@@ -93,8 +111,11 @@ def set_unseen_aside(
     """Validation and test structures with an element that the train split lacks become unused, in place.
 
     numbers (atoms,), offsets (structures + 1,), elements: those that occur. Returns those that the train split lacks.
-    ValueError where that empties a split.
+    Without a train split nothing is unseen. ValueError where a split is emptied.
     """
+    filled = np.bincount(split, minlength=256) > 0
+    if not filled[TRAIN]:
+        return []
     trained, present, unseen = np.zeros((3, 256), bool)
     present[list(elements)] = True
     parts = [slice(a, min(a + chunk, len(split))) for a in range(0, len(split), chunk)]
@@ -117,7 +138,7 @@ def set_unseen_aside(
         unseen[z[foreign[structure] & ~trained[z]]] = True
         split[part][foreign] = UNUSED
     for code, name in enumerate(DIVIDED):
-        if not (split == code).any():
+        if filled[code] and not (split == code).any():
             raise ValueError(f"every {name} structure has an element that the train split lacks: nothing is left of it")
     return [int(z) for z in np.flatnonzero(unseen)]
 
@@ -187,13 +208,16 @@ def _counts(n: int, fractions: np.ndarray) -> np.ndarray:
 
 
 def _check_fractions(fractions: tuple[float, float, float]) -> None:
-    if len(fractions) != 3 or not all(f > 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
+    if len(fractions) != 3 or not all(f >= 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(
-            f"fractions must be three positive numbers (train, validation, test) that add up to 1, not {fractions}"
+            f"fractions must be three numbers (train, validation, test) of at least 0 that add up to 1, not {fractions}"
         )
 
 
 def _empty(name: str, given: list[str | None]) -> str:
     if name in given:
         return f"the {name} split is empty: the files given for it hold no structure that can be used"
-    return f"the {name} split would be empty: give more structures, or files for it with --{name}"
+    return (
+        f"the {name} split would be empty: give more structures, files for it with --{name}, or 0 in --fractions where "
+        "it is to be empty (0,0,1: only a test set)"
+    )

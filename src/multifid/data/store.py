@@ -70,6 +70,11 @@ class Store:
             raise ValueError(f"there is no split {split!r}: splits are {', '.join(SPLITS)}")
         return self.field(f"index/{split}")
 
+    @property
+    def fitted_on(self) -> str:
+        """The split that reference energies and scale are fitted to: "train" unless the store has none."""
+        return str(self.manifest["splits"].get("fitted_on", "train"))
+
     def size(self, split: str) -> int:
         """The number of structures of a split."""
         return int(self.manifest["splits"][split])

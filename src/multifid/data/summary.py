@@ -22,7 +22,7 @@ def summary(store: Store) -> Table:
     for name, task in manifest["tasks"].items():
         labels = ", ".join(f"{kind} {count:,}" for kind, count in task["labels"].items() if count)
         table.add_row(f"task {name}", f"{task['level_of_theory']}, {task['energy_kind']}: {labels}")
-        table.add_row("  references", _references(task))
+        table.add_row("  references", _references(task) + _fitted_on(store))
         table.add_row("  scale", f"{task['scale']:.4g} {'eV/angstrom' if task['labels']['forces'] else 'eV/atom'}")
     for what in ("skipped", "dropped_labels"):
         for reason, count in manifest[what].items():
@@ -34,6 +34,11 @@ def summary(store: Store) -> Table:
         "edges per atom", ", ".join(f"{value:.1f} within {cutoff} angstrom" for cutoff, value in edges.items())
     )
     return table
+
+
+def _fitted_on(store: Store) -> str:
+    """A word where references could not be fitted to a train split."""
+    return "" if store.fitted_on == "train" else f"\nfitted to the {store.fitted_on} split: there is no train split"
 
 
 def _references(task: dict) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from multifid.data.array_file import Rows
 from multifid.data.references import Folded, Pass, References, count_elements, fit_by
-from multifid.data.split import TRAIN
+from multifid.data.split import fitted
 from multifid.structures.neighbors import edges_per_atom
 from multifid.structures.structure import Packed
 
@@ -55,11 +55,12 @@ class Stretch:
 
 
 def stretches(task: str, fields: Fields, split: np.ndarray) -> list[Stretch]:
-    """A whole store; where it is cut depends on nothing but the number of structures."""
+    """A whole store, of which the train split counts (see `fitted`); where it is cut depends on the size alone."""
+    _, chosen = fitted(split)
     kinds = ("natoms", "offsets", "numbers", f"labels/{task}/energy", f"labels/{task}/forces")
     used = {name: fields[name] for name in kinds if name in fields}
     starts = range(0, len(split), STRETCH)
-    return [Stretch(used, start, split[start : start + STRETCH] == TRAIN, task) for start in starts]
+    return [Stretch(used, start, chosen[start : start + STRETCH], task) for start in starts]
 
 
 def folded(stretch: Stretch, elements: list[int], once: Pass) -> Folded:
@@ -141,14 +142,15 @@ def scale(fields: Fields, split: np.ndarray, task: str, references: References, 
             return rms
     of_energy = MeanSquare()
     if energies is not None:
+        _, chosen = fitted(split)
         for part, _, numbers, natoms in pieces(fields):
-            of_energy.add((references.align(energies[part], numbers, natoms) / natoms)[split[part] == TRAIN])
+            of_energy.add((references.align(energies[part], numbers, natoms) / natoms)[chosen[part]])
     return of_energy.rms() or 1.0
 
 
 def sample_edges(fields: Fields, split: np.ndarray) -> dict[str, float]:
     """Mean number of neighbours of an atom at a few cutoffs, on structures spread evenly over the train split."""
-    train = np.flatnonzero(split == TRAIN)
+    train = np.flatnonzero(fitted(split)[1])
     chosen = train[sampled(len(train))]
     structures = [slice(i, i + 1) for i in chosen.tolist()]
     ends = fields["offsets"].parts([slice(i, i + 2) for i in chosen.tolist()]).reshape(-1, 2)

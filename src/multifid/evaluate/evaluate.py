@@ -137,7 +137,13 @@ def references_row(data: Data, split: str = "test") -> Row:
             zero = torch.zeros_like
             errors.add(zero(targets.energy), zero(packed.positions), zero(packed.cell), targets, packed.natoms)
     row = errors.row("References", data.name, split)
-    return row | _about(row, True, data, None, "data")
+    return row | _about(row, True, data, None, _of_data(data))
+
+
+def _of_data(data: Data) -> str:
+    """How rows call the data's own reference energies, which a store without a train split has from what is asked."""
+    fitted_on = data.store.fitted_on
+    return "data" if fitted_on == "train" else f"data, fitted to its {fitted_on} split"
 
 
 def _about(row: Row, unseen: bool, data: Data, branch: str | None, references: str) -> Row:
@@ -259,7 +265,7 @@ def _who_answers(description: Description, data: Data, branch: str | None) -> tu
             f"the model has not been trained on {data.name!r} and has several branches: choose one with --branch "
             f"({', '.join(description['branches'])})"
         )
-    return named[0], store, "data"
+    return named[0], store, _of_data(data)
 
 
 def _elements(description: Description, task: str) -> Tensor:

@@ -25,8 +25,9 @@ def expanded(found: Iterable[Record]) -> Iterator[Record]:
                 if own is not None or not np.isnan(energy):
                     labels[task] = Labels(float(energy), own)
             numbers, positions = columns["numbers"][atoms], columns["positions"][atoms]
+            charge = int(columns["charge"][i]) if "charge" in columns else None
             yield (
-                Structure(numbers, positions, labels, str(columns["relative"][i]), where)
+                Structure(numbers, positions, labels, str(columns["relative"][i]), where, charge=charge)
                 if labels
                 else Skip("no label", where)
             )

@@ -132,8 +132,18 @@ def test_charge_and_multiplicity_are_read_under_both_names(written):
     found = written(
         frame("energy=-1 charge=-2 spin=3") + frame("energy=-1 total_charge=1.0 total_spin=2") + frame("energy=1")
     )
-    assert [(s.charge, s.spin) for s in found] == [(-2, 3), (1, 2), (0, 1)]
+    assert [(s.charge, s.spin) for s in found] == [(-2, 3), (1, 2), (None, None)]
     assert written(frame("energy=-1 charge=0.5")) == [Skip("charge is not a whole number", "0")]
+
+
+def test_ases_columns_of_charges_and_moments_state_those_of_a_molecule(written):
+    columns = "Properties=species:S:1:pos:R:3:initial_charges:R:1:initial_magmoms:R:1"
+    molecule, crystal = (
+        f"2\n{columns} energy=-1{cell}\nO 0 0 0 -1.4 1.9\nH 0 0 0.96 0.4 0.1\n"
+        for cell in ("", ' Lattice="9 0 0 0 9 0 0 0 9"')
+    )
+    found = written(molecule.replace("1.9", "-2.1") + molecule + crystal)
+    assert [(s.charge, s.spin) for s in found] == [(-1, 3), (-1, 3), (None, None)]
 
 
 def test_atomic_numbers_stand_for_symbols(written):
@@ -144,7 +154,7 @@ def test_atomic_numbers_stand_for_symbols(written):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (frame("energy=-1").replace("H", "Hx", 1), "unknown element"),
+        (frame("energy=-1").replace("H", "Hx", 1), "unknown element 'Hx'"),
         (frame("energy=-1", "extra"), "lines of atoms do not have the columns that Properties say"),
         (frame("energy=-1").replace("0.763", "x.xxx", 1), "a column that must hold numbers does not"),
         (frame("Properties=species:S:1:pos:R energy=-1"), "Properties are not name:type:width"),

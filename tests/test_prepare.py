@@ -132,7 +132,7 @@ def bad_records() -> dict[str, Structure | Skip]:
     return {
         "reader's reason": Skip("reader's reason", "bad"),
         "no atoms": bad(np.zeros(0, int), np.zeros((0, 3))),
-        "atomic numbers are not integers from 1 to 118": bad(np.array([0, 8])),
+        "unknown element: atomic number 0 is not within 1..118 (a dummy atom?)": bad(np.array([0, 8])),
         "positions of another length than the atoms": bad(positions=np.zeros((3, 3))),
         "positions are not finite": bad(positions=apart * np.nan),
         "two atoms closer than 0.001 angstrom": bad(positions=here),
@@ -372,3 +372,23 @@ def test_every_ani1x_conformer_is_stored_or_skipped_with_a_reason(tmp_path):
     for name, count in list(files.items())[:2]:
         one = prepare("ani1x", [DATA / "ani1x" / name], tmp_path / name, progress=False)
         assert one.structures + sum(one.manifest["skipped"].values()) == count
+
+
+def test_charges_that_no_source_states_are_counted_and_impossible_multiplicities_skipped(tmp_path):
+    water, lone = "3\n{}\nO 0 0 0\nH 0 0 0.96\nH 0 0.93 -0.24\n", "2\n{}\nO 0 0 0\nH 0 0 0.97\n"
+    stated = [water.format(f"energy=-1 charge=0 spin={spin}") for spin in (1, 3, 1, 1)]
+    wrong = [water.format("energy=-1 charge=0 spin=2"), lone.format("energy=-1 charge=-1 spin=12")]
+    quiet = [water.format("energy=-1"), lone.format("energy=-1"), lone.format("energy=-1 charge=0")]
+    crystal = lone.format('energy=-1 Lattice="9 0 0 0 9 0 0 0 9"')
+    (tmp_path / "a.xyz").write_text("".join([*stated, *wrong, *quiet, crystal]))
+    store = prepare("extxyz", [tmp_path / "a.xyz"], tmp_path / "store", trust_units=True, progress=False)
+    read = store.read(np.arange(store.structures))
+    assert read.charge.tolist() == [0] * 8 and read.spin.tolist() == [1, 3, 1, 1, 1, 1, 2, 1]
+    assert list(store.manifest["assumed"].values()) == [1, 1, 1]
+    assert [reason.partition(" (")[0] for reason in store.manifest["skipped"]] == [
+        "the multiplicity does not fit the number of electrons"
+    ]
+    assert list(store.manifest["skipped"].values()) == [2]
+    options = {"charge": 0, "spin_counts": "unpaired"}
+    told = prepare("extxyz", [tmp_path / "a.xyz"], tmp_path / "b", options=options, trust_units=True, progress=False)
+    assert list(told.manifest["assumed"]) == ["no multiplicity stated: an odd number of electrons taken as a doublet"]

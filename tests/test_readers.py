@@ -212,7 +212,7 @@ def test_qm7x_free_atoms_are_isolated_atoms_of_the_level_that_is_read(water):
         ({"ePBE0+MBD": np.array([np.nan])}, "energy is not finite"),
         ({"totFOR": None}, "record without totFOR"),
         ({"atXYZ": np.full((3, 3), np.inf)}, "positions are not finite"),
-        ({"atNUM": np.array([8, 1, 0])}, "unknown element"),
+        ({"atNUM": np.array([8, 1, 0])}, "unknown element: atomic number 0 is not within 1..118 (a dummy atom?)"),
     ],
 )
 def test_qm7x_bad_records_are_skipped_with_a_reason(tmp_path, changed, reason):
@@ -693,7 +693,54 @@ def test_aselmdb_relatives_are_materials_where_the_row_names_one_and_formulas_el
     rows = {str(i): row(data={"sid": sid}) for i, sid in enumerate(sids, start=1)}
     found = sorted(records(aselmdb, write_lmdb(tmp_path / "a.aselmdb", rows)), key=lambda s: s.source_id)
     assert [s.relative for s in found] == ["agm011722394", "agm011722394", "mp-19", *["Mg1O1"] * 4]
-    assert {(s.charge, s.spin) for s in found} == {(0, 1)}
+    assert {(s.charge, s.spin) for s in found} == {(None, None)}
+
+
+OPEN = {"cell": [[0.0] * 3] * 3, "pbc": [False] * 3, "stress": None}  # Mg and O far from crystals
+
+
+@pytest.mark.parametrize(
+    ("stated", "charge", "spin"),
+    [
+        ({"key_value_pairs": {"charge": -1, "spin": 2}}, -1, 2),
+        ({"data": {"info": {"total_charge": 1.0, "multiplicity": 4}}}, 1, 4),
+        ({"info": {"charge": 2}, "data": {"charge": None}}, 2, None),
+        ({"data": {"charge": 0, "uhf": 2}}, 0, 3),
+        ({"data": {"charge": 0, "multiplicity": 3, "spin": 2}}, 0, 3),  # 2S beside 2S + 1
+        ({"data": {"charge": 0, "multiplicity": 3, "total_spin": 1.0}}, 0, 3),  # S beside 2S + 1
+        ({"data": {"charge": 0, "spin": 0}}, 0, None),
+        ({"data": {}, "initial_charges": nd([-1.5, 0.5]), "initial_magmoms": nd([0.0, 1.0])}, -1, 2),
+        ({"data": {}, "initial_charges": nd([0.3, 0.3]), "initial_magmoms": nd([1.0, 2.0])}, None, None),
+        ({"data": {"charge": 0}, "magmom": 2.0, "initial_magmoms": nd([0.0, 0.0])}, 0, 3),
+        ({"data": {}}, None, None),
+    ],
+)
+def test_aselmdb_charge_and_spin_are_found_wherever_a_molecule_has_them(tmp_path, stated, charge, spin):
+    path = write_lmdb(tmp_path / "a.aselmdb", {"1": row(**{"data": {}, **OPEN, **stated})})
+    structure = only(records(aselmdb, path))
+    assert (structure.charge, structure.spin) == (charge, spin)
+
+
+def test_aselmdb_moments_and_charges_of_a_crystals_atoms_are_not_its_spin_and_charge(tmp_path):
+    atoms = {"initial_charges": nd([2.0, -1.0]), "initial_magmoms": nd([5.0, 0.0]), "magmom": 5.0}
+    structure = only(records(aselmdb, write_lmdb(tmp_path / "a.aselmdb", {"1": row(data={}, **atoms)})))
+    assert (structure.charge, structure.spin) == (None, None)
+
+
+def test_aselmdb_charges_that_contradict_each_other_or_are_missing_are_skips(tmp_path):
+    two, three = {"charge": 0, "total_charge": 1}, {"charge": 0, "multiplicity": 3, "spin": 5}
+    rows = {str(k): row(data=data, **OPEN) for k, data in enumerate((two, three, {"charge": 0}, {}), start=1)}
+    path = write_lmdb(tmp_path / "a.aselmdb", rows)
+    assert skips(records(aselmdb, path)) == {
+        "1": "charge and total_charge differ",
+        "2": "multiplicity and spin differ",
+    }
+    omol = skips(records(aselmdb, path, dataset="omol25"))
+    assert omol["4"] == "no charge is stated (--option charge=0 states it)" and "3" not in omol
+    stated = structures(records(aselmdb, path, dataset="omol25", charge=0, spin=3))
+    assert [(s.charge, s.spin, s.source_id) for s in stated] == [(0, 3, "3"), (0, 3, "4")]
+    unpaired = write_lmdb(tmp_path / "b.aselmdb", {"1": row(data={"charge": 0, "spin": 0}, **OPEN)})
+    assert only(records(aselmdb, unpaired, spin_counts="unpaired")).spin == 1
 
 
 def test_aselmdb_molecules_have_no_cell(tmp_path):
@@ -725,7 +772,7 @@ def test_aselmdb_bad_rows_are_skipped_with_a_reason(tmp_path, monkeypatch):
         "2": "energy is not finite",
         "3": "forces are not finite",
         "4": "forces are not an array of numbers",
-        "5": "unknown element",
+        "5": "unknown element: atomic number 0 is not within 1..118 (a dummy atom?)",
         "6": "row is not compressed JSON",
         "7": "row is truncated",
         "8": "row is implausibly large",

@@ -12,6 +12,7 @@ from ase.cluster import Octahedron
 from multifid.data.block import relative_hash
 from multifid.data.prepare import prepare
 from multifid.data.readers import Skip, spice
+from multifid.data.readers.smiles import read_smiles
 from multifid.structures.structure import Structure
 from records import expanded
 
@@ -73,7 +74,9 @@ def test_forces_are_minus_the_finite_difference_of_the_energy_along_the_position
         gradients.append(-atoms.get_forces() / units.Hartree * units.Bohr)
     raw = {"atomic_numbers": atoms.numbers, "conformations": np.array(frames)}
     raw |= {"dft_total_energy": np.array(energies), "dft_total_gradient": np.array(gradients)}
-    before, middle, after = records(write(tmp_path / "s.hdf5", argon=raw))
+    before, middle, after = records(
+        write(tmp_path / "s.hdf5", argon=raw | {"smiles": np.array([b".".join([b"[Ar]"] * len(atoms))])})
+    )
     moved = (after.positions - before.positions)[0]
     change = after.labels["spice"].energy - before.labels["spice"].energy
     assert change == pytest.approx(-(middle.labels["spice"].forces[0] @ moved), rel=1e-4)
@@ -89,10 +92,52 @@ def test_forces_are_minus_the_finite_difference_of_the_energy_along_the_position
         ("[H:9][N+:1]([H:2])([H:3])[C@@:4]([H:5])([H:6])[C:7](=[O:8])[O-:10]", 0),
         ("[Na+:1].[Cl-:2].[Cl-:3]", -1),
         ("[15NH3+:1]/C=C\\[O--]", -1),
+        ("[H:10][c:1]1[nH+]c[se]c1 a name-", 1),
+        ("Cl[Zn-2](Cl)(Cl)Cl", -2),
+        ("[H+]", 1),
+        ("[CH3:1][C@@H:2](N)C%12.C%12", 0),
     ],
 )
 def test_charge_is_the_sum_of_formal_charges(smiles, charge):
-    assert spice.charge_of(smiles) == charge
+    assert read_smiles(smiles).charge == charge
+
+
+@pytest.mark.parametrize("smiles", ["", "  ", "*", "[Xx+]", "[O-", "water", "O=C>>CO", "[O+-]", "?"])
+def test_what_is_no_smiles_has_no_charge(smiles):
+    assert read_smiles(smiles) is None
+
+
+@pytest.mark.parametrize(
+    ("smiles", "numbers", "fits"),
+    [
+        (WATER, [8, 1, 1], True),
+        ("O", [1, 8, 1], True),
+        ("[OH2]", [8, 1, 1], True),
+        ("[OH-:1]", [8, 1, 1], False),  # all of its atoms are written
+        ("CO", [6, 8, 1, 1, 1, 1], True),
+        ("CO", [6, 6, 8, 1, 1, 1], False),
+        ("C[OH]", [6, 8], False),
+    ],
+)
+def test_a_smiles_must_have_the_atoms_of_its_molecule(smiles, numbers, fits):
+    assert read_smiles(smiles).fits(numbers) == fits
+
+
+def test_a_charge_that_nothing_says_is_never_zero_in_silence(tmp_path):
+    stated, atomic, unknown, odd, other = water(), water(), water(), water("[O-:1]]("), water("[O-:1][H:2]")
+    stated["charge"] = 2
+    del stated["smiles"], atomic["smiles"], unknown["smiles"]
+    atomic["mbis_charges"] = np.full((4, 3, 1), -1 / 3) + np.random.default_rng(0).normal(0, 1e-3, (4, 3, 1))
+    path = write(tmp_path / "s.hdf5", stated=stated, atomic=atomic, unknown=unknown, odd=odd, other=other)
+    found = records(path)
+    assert [r.charge for r in found if isinstance(r, Structure)] == [-1] * 4 + [2] * 4
+    assert {r.where: r.reason.partition(" (")[0] for r in found if isinstance(r, Skip)} == {
+        "unknown": "no charge is known: neither SMILES nor atomic charges",
+        "odd": "no charge is known: its SMILES cannot be read",
+        "other": "no charge is known: its SMILES has other atoms than the molecule",
+    }
+    told = list(expanded(spice.read(path, spice.Options(charge=0), lambda fraction: None)))
+    assert [r.charge for r in told] == [-1] * 4 + [0] * 8 + [2] * 4 + [0] * 4
 
 
 def test_charge_and_multiplicity_are_stored(tmp_path):
@@ -103,11 +148,13 @@ def test_charge_and_multiplicity_are_stored(tmp_path):
 
 
 def test_one_molecule_under_two_names_and_its_mirror_image_are_relatives(tmp_path):
-    two = ("[H:1][C@:2]([F:3])([Cl:4])[Br:5]", "[H:5][C@@:1]([F:2])([Cl:3])[Br:4]", "[H:5][C:1]([F:2])([I:3])[Br:4]")
-    path = write(tmp_path / "s.hdf5", **{f"m{i}": water(smiles) for i, smiles in enumerate(two)})
+    two = ("[H:1][C@:2]([F:3])[O:4]", "[H:5][C@@:1]([F:2])[O:3]", "[H:5][C:1]([O:2])[F:3]")
+    same = {"atomic_numbers": np.array([1, 6, 9, 8])}
+    same |= {key: np.zeros((4, 4, 3)) for key in ("conformations", "dft_total_gradient")}
+    path = write(tmp_path / "s.hdf5", **{f"m{i}": water(smiles) | same for i, smiles in enumerate(two)})
     left, right, other = (s.relative for s in records(path)[::4])
     assert left == right != other
-    del (nameless := water())["smiles"]
+    del (nameless := water() | {"charge": 0})["smiles"]
     assert records(write(tmp_path / "n.hdf5", w=nameless))[0].relative == str(relative_hash("H2O1"))
 
 
@@ -121,8 +168,8 @@ def test_bad_molecules_cost_only_themselves(tmp_path):
     found = records(write(tmp_path / "s.hdf5", good=water(), **bad))
     assert sum(isinstance(s, Structure) for s in found) == 4
     assert {s.reason for s in found if isinstance(s, Skip)} == {
-        "dft_total_gradient of another shape than the atoms", "unknown element", "record without dft_total_energy",
-        "no atoms",
+        "dft_total_gradient of another shape than the atoms", "record without dft_total_energy", "no atoms",
+        "unknown element: atomic number 119 is not within 1..118",
     }  # fmt: skip
 
 

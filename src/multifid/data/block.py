@@ -13,6 +13,8 @@ import xxhash
 from multifid.data.fields import LABELS, NO_SPLIT, field
 from multifid.structures.structure import SPLITS, Structure
 
+NO_CHARGE, NO_SPIN = 1, 2  # what a source does not say of a structure
+
 
 @dataclass(slots=True)
 class Block:
@@ -20,10 +22,13 @@ class Block:
 
     natoms, numbers, positions, relative and split are always there; cell, pbc, charge, spin and labels/<task>/<kind>
     where a structure has them. Every structure has at least one atom. sources: the source id of each structure.
+    unstated: (structures,) uint8, a sum of NO_CHARGE and NO_SPIN: what the source does not say of a structure; None
+    where the format says it of all.
     """
 
     columns: dict[str, np.ndarray]
     sources: list[str]
+    unstated: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -43,7 +48,18 @@ class Block:
             return self
         rows = {"structures": chosen, "atoms": np.repeat(chosen, self.natoms)}
         columns = {name: values[rows[field(name).rows]] for name, values in self.columns.items()}
-        return Block(columns, [self.sources[i] for i in np.flatnonzero(chosen)])
+        unstated = None if self.unstated is None else self.unstated[chosen]
+        return Block(columns, [self.sources[i] for i in np.flatnonzero(chosen)], unstated)
+
+    def electrons(self) -> np.ndarray:
+        """(structures,) int64: how many a structure has with the charge that is stored."""
+        protons = np.add.reduceat(self.columns["numbers"].astype(np.int64), self.first_atoms())
+        return protons - self.columns.get("charge", np.zeros(len(self), np.int64)).astype(np.int64)
+
+    def molecules(self) -> np.ndarray:
+        """(structures,) bool: which are periodic in no direction."""
+        pbc = self.columns.get("pbc", np.zeros((len(self), 3), bool))
+        return np.logical_not(pbc.any(axis=1))
 
 
 def relative_hash(relative: str) -> int:
@@ -65,13 +81,26 @@ def pack(structures: Sequence[Structure]) -> Block:
         columns["pbc"] = np.array([np.zeros(3, bool) if s.pbc is None else np.asarray(s.pbc, bool) for s in structures])
         cells = np.array([np.zeros((3, 3)) if s.cell is None else s.cell for s in structures], np.float64)
         columns["cell"] = np.where(columns["pbc"][:, :, None], cells, 0.0)
-    for name in ("charge", "spin"):
-        values = np.array([getattr(s, name) for s in structures], np.int64)
-        if (values != field(name).absent).any():
-            columns[name] = values
+    columns |= _charges(structures)
     for task in dict.fromkeys(task for s in structures for task in s.labels):
         columns |= _label_columns(task, structures, natoms)
-    return Block(columns, [s.source_id for s in structures])
+    unstated = [NO_CHARGE * (s.charge is None) + NO_SPIN * (s.spin is None) for s in structures]
+    return Block(columns, [s.source_id for s in structures], np.array(unstated, np.uint8))
+
+
+def _charges(structures: Sequence[Structure]) -> dict[str, np.ndarray]:
+    """The columns charge and spin, where some structure is no neutral singlet."""
+    charge = np.array([s.charge or 0 for s in structures], np.int64)
+    spin = np.array([_lowest(s) if s.spin is None else s.spin for s in structures], np.int64)
+    columns = {"charge": charge, "spin": spin}
+    return {name: values for name, values in columns.items() if (values != field(name).absent).any()}
+
+
+def _lowest(structure: Structure) -> int:
+    """The lowest multiplicity of a molecule whose charge is known; 1 otherwise, which says nothing to a model."""
+    if structure.charge is None or (structure.pbc is not None and np.any(structure.pbc)):
+        return 1
+    return 1 + (int(np.sum(structure.numbers)) - structure.charge) % 2
 
 
 def _label_columns(task: str, structures: Sequence[Structure], natoms: np.ndarray) -> dict[str, np.ndarray]:

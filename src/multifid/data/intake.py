@@ -117,6 +117,7 @@ class Intake:
         self.label_sets: dict[str, LabelSet] = {}  # task -> what its labels are
         self.isolated: dict[str, dict[int, float]] = {}  # task -> Z -> eV
         self.dropped: dict[str, int] = {}  # labels that are not numbers, by reason
+        self.assumed: dict[str, int] = {}  # what sources do not state, and what is taken for it -> structures
 
     def take(self, files: list[Input], plan: list[tuple[int, Part]], unfinished: Unfinished, pool: Workers) -> None:
         """All parts in the order of the files: where everything goes is said here, workers write it there."""
@@ -139,8 +140,9 @@ class Intake:
             if (known := energies.setdefault(number, energy)) != energy:
                 both = f"{known} and {energy} eV"
                 raise ValueError(f"{file.path}: the isolated atom Z={number} has two energies: {both}")
-        for what, count in found.dropped.items():
-            self.dropped[what] = self.dropped.get(what, 0) + count
+        for total, part in ((self.dropped, found.dropped), (self.assumed, found.assumed)):
+            for what, count in part.items():
+                total[what] = total.get(what, 0) + count
 
     def _task_of(self, name: str) -> str:
         if name in self.names:

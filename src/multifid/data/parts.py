@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 from multifid.data.block import Block, join, pack, tasks_of
 from multifid.data.placing import Columns, Contents, Place, contents_of, place, place_skipped, renamed, skipped_line
 from multifid.data.readers import IsolatedAtom, Part, Skip
-from multifid.data.validate import malformed, screen
+from multifid.data.validate import assumed, malformed, screen
 from multifid.structures.structure import Structure
 
 AT_ONCE = 1024, 1 << 16  # structures and atoms that are laid into columns together, at most
@@ -58,6 +58,7 @@ class Found:
     tasks: list[str] = field(default_factory=list)  # label sets as the reader calls them, in order
     isolated: list[tuple[str, int, float]] = field(default_factory=list)  # label set, Z, eV
     dropped: dict[str, int] = field(default_factory=dict)
+    assumed: dict[str, int] = field(default_factory=dict)  # charges and multiplicities that the source does not state
     pieces: list["Piece"] = field(default_factory=list)
 
 
@@ -189,6 +190,8 @@ class _Pieces:
         self._skipped(sorted([*refused, *skips]))
         if good:
             kept = block.take(np.array([reason is None for reason in reasons]))
+            for what, count in assumed(kept).items():
+                self.found.assumed[what] = self.found.assumed.get(what, 0) + count
             self.blocks.append(kept)
             self.found.structures += len(kept)
             self.bytes += sum(values.nbytes for values in kept.columns.values())

@@ -152,6 +152,7 @@ def _finish(
             "splits": splits,
             "edges_per_atom": sample_edges(fields, split),
             "dropped_labels": dict(sorted(intake.dropped.items())),
+            **({"assumed": dict(sorted(intake.assumed.items()))} if intake.assumed else {}),
             **({"doubts": doubts} if doubts else {}),
         },
     )

@@ -24,8 +24,8 @@ def summary(store: Store) -> Table:
         table.add_row(f"task {name}", f"{task['level_of_theory']}, {task['energy_kind']}: {labels}")
         table.add_row("  references", _references(task) + _fitted_on(store))
         table.add_row("  scale", f"{task['scale']:.4g} {'eV/angstrom' if task['labels']['forces'] else 'eV/atom'}")
-    for what in ("skipped", "dropped_labels"):
-        for reason, count in manifest[what].items():
+    for what in ("skipped", "dropped_labels", "assumed"):
+        for reason, count in manifest.get(what, {}).items():
             table.add_row(what.replace("_", " "), f"{count:,}: {reason}")
     for doubt in manifest.get("doubts", []):
         table.add_row("doubtful, but trusted", doubt)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from multifid.data.block import Block, label_columns
+from multifid.data.block import NO_CHARGE, NO_SPIN, Block, label_columns
 from multifid.data.coincident import COINCIDENT, coincident
 from multifid.data.fields import LABELS, MAX_ATOMS, TASK_NAME, field
-from multifid.structures.elements import MAX_Z
+from multifid.structures.elements import MAX_Z, no_element
 from multifid.structures.images import LARGEST_EXTENT
 from multifid.structures.structure import SPLITS, Structure
 
@@ -19,6 +19,7 @@ FLAT = 1e-4  # the smallest singular value of unit vectors along the cell vector
 DENSEST = 10.0  # atoms per cubic angstrom (square, if flat); matter has below 1, and edges grow with it without bound
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 DENSE = f"more than {DENSEST:g} atoms per cubic angstrom"
+NAMED = 20  # atomic numbers that are no elements and are named one by one
 NUMBERS = f"atomic numbers are not integers from 1 to {MAX_Z}"
 
 
@@ -71,12 +72,16 @@ def screen(block: Block) -> tuple[list[str | None], dict[str, int]]:
     columns, first = block.columns, block.first_atoms()
     numbers, positions = columns["numbers"], columns["positions"]
     if numbers.min() < 1 or numbers.max() > MAX_Z:
-        refuse(np.logical_or.reduceat((numbers < 1) | (numbers > MAX_Z), first), NUMBERS)
+        strange = (numbers < 1) | (numbers > MAX_Z)
+        for z in np.unique(numbers[strange])[:NAMED].tolist():
+            refuse(np.logical_or.reduceat(numbers == z, first), no_element(z))
+        refuse(np.logical_or.reduceat(strange, first), NUMBERS)
     refuse(block.natoms > MAX_ATOMS, f"more than {MAX_ATOMS} atoms")
     refuse(~_within(positions, first), "positions are not finite")
     for name, low, high, what in (("charge", -128, 127, "charge"), ("spin", 1, 255, "spin multiplicity")):
         if name in columns:
             refuse((columns[name] < low) | (columns[name] > high), f"{what} is not within {low}..{high}")
+    refuse(*_impossible_spin(block))
     refuse(_too_far(positions, first), f"atoms or a cell vector reach further than {LARGEST_EXTENT:g} angstrom")
     refuse(_too_dense(positions, first, block.natoms), DENSE)
     if "pbc" in columns:
@@ -91,6 +96,38 @@ def screen(block: Block) -> tuple[list[str | None], dict[str, int]]:
         refuse(close, f"two atoms closer than {COINCIDENT} angstrom")
     taken = np.array([reason is None for reason in reasons])  # what a skipped structure loses is not counted
     return reasons, {what: n for what, lost in dropped.items() if (n := int((lost & taken).sum()))}
+
+
+def _impossible_spin(block: Block) -> tuple[np.ndarray, str]:
+    """Which molecules (structures,) state a multiplicity that no number of unpaired electrons gives, and that reason.
+
+    n electrons have the parity of 2S, and are at least 2S. Cells of crystals are left alone: what is called their spin
+    is a matter of convention. So are blocks that say nothing of spin (a reader of singlets).
+    """
+    reason = (
+        "the multiplicity does not fit the number of electrons "
+        "(--option spin_counts=unpaired, where it counts unpaired electrons)"
+    )
+    if "spin" not in block.columns or block.unstated is None:
+        return np.zeros(len(block), bool), reason
+    unpaired, electrons = block.columns["spin"].astype(np.int64) - 1, block.electrons()
+    impossible = (unpaired > electrons) | ((electrons - unpaired) % 2 == 1)
+    return impossible & block.molecules() & ((block.unstated & NO_SPIN) == 0), reason
+
+
+def assumed(block: Block) -> dict[str, int]:
+    """What is taken for granted of molecules whose source does not state charge or multiplicity: what -> how many."""
+    if block.unstated is None or not block.unstated.any():
+        return {}
+    odd, molecules = block.electrons() % 2 == 1, block.molecules()
+    neutral = molecules & ((block.unstated & NO_CHARGE) != 0)
+    lowest = molecules & ~neutral & ((block.unstated & NO_SPIN) != 0)
+    found = {
+        "no charge stated: taken as neutral": neutral & ~odd,
+        "no charge stated: taken as neutral, with an odd number of electrons (an ion, or a radical?)": neutral & odd,
+        "no multiplicity stated: an odd number of electrons taken as a doublet": lowest & odd,
+    }
+    return {what: n for what, where in found.items() if (n := int(where.sum()))}
 
 
 def _within(values: np.ndarray, first: np.ndarray) -> np.ndarray:

@@ -7,6 +7,16 @@ MAX_Z = 118
 NUMBERS: dict[str, int] = {symbol: z for z, symbol in enumerate(SYMBOLS) if z > 0}
 
 
+def no_element(given: str | int) -> str:
+    """That a symbol or an atomic number is no element, in a short phrase that names it."""
+    if isinstance(given, int):
+        return (
+            f"unknown element: atomic number {given} is not within 1..{MAX_Z}{' (a dummy atom?)' if given == 0 else ''}"
+        )
+    known = {"X": " (a dummy atom)", "D": " (deuterium: write H)", "T": " (tritium: write H)"}
+    return f"unknown element {given[:12]!r}{known.get(given, '')}"
+
+
 def formula(numbers) -> str:
     """The formula in Hill order (C, H, then alphabetical), as `C2H6O1` with every count written."""
     counts: dict[str, int] = {}

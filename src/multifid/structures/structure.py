@@ -30,8 +30,8 @@ class Structure:
     source_id: str  # enough to find the structure again in the source file
     cell: np.ndarray | None = None  # (3, 3) angstrom, rows = vectors, zero rows where not periodic
     pbc: np.ndarray | None = None  # (3,) bool
-    charge: int = 0  # e
-    spin: int = 1  # multiplicity
+    charge: int | None = None  # e; None: not stated, and stored as 0
+    spin: int | None = None  # multiplicity; None: not stated, and stored as the lowest, or 1 where no charge is known
     split: str | None = None  # a split published with the data, else None
 
 

@@ -3,7 +3,8 @@
 One LMDB file; keys are ascii integers from 1, each value is zlib(JSON) of a database row. Other keys (`nextid`,
 `metadata`, `deleted_ids`) are not rows. Arrays come in two encodings, as plain nested lists and as
 `{"__ndarray__": [shape, dtype, flat values]}`. Energies in eV, forces in eV/angstrom, stress (Voigt xx yy zz yz xz xy)
-in eV/angstrom^3, tension-positive: the units of ASE and ours. Charge and multiplicity are in `data`.
+in eV/angstrom^3, tension-positive: the units of ASE and ours. Charge and multiplicity are in `data` (OMol25), or in
+`key_value_pairs`, see `charges`; an OMol25 row without a charge is skipped.
 
 The file does not say which data set it is part of, and their levels of theory differ: the option `dataset` says it to
 the manifest. Rows whose `data.sid` starts with the name of a material (`agm011722394_0_0`: material, run, step) have
@@ -21,9 +22,10 @@ from typing import Any, Literal
 
 import lmdb
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, cut
+from multifid.data.readers.charges import ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
 from multifid.data.readers.records import (
     BadRecord,
     array,
@@ -33,7 +35,6 @@ from multifid.data.readers.records import (
     stress_tensor,
     structure_or_skip,
     vectors,
-    whole,
 )
 from multifid.structures.elements import formula
 from multifid.structures.structure import Labels, Structure
@@ -53,10 +54,8 @@ LARGEST_ROW = 1 << 25  # bytes of JSON; the largest published rows are below 2^2
 MATERIAL = re.compile(r"(agm\d+|mp-\d+|mvc-\d+|wbm-\d+-\d+)(?:_|$)")
 
 
-class Options(BaseModel):
+class Options(ChargeOptions):
     """What to read of an ASE database."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset: Literal["aselmdb", "omat24", "salex", "omol25", "oc20"] = Field(
         "aselmdb", description="the data set the file is part of, and with it the level of theory in the manifest"
@@ -91,7 +90,7 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
             if int(where) in deleted:
                 yield Skip("row is deleted", where)
             else:
-                yield structure_or_skip(where, _structure, cursor.value(), where, options.dataset)
+                yield structure_or_skip(where, _structure, cursor.value(), where, options)
         if not keys and stop == entries:
             raise ValueError(f"{path}: not an ASE database: no key is the number of a row")
     progress(1.0)
@@ -150,7 +149,7 @@ def _array(value: Any, what: str) -> np.ndarray:
     raise BadRecord(f"{what} are not an array of numbers")
 
 
-def _structure(value: bytes, where: str, task: str) -> Structure:
+def _structure(value: bytes, where: str, options: Options) -> Structure:
     row = _json(value)
     if not isinstance(row, dict) or "numbers" not in row or "positions" not in row:
         raise BadRecord("row without numbers and positions")
@@ -164,17 +163,45 @@ def _structure(value: bytes, where: str, task: str) -> Structure:
         forces=None if forces is None else vectors(_array(forces, "forces"), len(numbers), "forces"),
         stress=None if stress is None or cell is None else stress_tensor(_array(stress, "stress")),
     )
+    charge, spin = _charge_and_spin(row, data, numbers, pbc is None, options)
     return Structure(
         numbers=numbers,
         positions=vectors(_array(row["positions"], "positions"), len(numbers), "positions"),
-        labels={task: labels},
+        labels={options.dataset: labels},
         relative=_relative(data.get("sid"), numbers),
         source_id=where,
         cell=cell,
         pbc=pbc,
-        charge=whole(data.get("charge") or 0, "charge"),
-        spin=whole(data.get("spin") or 1, "spin multiplicity"),  # 0 and null: not specified
+        charge=charge,
+        spin=spin,
     )
+
+
+def _charge_and_spin(
+    row: dict[str, Any], data: dict[str, Any], numbers: np.ndarray, molecule: bool, options: Options
+) -> tuple[int | None, int | None]:
+    """What `data`, `key_value_pairs` or `info` state; else, of a molecule, what ASE's values of its atoms add up to."""
+    places = (data, row.get("key_value_pairs"), row.get("info"), data.get("info"))
+    stated: dict[str, Any] = {}
+    for place in places:
+        if isinstance(place, dict):
+            stated |= {key: value for key, value in place.items() if stated.get(key) is None}
+    charge, spin = charge_of(stated, options), spin_of(stated, options)
+    if molecule and charge is None:
+        charge = of_atoms(_optional(row.get("initial_charges")))
+    if molecule and spin is None:
+        spin = spin_of_moments(row.get("magmom"), _optional(row.get("initial_magmoms")), numbers, charge)
+    if charge is None and options.dataset == "omol25":
+        raise BadRecord("no charge is stated (--option charge=0 states it)")
+    return charge, spin
+
+
+def _optional(value: Any) -> np.ndarray | None:
+    """An array in either encoding, or None where there is none that can be read."""
+    try:
+        return None if value is None else _array(value, "charges")
+    except BadRecord:
+        return None
 
 
 def _relative(sid: Any, numbers: np.ndarray) -> str:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from multifid.data.readers import IsolatedAtom, LabelSet, Part, Progress, Record, Skip, one_part
-from multifid.structures.elements import MAX_Z, NUMBERS, formula
+from multifid.data.readers.charges import CHARGE, SPIN, ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
+from multifid.data.readers.records import BadRecord
+from multifid.structures.elements import MAX_Z, NUMBERS, formula, no_element
 from multifid.structures.structure import Labels, Structure
 
 TASKS = {"extxyz": LabelSet("unknown", "total")}
@@ -42,17 +44,17 @@ LengthUnit = Literal["angstrom", "bohr", "nm"]
 _PAIR = re.compile(r"""("[^"]*"|[^\s="']+)\s*(?:=\s*("(?:[^"\\]|\\.)*"|'[^']*'|\{[^}]*\}|\[[^\]]*\]|[^\s"']+))?""")
 
 
-class Options(BaseModel):
+class Options(ChargeOptions):
     """Which keys and units an extended XYZ file uses."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     energy_key: str | None = Field(None, description="key of the total energy; default REF_energy, else energy")
     forces_key: str | None = Field(None, description="column of the forces; default REF_forces, else forces")
     stress_key: str | None = Field(None, description="key of the stress; default REF_stress, else stress")
     virial_key: str | None = Field(None, description="key of the virial; default REF_virial, else virial")
-    charge_key: str | None = Field(None, description="key of the charge in e; default charge, else total_charge")
-    spin_key: str | None = Field(None, description="key of the multiplicity; default spin, else total_spin")
+    charge_key: str | None = Field(
+        None, description="key of the charge in e; default charge, total_charge and the like"
+    )
+    spin_key: str | None = Field(None, description="key of the spin; default multiplicity, spin, total_spin")
     energy_unit: EnergyUnit = Field("eV", description="unit of energies, and of the energy in forces and stress")
     length_unit: LengthUnit = Field("angstrom", description="unit of positions and cell")
     force_length_unit: LengthUnit | None = Field(
@@ -79,7 +81,7 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
             asked.look(comment, natoms)
             try:
                 yield _record(natoms, comment, lines, str(frame), options)
-            except _Bad as bad:
+            except (_Bad, BadRecord) as bad:
                 yield Skip(str(bad), str(frame))
             frame += 1
             progress(min(done / size, 1.0))
@@ -162,6 +164,7 @@ def _record(natoms: int, comment: str, lines: list[str], where: str, options: Op
         per_length = LENGTH_UNITS[options.force_length_unit or options.length_unit]
         forces = _numeric(forces) * (energy_unit / per_length * (-1.0 if options.forces_are_gradient else 1.0))
     stress = _stress(info, options, family, cell, energy_unit, length_unit)
+    charge, spin = _charge_and_spin(info, columns, numbers, not pbc.any(), options)
     return Structure(
         numbers=numbers,
         positions=_numeric(columns["pos"]) * length_unit,
@@ -170,9 +173,22 @@ def _record(natoms: int, comment: str, lines: list[str], where: str, options: Op
         source_id=where,
         cell=cell if pbc.any() else None,
         pbc=pbc if pbc.any() else None,
-        charge=_integer(info, (options.charge_key,) if options.charge_key else ("charge", "total_charge"), 0),
-        spin=_integer(info, (options.spin_key,) if options.spin_key else ("spin", "total_spin"), 1) or 1,
+        charge=charge,
+        spin=spin,
     )
+
+
+def _charge_and_spin(
+    info: dict[str, str], columns: dict[str, np.ndarray], numbers: np.ndarray, molecule: bool, options: Options
+) -> tuple[int | None, int | None]:
+    """Under their keys, else, of a molecule, the sums of ASE's columns of its atoms; None where nothing is stated."""
+    charge = charge_of(info, options, (options.charge_key,) if options.charge_key else CHARGE)
+    spin = spin_of(info, options, (options.spin_key,) if options.spin_key else SPIN)
+    if molecule and charge is None:
+        charge = of_atoms(columns.get("initial_charges"))
+    if molecule and spin is None:
+        spin = spin_of_moments(None, columns.get("initial_magmoms"), numbers, charge)
+    return charge, spin
 
 
 def _columns(properties: str, natoms: int, lines: list[str]) -> dict[str, np.ndarray]:
@@ -198,11 +214,14 @@ def _numbers(columns: dict[str, np.ndarray]) -> np.ndarray:
         for key in ("Z", "numbers"):
             if key in columns:
                 numbers = columns[key][:, 0].astype(np.int64)
-                if not 1 <= numbers.min() <= numbers.max() <= MAX_Z:
-                    raise ValueError
+                strange = numbers[(numbers < 1) | (numbers > MAX_Z)]
+                if len(strange):
+                    raise _Bad(no_element(int(strange[0])))
                 return numbers
-    except (KeyError, ValueError, OverflowError):
-        raise _Bad("unknown element") from None
+    except KeyError as unknown:
+        raise _Bad(no_element(unknown.args[0])) from None
+    except (ValueError, OverflowError):
+        raise _Bad("atomic numbers are not whole numbers") from None
     raise _Bad("no species")
 
 
@@ -221,16 +240,6 @@ def _floats(info: dict[str, str], key: str, *lengths: int) -> np.ndarray | None:
     if len(values) not in lengths:
         raise _Bad(f"{key} has a wrong shape")
     return values
-
-
-def _integer(info: dict[str, str], keys: tuple[str, ...], default: int) -> int:
-    for key in keys:
-        value = _floats(info, key, 1)
-        if value is not None:
-            if not np.isfinite(value[0]) or value[0] != round(value[0]):
-                raise _Bad(f"{key} is not a whole number")
-            return int(value[0])
-    return default
 
 
 def _cell(info: dict[str, str], length_unit: float) -> tuple[np.ndarray | None, np.ndarray]:

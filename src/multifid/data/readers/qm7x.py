@@ -127,7 +127,7 @@ def _structure(group: h5py.Group, molecule: str, where: str, options: Options) -
     numbers = atomic_numbers(dataset(group, "atNUM"))
     labels = Labels(number(dataset(group, energy), "energy"), vectors(dataset(group, forces), len(numbers), "forces"))
     positions = vectors(dataset(group, "atXYZ"), len(numbers), "positions")
-    return Structure(numbers, positions, {task: labels}, relative=molecule, source_id=where)
+    return Structure(numbers, positions, {task: labels}, relative=molecule, source_id=where, charge=0)
 
 
 def _duplicates(path: Path) -> frozenset[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from multifid.data.readers import Skip
-from multifid.structures.elements import MAX_Z, NUMBERS
+from multifid.structures.elements import MAX_Z, NUMBERS, no_element
 from multifid.structures.structure import Structure
 
 KBAR = 1.0 / 1602.1766208  # eV/angstrom^3 (CODATA 2014, as VASP and the datasets made with it)
@@ -57,7 +57,7 @@ def atomic_numbers(values: object) -> np.ndarray:
     if not (np.isfinite(numbers).all() and (numbers == np.round(numbers)).all()):
         raise BadRecord("atomic numbers are not whole numbers")
     if numbers.min() < 1 or numbers.max() > MAX_Z:
-        raise BadRecord("unknown element")
+        raise BadRecord(no_element(int(numbers[(numbers < 1) | (numbers > MAX_Z)][0])))
     return numbers.astype(np.int64)
 
 
@@ -65,8 +65,10 @@ def numbers_of(symbols: list) -> np.ndarray:
     """(atoms,) int64 from element symbols."""
     try:
         numbers = np.array([NUMBERS[symbol] for symbol in symbols], np.int64)
-    except (KeyError, TypeError):
-        raise BadRecord("unknown element") from None
+    except KeyError as unknown:
+        raise BadRecord(no_element(str(unknown.args[0]))) from None
+    except TypeError:
+        raise BadRecord("an element that is no text") from None
     if not len(numbers):
         raise BadRecord("no atoms")
     return numbers

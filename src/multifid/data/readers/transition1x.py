@@ -135,4 +135,4 @@ def _structure(
 ) -> Structure:
     labels = Labels(number(energy, "energy"), vectors(forces, len(numbers), "forces"))
     positions = vectors(positions, len(numbers), "positions")
-    return Structure(numbers, positions, {TASK: labels}, relative=formula, source_id=where, split=split)
+    return Structure(numbers, positions, {TASK: labels}, relative=formula, source_id=where, charge=0, split=split)

@@ -39,7 +39,7 @@ def find_inputs(
     given = [path for entry in inputs for path in _files(entry, endings)]
     paths = [*(path for path in given if path not in split_of), *split_of]
     if not paths:
-        raise ValueError("no input file is given")
+        raise ValueError("no input file is given: name INPUT, or files with --train, --validation, --test")
     seen = set()
     for path in paths:
         if (plain := unpacked_name(path)) != path and plain in paths:

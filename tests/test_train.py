@@ -29,6 +29,7 @@ from multifid.train.build import build
 from multifid.train.checkpoint import load_checkpoint
 from multifid.train.feed import Feed, make_draws
 from multifid.train.journal import read_journal
+from multifid.train.record import MEASURED
 from multifid.train.run import train
 from multifid.train.step import Totals, Trainer
 
@@ -78,7 +79,7 @@ def assert_same_bits(run: Path, other: Path) -> None:
     for model in ("model.safetensors", "last.safetensors"):
         a, b = load_file(run / model), load_file(other / model)
         assert all(torch.equal(a[k], b[k]) for k in a)
-    drop = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]  # noqa: E731
+    drop = lambda rows: [{k: v for k, v in r.items() if k not in MEASURED} for r in rows]  # noqa: E731
     assert drop(read_journal(run)) == drop(read_journal(other))
 
 

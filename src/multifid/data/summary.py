@@ -26,8 +26,7 @@ def summary(store: Store) -> Table:
         table.add_row("  scale", f"{task['scale']:.4g} {'eV/angstrom' if task['labels']['forces'] else 'eV/atom'}")
     for what in ("skipped", "dropped_labels", "assumed"):
         for reason, count in manifest.get(what, {}).items():
-            first = manifest.get("skipped_first", {}).get(reason) if what == "skipped" else None
-            table.add_row(what.replace("_", " "), f"{count:,}: {reason}" + (f" (first: {first})" if first else ""))
+            table.add_row(what.replace("_", " "), f"{count:,}: {reason}")
     for doubt in manifest.get("doubts", []):
         table.add_row("doubtful, but trusted", doubt)
     edges = manifest["edges_per_atom"]

@@ -243,3 +243,14 @@ def _what_fits(units: list[Unit], ranks: int, memory: Memory) -> str:
 def _gib(count: int) -> str:
     """Rounded up: what a message says would do must do."""
     return f"{math.ceil(count / GIB * 1000) / 1000:g}"
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """0-3, 8, 10-11."""
+    out: list[list[int]] = []
+    for rank in sorted(ranks):
+        if out and rank == out[-1][1] + 1:
+            out[-1][1] = rank
+        else:
+            out.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in out)

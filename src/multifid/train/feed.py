@@ -51,6 +51,15 @@ class Feed:
     def total_steps(self) -> int:
         return total_steps(self.config, self.draws)
 
+    @property
+    def structures(self) -> float:
+        """Structures of a mean step, over all ranks; what several tasks label counts once."""
+        return float(sum(draw.rate for draw in self.draws))
+
+    def size(self, split: str) -> int:
+        """Structures of a split, in all stores."""
+        return sum(source.store.size(split) for source in self.sources)
+
     def step(self, step: int) -> tuple[list[Batch], bytes]:
         """This rank's micro-batches of a step, and the identities of all structures of the step."""
         chosen, identities = [], b""

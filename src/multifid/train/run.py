@@ -10,16 +10,17 @@ ranks go through these lines; rank 0 talks, keeps the journal and commits what a
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 
 from multifid.config import Config
 from multifid.data.loader import ahead, open_sources
@@ -27,13 +28,19 @@ from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
 from multifid.parallel.devices import use
 from multifid.structures.batch import Batch
+from multifid.train.boards import find_boards, open_boards
 from multifid.train.build import build
 from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.train.feed import Feed, lists_of, make_draws, near, total_steps
-from multifid.train.journal import Journal, finite
+from multifid.train.journal import Journal
+from multifid.train.lines import Lines
+from multifid.train.log import Bar, Log, duration
+from multifid.train.opening import heading, opening
+from multifid.train.pace import Pace
+from multifid.train.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
 from multifid.train.resolve import needs_trial, open_run, placement_of, write_config
 from multifid.train.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
-from multifid.train.step import ENCODER, Task, Totals, Trainer
+from multifid.train.step import ENCODER, Norms, Totals, Trainer
 from multifid.train.tensor_file import consolidate
 from multifid.train.trial import measured
 
@@ -51,35 +58,55 @@ class Run:
     trainer: Trainer
     position: Position
     saver: Saver
-    journal: Journal | None  # on rank 0
+    pace: Pace
+    log: Log  # on the console and in RUN/train.log; silent but on rank 0
+    recorders: list[Recorder]  # of what is said at log steps and validations; on rank 0
+    clock: Callable[[], float]  # seconds
+    said: Moment | None = None  # last
 
 
-def train(config: Config, console: Console | None = None, joined: groups.World | None = None) -> Path:
+def train(
+    config: Config,
+    console: Console | None = None,
+    joined: groups.World | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Path:
     """Train, or go on training, what a config describes. Returns the run's directory.
 
     joined: the ranks, where the caller has joined them already.
 
     The same on every rank of a launch by torchrun or srun. Raises SystemExit(143) after SIGTERM on any rank, when the
     step is finished and everything saved; FloatingPointError when the gradient was not finite several steps in a row.
+    clock: seconds from any beginning.
     """
     ranks = groups.world(config.train.device, config.parallel.silence) if joined is None else nullcontext(joined)
-    with ranks as world:
-        console = (console or Console(stderr=True)) if world.first else Console(quiet=True)
-        run = open_all(config, world, console)
+    with ranks as world, ExitStack() as atlast:
+        log = Log(console or Console(stderr=True), world.first)
+        atlast.callback(log.close)
         try:
-            with stop_on_sigterm() as stop, progress_bar(console, run) as advance:
-                loop(run, stop, advance)
-            finish(run, console)
-        finally:
-            run.saver.give_up()
-            if run.journal is not None:
-                run.journal.close()
+            run = open_all(config, world, log, clock)
+            atlast.callback(close, run)
+            with stop_on_sigterm() as stop:
+                loop(run, stop)
+            finish(run)
+        except Exception as error:  # the caller prints it
+            log.note(f"{type(error).__name__}: {error}")
+            raise
     return run.folder
 
 
-def open_all(config: Config, world: groups.World, console: Console) -> Run:
+def close(run: Run) -> None:
+    """Whatever happened: nothing is written any more, and what was written is complete."""
+    run.saver.give_up()
+    for recorder in run.recorders:
+        recorder.close()
+
+
+def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], float]) -> Run:
     """Everything at the newest whole checkpoint, or at the beginning where there is none."""
     with world.together():
+        if world.first:
+            find_boards(config.train.tensorboard, config.train.wandb)
         config, folder = open_run(config, world.size)
         sources = open_sources(config.tasks, config.train.verify)
         draws = make_draws(config, sources)
@@ -102,15 +129,36 @@ def open_all(config: Config, world: groups.World, console: Console) -> Run:
         if found is not None:
             state, files, complaints = found
             for complaint in complaints:
-                console.print(f"[yellow]{complaint}; going back to the checkpoint before it[/yellow]")
+                log.print(f"[yellow]{escape(complaint)}; going back to the checkpoint before it[/yellow]")
             position = restore(trainer, state, files)
             feed = Feed(config, sources, go_on(draws, state), placement, world.rank, lists)
-            console.print(f"resuming {folder} at step {position.step}")
-        journal = Journal(folder, position.step, config.train.tensorboard) if world.first else None
-    return Run(config, folder, world, feed, trainer, position, Saver(folder, world, config.train.keep), journal)
+        log.open(folder, position.step)
+        recorders = open_recorders(config, folder, position.step, log, world.device) if world.first else []
+    saver, pace = Saver(folder, world, config.train.keep), Pace(position, feed.size("validation") / feed.structures)
+    run = Run(config, folder, world, feed, trainer, position, saver, pace, log, recorders, clock)
+    if world.first:
+        log.print(f"[bold]{escape(heading(str(folder), position.step))}[/bold]", highlight=False)
+        log.record(opening(config, sources, draws, placement, world, length_in_words(run)))
+        run.recorders.append(Bar(log.console, lambda: (position.step, feed.total_steps)))
+    return run
 
 
-def loop(run: Run, stop: list[int], advance: Any) -> None:
+def open_recorders(config: Config, folder: Path, step: int, log: Log, device: torch.device) -> list[Recorder]:
+    """Who writes down what the run says, where it goes on at a step. On rank 0."""
+    t = config.train
+    return [
+        Journal(folder, step),
+        Lines(log, list(config.tasks), config.objective.stress > 0, device.type != "cpu"),
+        *open_boards(folder, step, t.tensorboard, t.wandb, config.model_dump(mode="json")),
+    ]
+
+
+def length_in_words(run: Run) -> str:
+    per_epoch, total = run.feed.epoch_steps, run.feed.total_steps
+    return f"{total:,} steps, {total / per_epoch:.4g} epochs of {per_epoch:,} steps"
+
+
+def loop(run: Run, stop: list[int]) -> None:
     """Steps from the position to the end of the run."""
     t, feed, trainer, position = run.config.train, run.feed, run.trainer, run.position
     per_epoch, total = feed.epoch_steps, feed.total_steps
@@ -120,13 +168,13 @@ def loop(run: Run, stop: list[int], advance: Any) -> None:
         return [trainer.ready(batch) for batch in micro], identities
 
     steps = ahead(prepared, position.step, total, t.workers, begin=partial(use, trainer.device))
-    started = time.monotonic() - position.seconds
+    began = run.clock() - position.seconds
     while position.step < total and not position.ended:
         micro, identities = next(steps)
         outcome = trainer.step(micro, position.totals, stop=bool(stop))
         position.step += 1
         position.seen = xxhash.xxh3_64_hexdigest(bytes.fromhex(position.seen) + identities)
-        position.seconds = time.monotonic() - started
+        position.seconds = run.clock() - began
         if trainer.skipped_in_a_row > t.nonfinite:
             run.world.fail(
                 FloatingPointError(
@@ -135,25 +183,26 @@ def loop(run: Run, stop: list[int], advance: Any) -> None:
                 )
             )
         run.saver.check()
-        advance(sum(b.structures for b in micro) * run.world.size)
         if position.step % t.log_every == 0:
-            log(run, position.totals, "train")
-            position.totals = Totals(position.totals.tasks, trainer.device)
+            trainer.settle()
+            record(run, position.totals, "train")
+            position.totals, trainer.norms = Totals(position.totals.tasks, trainer.device), Norms()
+            run.pace.mark(position)
         at_epoch_end = position.step % per_epoch == 0 or position.step == total
-        better = end_epoch(run) if at_epoch_end else False
+        better = end_epoch(run, began) if at_epoch_end else False
         if at_epoch_end or position.step % t.checkpoint_every == 0 or outcome.stop:
             save(run, better)
         if outcome.stop and position.step < total:
             run.saver.wait()
+            run.log.print(f"stopped by a signal at step {position.step}; the same command goes on from there")
             raise SystemExit(groups.STOPPED)
 
 
-def end_epoch(run: Run) -> bool:
-    """Validate, log, decide whether to stop early, and say whether the model is better than ever before."""
+def end_epoch(run: Run, began: float) -> bool:
+    """Validate, record, decide whether to stop early, and say whether the model is better than ever before."""
     trainer, position = run.trainer, run.position
     totals = trainer.validate(run.feed.split("validation"))
     value = sum(task.weight * totals.objective(task) for task in trainer.tasks)
-    log(run, totals, "validation")
     trainer.schedule.validated(value)
     position.epochs_without_better += 1
     better = value < position.best
@@ -161,6 +210,10 @@ def end_epoch(run: Run) -> bool:
         position.best, position.best_step, position.epochs_without_better = value, position.step, 0
     patience = run.config.train.patience
     position.ended = patience is not None and position.epochs_without_better >= patience
+    position.pause = run.clock() - began - position.seconds
+    position.seconds += position.pause
+    position.paused += position.pause
+    record(run, totals, "validation")
     return better
 
 
@@ -179,7 +232,7 @@ def save(run: Run, better: bool) -> None:
     run.saver.save(run.position.step, tensors_of(run.trainer), names, state, write_best if better else None)
 
 
-def finish(run: Run, console: Console) -> None:
+def finish(run: Run) -> None:
     """Write the last model beside the best one and say where both are."""
     run.saver.wait()
     if not run.world.first:
@@ -188,41 +241,41 @@ def finish(run: Run, console: Console) -> None:
     consolidate(folder_of(run.folder, position.step), run.folder / "last.safetensors")
     save_description(run.folder / "model.json", describe_model(run))
     why = "stopped early" if position.ended else "complete"
-    console.print(
-        f"{run.folder}: {why} after {position.step} steps ({position.seconds:.0f} s); best validation value "
-        f"{position.best:.4g} at step {position.best_step}: {run.folder / 'model.safetensors'}"
+    run.log.print(
+        escape(
+            f"{run.folder}: {why} after {position.step} steps ({duration(position.seconds)}); best validation value "
+            f"{position.best:.4g} at step {position.best_step}: {run.folder / 'model.safetensors'}"
+        )
     )
 
 
-def log(run: Run, totals: Totals, split: str) -> None:
-    """Rows of the journal, one for each task."""
-    if run.journal is not None:
-        run.journal.write(rows(totals, run.trainer.tasks, run.position, run.feed.epoch_steps, split))
+def record(run: Run, totals: Totals, split: str) -> None:
+    """Tell all recorders what the run has reached."""
+    if run.recorders:
+        p, tasks = run.position, run.trainer.tasks
+        told = rows(totals, tasks, p.step, p.step / run.feed.epoch_steps, split, p.seconds, moment(run))
+        for recorder in run.recorders:
+            recorder.write(told)
 
 
-def rows(totals: Totals, tasks: list[Task], position: Position, per_epoch: int, split: str) -> list[dict[str, Any]]:
-    """What the journal says of each task."""
-    out = []
-    for task in tasks:
-        errors = totals.errors(task.name).row("", task.name, split)
-        out.append(
-            {
-                "step": position.step,
-                "epoch": position.step / per_epoch,
-                "split": split,
-                "task": task.name,
-                "loss": finite(totals.objective(task)),
-                "energy_mae": _finite_or_none(errors["energy_mae"]),
-                "forces_mae": _finite_or_none(errors["forces_mae"]),
-                "structures": errors["structures"],
-                "seconds": round(position.seconds, 3),
-            }
-        )
-    return out
-
-
-def _finite_or_none(value: Any) -> float | None:
-    return None if value is None else finite(value)
+def moment(run: Run) -> Moment:
+    """What is said of the run as a whole."""
+    trainer, position, feed = run.trainer, run.position, run.feed
+    spent = run.pace.spent(position)
+    norm = trainer.norms.mean
+    if norm is None and run.said is not None:  # a validation right after rows of training
+        norm = run.said.grad_norm
+    run.said = Moment(
+        lr=trainer.lr * trainer.schedule(max(0, trainer.updates - 1)),
+        grad_norm=norm,
+        skipped=trainer.norms.skipped,
+        best=finite(position.best),
+        structures_per_second=feed.structures / spent.step if spent is not None and spent.step > 0 else None,
+        seconds_left=None if spent is None else spent.until(position.step, feed.total_steps, feed.epoch_steps),
+        memory=peak_memory(),
+        device_memory=peak_device_memory(trainer.device),
+    )
+    return run.said
 
 
 def describe_model(run: Run) -> dict[str, Any]:
@@ -262,25 +315,3 @@ def stop_on_sigterm() -> Iterator[list[int]]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-@contextmanager
-def progress_bar(console: Console, run: Run) -> Iterator[Any]:
-    """A bar with the time left and structures per second; nothing where nobody looks."""
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:.0f} structures/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=run.feed.total_steps, completed=run.position.step, speed=0.0)
-        started, seen = time.monotonic(), 0
-
-        def advance(structures: int) -> None:
-            nonlocal seen
-            seen += structures
-            bar.update(task, advance=1, speed=seen / max(time.monotonic() - started, 1e-9))
-
-        yield advance

@@ -48,7 +48,9 @@ class TrainConfig(BaseModel):
     max_edges: int | None = Field(None, gt=0, description="edges of a micro-batch; larger steps are cut into several")
     checkpoint_every: int = Field(1000, gt=0, description="steps between checkpoints (one more at every epoch's end)")
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
-    log_every: int = Field(50, gt=0, description="steps between training rows of metrics.jsonl")
+    log_every: int = Field(
+        50, gt=0, description="steps between lines of the log, and between training rows of metrics.jsonl"
+    )
     verify: Literal["touch", "open", "off"] = Field("touch", description="when the stores' checksums are verified")
     stage: str | None = Field(
         None,
@@ -67,7 +69,10 @@ class TrainConfig(BaseModel):
         None,
         description="cpu, cuda, cuda:1, xpu, ...; null: an accelerator if there is one that has float64 (mps has not)",
     )
-    tensorboard: bool = Field(False, description="write RUN/tensorboard too")
+    tensorboard: bool = Field(False, description="write RUN/tensorboard too; needs `pip install multifid[tensorboard]`")
+    wandb: str | None = Field(
+        None, description="project of Weights & Biases that the run reports to; needs `pip install multifid[wandb]`"
+    )
     nonfinite: int = Field(
         5, gt=0, description="updates skipped in a row for a non-finite gradient before the run stops"
     )
@@ -86,6 +91,7 @@ NEUTRAL = frozenset(
         "neighbors",
         "device",
         "tensorboard",
+        "wandb",
         "recompute",
         "compile",
         "change_tasks",

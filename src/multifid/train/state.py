@@ -14,9 +14,9 @@ from torch import Tensor
 
 from multifid.data.order import Draw
 from multifid.train.checkpoint import Tensors, rng_state, set_rng_state
-from multifid.train.journal import finite
 from multifid.train.optimizer import moments, set_moments, updates_of
-from multifid.train.step import ENCODER, Totals, Trainer, part_of_branch
+from multifid.train.record import finite
+from multifid.train.step import ENCODER, Norms, Totals, Trainer, part_of_branch
 
 
 @dataclass
@@ -31,6 +31,13 @@ class Position:
     best_step: int = 0
     epochs_without_better: int = 0
     ended: bool = False  # by early stopping
+    paused: float = 0.0  # of `seconds`, in validations of this start
+    pause: float | None = None  # seconds of the last validation
+
+    @property
+    def working(self) -> float:
+        """Seconds of training, validations left out."""
+        return self.seconds - self.paused
 
 
 def part_of(parameter: str) -> str:
@@ -80,6 +87,7 @@ def state_of(trainer: Trainer, position: Position, draws: list[Draw]) -> dict[st
         "updates": trainer.updates,
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "schedule": trainer.schedule.state,
+        "norms": trainer.norms.state,
         "rng": rng_state(),
         "position": {
             "seen": position.seen,
@@ -100,6 +108,7 @@ def restore(trainer: Trainer, state: dict[str, Any], files: Mapping[str, Mapping
     """Put a checkpoint back into a trainer that was built from the run's config, on any layout."""
     trainer.updates, trainer.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
     trainer.schedule.state = dict(state["schedule"])
+    trainer.norms = Norms(*state.get("norms", ()))
     set_rng_state(state["rng"])
     shards = trainer.gradients.shards
     for name, parameter in trainer.parameters.items():

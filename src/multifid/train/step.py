@@ -8,7 +8,7 @@ after it: loss sums and the squared norm. All ranks decide the same from the sam
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 
 import torch
@@ -64,6 +64,12 @@ class Totals:
         """The errors of a task over everything added."""
         return Errors.from_tensor(self.sums[self.tasks.index(task), 6:])
 
+    def on_host(self) -> "Totals":
+        """The same in host memory. Waits for the device, once for all numbers."""
+        copy = Totals(self.tasks, torch.device("cpu"))
+        copy.add_tensor(self.sums)
+        return copy
+
     def as_tensor(self) -> Tensor:
         """All sums in one tensor (tasks, 18), a copy, to be added over ranks or kept in a checkpoint."""
         return self.sums.clone()
@@ -99,6 +105,7 @@ class Later:
 
     def __init__(self, number: Tensor) -> None:
         self._copied: torch.Event | None = None
+        self._number: float | None = None
         self._here = number.detach()
         if number.device.type != "cpu":
             self._here = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
@@ -107,9 +114,11 @@ class Later:
 
     def value(self) -> float:
         """The number; waits until the device has come to it."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return float(self._here)
+        if self._number is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._number = float(self._here)
+        return self._number
 
 
 def pinned(x: Tensor) -> Tensor:
@@ -119,6 +128,31 @@ def pinned(x: Tensor) -> Tensor:
 
 def unwatched(phase: str) -> None:
     """Nobody wants to know which part of a step begins."""
+
+
+@dataclass
+class Norms:
+    """Norms of the gradient, before clipping, over some updates, and how many updates were skipped among them."""
+
+    total: float = 0.0
+    updates: int = 0
+    skipped: int = 0
+
+    def add(self, outcome: Outcome) -> None:
+        if outcome.updated:
+            self.total += outcome.norm
+            self.updates += 1
+        else:
+            self.skipped += 1
+
+    @property
+    def mean(self) -> float | None:
+        return self.total / self.updates if self.updates else None
+
+    @property
+    def state(self) -> list[float]:
+        """For a checkpoint; `Norms(*state)` gives it back."""
+        return [self.total, self.updates, self.skipped]
 
 
 @dataclass
@@ -143,6 +177,7 @@ class Trainer:
     skipped_in_a_row: int = 0
     begins: Callable[[str], None] = unwatched  # is told which part of a step begins: forward, backward, ...
     pending: Outcome | None = None  # of the last step, where the host does not yet know of it
+    norms: Norms = field(default_factory=Norms)  # of the steps since somebody last began them anew
 
     def __post_init__(self) -> None:
         self.number = {task.name: k for k, task in enumerate(self.tasks)}
@@ -202,6 +237,7 @@ class Trainer:
         if self.pending is None:
             return
         outcome, self.pending = self.pending, None
+        self.norms.add(outcome)
         if not outcome.updated:
             self.skipped_in_a_row += 1
             return

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from multifid.config import Config
 from multifid.data.loader import open_sources
-from multifid.parallel.layout import GIB, place
+from multifid.parallel.layout import GIB, place, ranges
 from multifid.parallel.machines import Machine, read_machine
 from multifid.train.costs import loads, memory
 from multifid.train.feed import epoch_steps, make_draws
@@ -252,17 +252,6 @@ def where(name: str, f: Forecast) -> list[tuple[str, str]]:
         tasks_on.setdefault(tuple(ranks), []).append(task)
     rows = [(", ".join(tasks), ranges(ranks)) for ranks, tasks in tasks_on.items()]
     return [(f"[bold]{name}[/bold]", ""), *rows]
-
-
-def ranges(ranks: Sequence[int]) -> str:
-    """0-3, 8, 10-11."""
-    out: list[list[int]] = []
-    for rank in sorted(ranks):
-        if out and rank == out[-1][1] + 1:
-            out[-1][1] = rank
-        else:
-            out.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
 
 
 def _held(made: Plan, name: str) -> tuple[str, ...]:

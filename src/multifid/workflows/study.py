@@ -133,16 +133,17 @@ def _train_all(runs: list[Config], processes: int, world: World, console: Consol
                 train(run, console, world)
         return
     threads = max(1, torch.get_num_threads() // processes)
+    console.print(f"training {processes} models at a time; each says how it goes in its train.log")
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(_train_one, dump_config(run), threads) for run in longest_first]
         for job, run in zip(jobs, longest_first, strict=True):
             job.result()
-            console.print(f"trained {run.run}")
+            console.print(f"trained {run.run} ({run.run}/train.log)")
 
 
 def _train_one(text: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    train(parse_config(yaml.safe_load(text), "study"))
+    train(parse_config(yaml.safe_load(text), "study"), Console(quiet=True))  # lines of several would be mixed
 
 
 def _datasets(config: Config) -> list[Data]:

@@ -20,14 +20,13 @@ from pydantic import Field
 
 from multifid.data.readers import IsolatedAtom, LabelSet, Part, Progress, Record, Skip, one_part
 from multifid.data.readers.charges import CHARGE, SPIN, ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
-from multifid.data.readers.packed import LONGEST, endings, opened_text, packing_of
 from multifid.data.readers.records import BadRecord
 from multifid.structures.elements import MAX_Z, NUMBERS, formula, no_element
 from multifid.structures.structure import Labels, Structure
 
 TASKS = {"extxyz": LabelSet("unknown", "total")}
 RELATIVE = "formula"
-ENDINGS = endings(".xyz", ".extxyz")
+ENDINGS = (".xyz", ".extxyz")
 
 # CODATA 2018
 ENERGY_UNITS = {
@@ -73,8 +72,8 @@ parts = one_part
 
 def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
     """Stream the frames of one file. ValueError where the file is no extended XYZ or ends within a frame."""
-    size, plain = max(path.stat().st_size, 1), packing_of(path) is None
-    with opened_text(path, lambda place: progress(place / size)) as file:
+    size = max(path.stat().st_size, 1)
+    with path.open(encoding="utf-8", errors="replace") as file:
         frame = done = 0
         asked = _Asked(options)
         for natoms, comment, lines in _frames(path, file):
@@ -85,8 +84,7 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
             except (_Bad, BadRecord) as bad:
                 yield Skip(str(bad), str(frame))
             frame += 1
-            if plain and frame % 100 == 0:
-                progress(min(done / size, 1.0))
+            progress(min(done / size, 1.0))
     if frame == 0:
         raise ValueError(f"{path} holds no frame")
     asked.check(path)
@@ -128,7 +126,7 @@ class _Asked:
 
 def _frames(path: Path, file: TextIO) -> Iterator[tuple[int, str, list[str]]]:
     number = 0
-    while line := file.readline(LONGEST):
+    while line := file.readline():
         number += 1
         if not line.strip():  # blank lines after a frame
             continue
@@ -139,9 +137,7 @@ def _frames(path: Path, file: TextIO) -> Iterator[tuple[int, str, list[str]]]:
             raise ValueError(
                 f"{path}, line {number}: a frame must begin with its number of atoms, not {shown!r}"
             ) from None
-        comment = file.readline(LONGEST)
-        if len(comment) == LONGEST:
-            raise ValueError(f"{path}, line {number + 1}: a line of more than {LONGEST:,} characters")
+        comment = file.readline()
         lines = list(islice(file, min(max(natoms, 0), sys.maxsize)))
         if not comment or len(lines) != natoms:
             raise ValueError(f"{path}, line {number}: the file ends within this frame of {natoms} atoms")

@@ -13,12 +13,18 @@ from multifid.data.prepare import prepare
 
 
 def pair_energy_forces(numbers, positions, depth):
-    """A Morse pair potential (no cutoff): energy (eV) and its exact forces (eV/angstrom)."""
+    """A pair potential like Morse's (no cutoff): energy (eV) and its exact forces (eV/angstrom).
+
+    x^2 - 2 x with 1 / x = 1 + v + v^2 / 2 + v^3 / 6 in place of exp(v), whose last bits are the processor's: labels,
+    and so the order of data, are the same anywhere.
+    """
     r = positions[None] - positions[:, None]
     d = np.linalg.norm(r, axis=-1) + np.eye(len(numbers))
-    x = np.exp(-1.2 * (d - 1.4))
+    v = 1.2 * (d - 1.4)
+    slope_of_v = 1 + v + v * v / 2
+    x = 1 / (slope_of_v + v * v * v / 6)
     pair = depth * (x * x - 2 * x) * (1 - np.eye(len(numbers)))
-    slope = depth * (-2.4 * x * x + 2.4 * x) * (1 - np.eye(len(numbers)))
+    slope = depth * 2.4 * slope_of_v * x * x * (1 - x) * (1 - np.eye(len(numbers)))
     return pair.sum() / 2, (slope / d)[..., None] * r
 
 
@@ -34,7 +40,7 @@ def write_molecules(path: Path, count: int, depth: float, offset: float, seed: i
             positions = np.zeros((0, 3))
             while len(positions) < n:
                 trial = rng.uniform(-1.8, 1.8, 3)
-                if all(np.linalg.norm(trial - p) > 0.9 for p in positions):
+                if all(((trial - p) ** 2).sum() > 0.81 for p in positions):
                     positions = np.vstack([positions, trial])
             energy, pairs = pair_energy_forces([z[s] for s in symbols], positions, depth)
             forces = pairs.sum(axis=1)

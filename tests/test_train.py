@@ -108,7 +108,7 @@ def test_training_lowers_the_errors_of_every_task(stores, tmp_path):
     rows = [r for r in read_journal(run) if r["split"] == "train"]
     for task in stores:
         own = [r for r in rows if r["task"] == task]
-        assert own[-1]["forces_mae"] < 0.6 * own[0]["forces_mae"]
+        assert own[-1]["forces_mae"] < 0.7 * own[0]["forces_mae"]
     _, description = load_potential(run)
     assert set(description["tasks"]) == set(stores) and description["branches"] == sorted(stores)
 

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from multifid.data.block import Block
+from multifid.structures.reproducible import inverse, times
 
 COINCIDENT = 1e-3  # angstrom
-LINE = np.array([0.5471, 0.7236, 0.4210]) / np.linalg.norm([0.5471, 0.7236, 0.4210])  # along no usual bond
+SUSPECT = COINCIDENT + 1e-6  # angstrom: pairs that are looked at, found with rounding; distances decide
+LINE = np.array([0.5471, 0.7235, 0.4210])  # a little shorter than one, along no usual bond
 WALLS = np.array([0.0618, 0.0414, 0.0732])  # of boxes, moved away from where symmetric cells have their atoms
 MOST_PAIRS = 1 << 20  # compared at once
 LARGEST = 512  # atoms; larger structures go through a tree, one by one
@@ -46,7 +48,7 @@ def _portions(rows: np.ndarray, n: int) -> list[np.ndarray]:
 def _molecules(positions: np.ndarray) -> np.ndarray:
     """positions (S, n, 3) -> (S,)."""
     on_line = np.sort(positions @ LINE, axis=1)
-    suspect = (np.diff(on_line, axis=1) < COINCIDENT).any(axis=1)
+    suspect = (np.diff(on_line, axis=1) < SUSPECT).any(axis=1)
     found = np.zeros(len(positions), bool)
     n = positions.shape[1]
     for s in np.flatnonzero(suspect) if n > LARGEST else ():
@@ -68,22 +70,23 @@ def _crystals(block: Block) -> np.ndarray:
     cells, pbc = block.columns["cell"].astype(np.float64), block.columns["pbc"]
     for s in np.flatnonzero(~pbc.all(axis=1)):
         cells[s] = _filled(cells[s], pbc[s])
-    inverse = np.linalg.inv(cells)
+    inverses = inverse(cells)
     owner = np.repeat(np.arange(len(block)), block.natoms)
     positions = block.columns["positions"].astype(np.float64)
-    fractional = np.einsum("ak,akl->al", positions, inverse[owner])
+    fractional = times(positions, inverses[owner])
     found = np.zeros(len(block), bool)
     first = block.first_atoms()
     for s in np.flatnonzero(block.natoms > LARGEST):
-        found[s] = _by_tree(fractional[first[s] : first[s] + block.natoms[s]], (cells[s], pbc[s]))
+        atoms = slice(first[s], first[s] + block.natoms[s])
+        found[s] = _by_tree(positions[atoms], (fractional[atoms], cells[s], pbc[s]))
     small = (block.natoms <= LARGEST)[owner]
-    tolerance = COINCIDENT * np.linalg.norm(inverse, axis=1)  # |f_k| <= |f @ cell| |column k of the inverse|
+    tolerance = SUSPECT * np.linalg.norm(inverses, axis=1)  # |f_k| <= |f @ cell| |column k of the inverse|
     boxes = np.minimum(2 * np.cbrt(block.natoms)[:, None], 0.25 / tolerance).astype(np.int64).clip(1)
-    fractional, owner = fractional[small], owner[small]
+    positions, fractional, owner = positions[small], fractional[small], owner[small]
     for i, j in _in_one_box(fractional, owner, boxes, tolerance):
-        apart = fractional[i] - fractional[j]
-        apart -= np.round(apart) * pbc[owner[i]]
-        close = np.linalg.norm(np.einsum("pk,pkl->pl", apart, cells[owner[i]]), axis=1) < COINCIDENT
+        wraps = np.round(fractional[i] - fractional[j]) * pbc[owner[i]]
+        apart = positions[i] - positions[j] - times(wraps, cells[owner[i]])
+        close = np.linalg.norm(apart, axis=1) < COINCIDENT
         found[owner[i[close]]] = True
     return found
 
@@ -127,19 +130,19 @@ def _filled(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     return full
 
 
-def _by_tree(x: np.ndarray, lattice: tuple[np.ndarray, np.ndarray] | None) -> bool:
-    """One large structure; x (n, 3) is fractional where (cell, pbc) is given."""
+def _by_tree(positions: np.ndarray, lattice: tuple[np.ndarray, np.ndarray, np.ndarray] | None) -> bool:
+    """One large structure, positions (n, 3); with a lattice (fractional coordinates (n, 3), cell, pbc) or without."""
     from scipy.spatial import cKDTree  # a tenth of a second to import, and rarely needed
 
     if lattice is None:
-        return bool(cKDTree(x).query_pairs(COINCIDENT))
-    cell, pbc = lattice
+        i, j = cKDTree(positions).query_pairs(SUSPECT, output_type="ndarray").T
+        return bool((np.linalg.norm(positions[i] - positions[j], axis=1) < COINCIDENT).any())
+    x, cell, pbc = lattice
     wrapped = x.copy()
     wrapped[:, pbc] %= 1.0
     wrapped[:, pbc] = np.where(wrapped[:, pbc] == 1.0, 0.0, wrapped[:, pbc])
     wrapped[:, ~pbc] -= wrapped[:, ~pbc].min(axis=0)
-    reach = min(COINCIDENT * float(np.linalg.norm(np.linalg.inv(cell), 2)), 0.5)
-    pairs = cKDTree(wrapped, boxsize=np.where(pbc, 1.0, 0.0)).query_pairs(reach, output_type="ndarray")
-    apart = wrapped[pairs[:, 0]] - wrapped[pairs[:, 1]]
-    apart[:, pbc] -= np.round(apart[:, pbc])
-    return bool((np.linalg.norm(apart @ cell, axis=1) < COINCIDENT).any())
+    reach = min(SUSPECT * float(np.linalg.norm(np.linalg.inv(cell), 2)), 0.5)
+    i, j = cKDTree(wrapped, boxsize=np.where(pbc, 1.0, 0.0)).query_pairs(reach, output_type="ndarray").T
+    apart = positions[i] - positions[j] - times(np.round(x[i] - x[j]) * pbc, cell)
+    return bool((np.linalg.norm(apart, axis=1) < COINCIDENT).any())

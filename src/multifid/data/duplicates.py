@@ -11,6 +11,8 @@ So crystals are found again in the same cell only, not in a supercell. A number 
 fall on either side, so every structure is hashed twice, with the edges of one in the middles of the other; it is
 enough that one of the two hashes agrees. (Zeros and right angles, which symmetry makes, are near no edge.)
 
+Duplicates can be set aside, so these numbers are computed alike on every processor (`structures.reproducible`).
+
 Memory does not grow with the number of structures: hashes lie in a file, which is gone through once for every few
 million of them.
 """
@@ -24,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from multifid.structures.elements import MAX_Z
+from multifid.structures.reproducible import cos_and_sin, inverse, times
 from multifid.structures.structure import Packed
 
 STEP = 1e-3  # angstrom
@@ -31,7 +34,8 @@ AT_ONCE = 1 << 22  # hashes sorted in memory at once
 MILLER = np.array([h for h in itertools.product((-1, 0, 1), repeat=3) if h > (0, 0, 0)], np.float64)
 # Weights that tell elements apart: smooth, so that rounding stays rounding, and no two alike.
 _Z = np.arange(MAX_Z + 1)
-WEIGHTS = np.stack([np.ones(MAX_Z + 1), 0.5 + np.sin(2.3 * _Z) ** 2, 0.5 + np.sin(0.7 * _Z + 1.0) ** 2])
+_WAVES = [cos_and_sin(turns)[1] for turns in (0.366 * _Z, 0.111 * _Z + 0.159)]
+WEIGHTS = np.stack([np.ones(MAX_Z + 1), *(0.5 + wave * wave for wave in _WAVES)])
 
 
 def fingerprints(packed: Packed) -> np.ndarray:
@@ -71,7 +75,7 @@ def _molecules(packed: Packed) -> np.ndarray:
         # Invariants of the tensor in place of its eigenvalues: smooth, also where two of these meet.
         trace = xx + yy + zz
         square = xx * xx + yy * yy + zz * zz + 2 * (xy * xy + xz * xz + yz * yz)
-        radius2 = np.einsum("ak,ak->a", positions, positions)
+        radius2 = x * x + y * y + z * z
         fourth = np.add.reduceat(radius2 * radius2 * share, first)
         out += [np.sqrt(trace), np.sqrt(np.sqrt(square)), np.sqrt(np.sqrt(fourth))]
     return np.stack(out, axis=1)
@@ -81,21 +85,33 @@ def _crystals(packed: Packed) -> np.ndarray:
     """(structures, numbers) angstrom: metric of the cell; structure factors, as lengths of the order of the cell."""
     first, natoms = packed.offsets[:-1], packed.natoms
     cell = np.where(packed.pbc[:, :, None], packed.cell, np.eye(3))
-    gram = cell @ cell.transpose(0, 2, 1)
-    a = np.sqrt(np.einsum("sii->si", gram))
+    gram = times(cell, cell.transpose(0, 2, 1)[:, None])
+    a = np.sqrt(gram[:, [0, 1, 2], [0, 1, 2]])
     metric = [
         gram[:, i, j] / np.sqrt(a[:, i] * a[:, j]) for i, j in itertools.combinations_with_replacement(range(3), 2)
     ]
-    inverse = np.linalg.inv(cell)
     size = a.mean(axis=1) / (2 * np.pi)
-    fractional = np.einsum("ak,akl->al", packed.positions.astype(np.float64), np.repeat(inverse, natoms, axis=0))
-    phase = np.exp(2j * np.pi * (fractional @ MILLER.T))
+    fractional = times(packed.positions.astype(np.float64), np.repeat(inverse(cell), natoms, axis=0))
+    phases = _phases(fractional)
     factors = []
     for weights in WEIGHTS[:, packed.numbers]:
-        summed = np.add.reduceat(phase * weights[:, None], first)
+        real, imaginary = (np.add.reduceat(part * weights, first, axis=1).T for part in phases)
         total = np.add.reduceat(weights, first)
-        factors.append(np.abs(summed) ** 2 / (total**2)[:, None] * size[:, None])
+        square = real * real + imaginary * imaginary
+        factors.append(square / (total * total)[:, None] * size[:, None])
     return np.concatenate([np.stack(metric, axis=1), *factors], axis=1)
+
+
+def _phases(fractional: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Real and imaginary parts (MILLER, atoms) of exp(2 pi i h . x), as products of those along the three axes."""
+    cos, sin = cos_and_sin(np.ascontiguousarray(fractional.T))
+    out = np.empty((2, len(MILLER), len(fractional)))
+    for n, miller in enumerate(MILLER):
+        (c, s), *more = [(cos[axis], h * sin[axis]) for axis, h in enumerate(miller) if h]
+        for c2, s2 in more:
+            c, s = c * c2 - s * s2, c * s2 + s * c2
+        out[0, n], out[1, n] = c, s
+    return out[0], out[1]
 
 
 def _composition(packed: Packed) -> np.ndarray:

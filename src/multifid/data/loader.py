@@ -18,6 +18,7 @@ from multifid.data.store import Store
 from multifid.data.survey import sampled
 from multifid.structures.batch import Batch, Targets
 from multifid.structures.neighbors import neighbor_list
+from multifid.structures.reproducible import cube_root, determinant
 from multifid.structures.structure import Packed, PackedLabels
 
 T = TypeVar("T")
@@ -189,14 +190,16 @@ def _even_edges(store: Store, indices: np.ndarray, cutoff: float, factor: float)
 
     In a crystal an atom sees density x volume of the cutoff sphere. In a ball of radius R the fraction of pairs closer
     than s R (s <= 2) is s^3 - 9/16 s^4 + 1/32 s^6 (Hammersley, "The distribution of distance in a hypersphere", Ann.
-    Math. Stat. 21, 1950). No molecule has more edges than pairs.
+    Math. Stat. 21, 1950). No molecule has more edges than pairs. Ranks cut a step by these numbers, each for itself, so
+    all of them must find the same ones, whatever processors they run on (`structures.reproducible`).
     """
     natoms = store.rows("natoms", indices).astype(np.float64)
     pairs = natoms * (natoms - 1)
-    s = np.minimum(cutoff / np.cbrt(3 * natoms / (4 * np.pi * MOLECULAR_DENSITY)), 2.0)
-    edges = np.minimum(factor * pairs * (s**3 - 9 / 16 * s**4 + s**6 / 32), pairs)
+    s = np.minimum(cutoff / cube_root(3 * natoms / (4 * np.pi * MOLECULAR_DENSITY)), 2.0)
+    cube = s * s * s
+    edges = np.minimum(factor * pairs * (cube - 9 / 16 * cube * s + cube * cube / 32), pairs)
     if "cell.npy" in store.manifest["files"]:
-        volume = np.abs(np.linalg.det(store.rows("cell", indices)))
+        volume = np.abs(determinant(store.rows("cell", indices)))
         crystal = store.rows("pbc", indices).all(axis=1) & (volume > 0)
         edges[crystal] = factor * natoms[crystal] ** 2 / volume[crystal] * (4 / 3 * np.pi * cutoff**3)
     return edges

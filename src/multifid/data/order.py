@@ -1,8 +1,10 @@
 """The order of data: which structure a task sees at which place, and how many places a step takes.
 
 Every task has its own endless order: pass after pass over its training split, each pass a permutation. The structure
-at place `i` is a pure function of (seed, store checksum, task name, i). Neither ranks, workers, placement, epochs nor
-the other tasks enter, so resuming is exact anywhere and adding a task leaves the order of the others alone.
+at place `i` is a pure function of (seed, content of the store, task name, i), where content is numbers, positions,
+cells, labels and splits (`content`). Neither ranks, workers, placement, epochs nor the other tasks enter, so resuming
+is exact anywhere and adding a task leaves the order of the others alone; and neither does what a processor or a version
+of the package may round otherwise, so that the same files are drawn in the same order everywhere.
 
 The permutation is computed, not stored: a keyed bijection on 0..n-1 (an alternating Feistel network with cycle
 walking: Black & Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). A stored permutation would be simpler
@@ -19,6 +21,7 @@ Every structure still comes once in a pass, anywhere in it; but what comes near 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from fractions import Fraction
 from functools import lru_cache
 from hashlib import blake2b
@@ -61,7 +64,7 @@ class Order:
     """The endless order of one task."""
 
     seed: int
-    checksum: str  # of the store
+    content: str  # of the store: `Content.key`
     task: str
     size: int  # structures of the training split
     blocks: Blocks | None = None  # None: in any order
@@ -100,7 +103,7 @@ class Order:
         return _Cut(self.size, blocks, turn, lambda name: self._keys(number, name))
 
     def _keys(self, number: int, name: str = "") -> np.ndarray:
-        text = f"{self.seed}\0{self.checksum}\0{self.task}\0{number}" + (f"\0{name}" if name else "")
+        text = f"{self.seed}\0{self.content}\0{self.task}\0{number}" + (f"\0{name}" if name else "")
         return np.frombuffer(blake2b(text.encode(), digest_size=8 * _ROUNDS).digest(), dtype="<u8")
 
 
@@ -237,7 +240,7 @@ def rates(
     ValueError if a rate is below one: the task's weight would silently become weight x rate.
     """
     free = [t for t in sizes if per_step.get(t) is None]
-    powers = {t: Fraction(float(sizes[t]) ** sampling.exponent) for t in free}
+    powers = {t: _power(sizes[t], sampling.exponent) for t in free}
     total, budget = sum(powers.values(), Fraction(0)), batch * len(free)
     out = {t: budget * powers[t] / total if t in powers else Fraction(str(per_step[t])) for t in sizes}
     for task, rate in out.items():
@@ -248,3 +251,8 @@ def rates(
                 f"choose {least} or tasks.{task}.per_step"
             )
     return out
+
+
+def _power(size: int, exponent: float) -> Fraction:
+    """size^exponent, rounded to a float: by decimals, since the last bit of a library's power is the processor's."""
+    return Fraction(float(Context(prec=40).power(Decimal(size), Decimal(exponent))))

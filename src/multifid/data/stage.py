@@ -1,7 +1,9 @@
 """Copies a store to a place near the ranks: memory (/dev/shm) or a disk of the host, checked against its checksums.
 
-A copy is called NAME-CHECKSUM, so it can never be taken for another store. It appears by rename, and stays: the next
-run on this host finds it. Removing it is up to the user, or to the end of the batch job that owns the directory.
+A copy is called NAME-CHECKSUM, so it can never be taken for another store: the checksum is the manifest's, of every
+byte, so that a store with the same content but other fitted numbers has another copy. It appears by rename, and stays:
+the next run on this host finds it. Removing it is up to the user, or to the end of the batch job that owns the
+directory.
 """
 
 import fcntl

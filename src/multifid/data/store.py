@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from multifid.data.array_file import MappedFile
+from multifid.data.content import Content, content_of
 from multifid.data.fields import BLOCK, CHECKSUMS, FIELDS, LABELS, MANIFEST, SKIPPED, blocks, field
 from multifid.data.manifest import check_array, check_size, open_checksums, read_manifest, verify_text
 from multifid.structures.structure import SPLITS, Packed, PackedLabels
@@ -22,8 +23,9 @@ VERIFY = ("touch", "open", "off")
 class Store:
     """A prepared dataset. `read` returns packed structures in any order; see DESIGN of the store in ARCHITECTURE.md.
 
-    path, manifest (dict), structures, atoms, tasks (label sets, in the order of the manifest), checksum (hexadecimal,
-    of the manifest, which binds all content), natoms, elements (Z -> number of atoms).
+    path, manifest (dict), structures, atoms, tasks (label sets, in the order of the manifest), natoms, elements (Z ->
+    number of atoms). Two hashes: `checksum` (hexadecimal, of the manifest) is of every byte, fitted numbers and version
+    included; `content` is of the data alone, the same wherever and by whichever version they were prepared.
     """
 
     def __init__(self, path: Path | str, verify: str = "touch") -> None:
@@ -35,7 +37,9 @@ class Store:
         self.atoms: int = self.manifest["atoms"]
         self.tasks: list[str] = list(self.manifest["tasks"])
         self.elements: dict[int, int] = {int(z): n for z, n in self.manifest["elements"].items()}
-        self._files = self._open_files()
+        checksums = open_checksums(self.path, self.manifest)
+        self._files = self._open_files(checksums)
+        self.content = self._content(checksums)
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Path, str]]:
         """A worker process opens the store for itself."""
@@ -169,8 +173,13 @@ class Store:
     def _checked(self, indices: np.ndarray) -> np.ndarray:
         return _checked(indices, self.structures, str(self.path))
 
-    def _open_files(self) -> dict[str, MappedFile]:
-        checksums = open_checksums(self.path, self.manifest)
+    def _content(self, checksums: np.ndarray) -> Content:
+        content = content_of(self.manifest["files"], checksums)
+        if (said := self.manifest.get("content", content.key)) != content.key:
+            raise ValueError(f"{self.path / MANIFEST} says content {said}, but its files have {content.key}")
+        return content
+
+    def _open_files(self, checksums: np.ndarray) -> dict[str, MappedFile]:
         opened: dict[str, MappedFile] = {}
         start = 0
         for name, entry in sorted(self.manifest["files"].items()):

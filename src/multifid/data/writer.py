@@ -23,6 +23,7 @@ import xxhash
 from multifid import __version__
 from multifid.data.array_file import ArrayFile, Rows
 from multifid.data.block import Block, pack
+from multifid.data.content import content_of
 from multifid.data.fields import (
     CHECKSUMS,
     HEADER,
@@ -164,6 +165,7 @@ class StoreWriter:
             **manifest,
             "skipped": dict(sorted(self.skipped.items())),
             "files": dict(sorted(files.items())),
+            "content": content_of(files, sums).key,
             "checksums": xxhash.xxh3_64_hexdigest(sums.tobytes()),
         }
         (self.partial / MANIFEST).write_bytes(manifest_bytes(body))

@@ -126,7 +126,7 @@ def make_draws(config: Config, sources: list[Source]) -> list[Draw]:
         if len({rate[t] for t in tasks}) > 1:
             raise ValueError(f"tasks {', '.join(tasks)} share one store and are drawn together: give them one per_step")
         name = tasks[0] if len(tasks) == 1 else source.store.tasks[0]
-        order = Order(config.seed, source.store.checksum, name, sizes[tasks[0]], config.sampling.blocks())
+        order = Order(config.seed, source.store.content.key, name, sizes[tasks[0]], config.sampling.blocks())
         draws.append(Draw(tasks[0], tasks, order, rate[tasks[0]]))
     return draws
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from multifid.data.readers.records import BadRecord, array, numbers_of, periodicity, vectors, whole
+from multifid.structures.reproducible import times
 
 
 @dataclass(slots=True)
@@ -30,7 +31,8 @@ def crystal(structure: Any) -> Crystal:
         matrix = lattice["matrix"]
         positions = [site.get("xyz") for site in sites]
         if None in positions:  # as_dict(verbosity=0) writes fractional coordinates only
-            positions = array([site["abc"] for site in sites], "positions") @ array(matrix, "cell")
+            fractional = vectors([site["abc"] for site in sites], len(sites), "positions")
+            positions = times(fractional, array(matrix, "cell"))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise BadRecord("structure is not a pymatgen structure") from None
     if not ordered:

@@ -22,6 +22,7 @@ from multifid.data.readers import IsolatedAtom, LabelSet, Part, Progress, Record
 from multifid.data.readers.charges import CHARGE, SPIN, ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
 from multifid.data.readers.records import BadRecord
 from multifid.structures.elements import MAX_Z, NUMBERS, formula, no_element
+from multifid.structures.reproducible import determinant
 from multifid.structures.structure import Labels, Structure
 
 TASKS = {"extxyz": LabelSet("unknown", "total")}
@@ -261,7 +262,7 @@ def _stress(
     virial = _floats(info, options.virial_key or f"{family}virial", 6, 9)
     if virial is None:
         return None
-    volume = 0.0 if cell is None else abs(np.linalg.det(cell))
+    volume = 0.0 if cell is None else abs(float(determinant(cell)))
     if volume == 0.0:
         raise _Bad("a virial without a cell")
     return -_tensor(virial) * energy_unit / volume

@@ -8,6 +8,7 @@ import sys
 import yaml
 
 from conftest import write_molecules
+from multifid.data.formats import FORMATS
 from test_train import config_of
 
 
@@ -28,6 +29,20 @@ def test_help_and_prepare_start_without_torch(tmp_path):
     assert "splits" in done.stdout and (tmp_path / "store" / "manifest.json").exists()
     for run in (done, multifid("--help")):
         assert run.returncode == 0 and not re.search(r"\| +torch$", run.stderr, re.MULTILINE)
+
+
+def test_help_lists_every_format_and_each_lists_its_options(tmp_path):
+    done = multifid("prepare", "--help")
+    assert all(name in done.stdout for name in FORMATS) and not re.search(r"\| +numpy$", done.stderr, re.MULTILINE)
+    assert all(name in multifid("formats").stdout for name in FORMATS)
+    listed = multifid("formats", "extxyz", "spice").stdout
+    assert "energy_unit" in listed and "kcal/mol" in listed and "spin_counts" in listed
+    write_molecules(tmp_path / "a.xyz", 20, 1.0, 0.0, seed=0)
+    write_molecules(tmp_path / "b.xyz", 5, 1.0, 0.0, seed=1)
+    files = ("--train", tmp_path / "a.xyz", "--test", tmp_path / "b.xyz")
+    done = multifid("prepare", "extxyz", *files, "--out", tmp_path / "store")
+    assert done.returncode == 0, said(done)
+    assert "validation carved out of" in done.stdout
 
 
 def test_train_and_evaluate_as_in_the_readme(stores, tmp_path):

@@ -271,3 +271,13 @@ def test_a_store_that_is_only_test_says_what_it_was_fitted_to_and_is_not_trained
     with pytest.raises(ValueError, match=r"tasks\.apple\.store: .* has no train structure \(train 0, .* test 15\)"):
         start(config_of({"apple": only_test}, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_store_goes_by_the_name_of_the_task_that_was_trained_on_it_and_others_are_offered_commands(stores, tmp_path):
+    run = start(config_of({"one": stores["apple"], "two": stores["berry"]}, tmp_path / "run", train={"steps": 2}))
+    (row,) = evaluate_run(run, data_of(str(stores["apple"])))  # its label set is called apple
+    assert (row["data"], row["branch"], row["references"]) == ("one", "one", "model")
+    with pytest.raises(ValueError, match="run has not been trained on 'cherry' and has several branches") as error:
+        evaluate_run(run, data_of(str(stores["cherry"])))
+    assert f"--data two={stores['cherry']}" in str(error.value)
+    assert f"--data {stores['cherry']} --branch one" in str(error.value)

@@ -1,5 +1,8 @@
 """Extended XYZ: what ase reads, in our units, with the place of every error."""
 
+import bz2
+import gzip
+import lzma
 from pathlib import Path
 
 import ase.io
@@ -7,8 +10,10 @@ import numpy as np
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from multifid.data.prepare import prepare
 from multifid.data.readers import IsolatedAtom, Skip
 from multifid.data.readers.extxyz import Options, read
+from multifid.data.readers.packed import zstd
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "organic_dft"
 real = pytest.mark.skipif(not DATA.is_dir(), reason="the published sample data are not beside the repository")
@@ -167,6 +172,26 @@ def test_a_bad_frame_costs_only_itself(written, text, reason):
     found = written(frame("energy=-1") + text + frame("energy=-3"))
     assert found[1] == Skip(reason, "1")
     assert [found[0].labels["extxyz"].energy, found[2].labels["extxyz"].energy] == [-1, -3]
+
+
+def test_packed_files_of_a_directory_make_one_store_for_any_number_of_workers(tmp_path):
+    names = {"a.xyz": bytes, "b.xyz.gz": gzip.compress, "c.extxyz.bz2": bz2.compress, "d.XYZ.xz": lzma.compress}
+    folders = {folder: tmp_path / folder for folder in ("plain", "packed")}
+    for k, (name, pack) in enumerate({**names, "e.xyz.zst": zstd.compress}.items()):
+        text = "".join(frame(f"energy={-2000 - k - i / 7:.6f}").replace("0.763", f"0.7{i}") for i in range(8)).encode()
+        for folder, content in (("plain", text), ("packed", pack(text))):
+            folders[folder].mkdir(exist_ok=True)
+            (folders[folder] / name).write_bytes(content)
+    quiet = {"progress": False, "trust_units": True}
+    one = prepare("extxyz", [folders["packed"]], tmp_path / "one", **quiet)
+    three = prepare("extxyz", [folders["packed"]], tmp_path / "three", workers=3, **quiet)
+    plain = prepare("extxyz", [folders["plain"] / "*"], tmp_path / "same", **quiet)
+    files = [{p.name: p.read_bytes() for p in store.path.rglob("*.npy")} for store in (one, three, plain)]
+    assert files[0] == files[1] == files[2] and one.structures == 40
+    assert (one.path / "manifest.json").read_bytes() == (three.path / "manifest.json").read_bytes()
+    (folders["packed"] / "a.xyz.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(ValueError, match=r"a\.xyz\.gz is a\.xyz packed"):
+        prepare("extxyz", [folders["packed"]], tmp_path / "no", **quiet)
 
 
 def test_a_bad_file_is_an_error_that_names_file_and_line(written):

@@ -1,6 +1,7 @@
 """Damaged and hostile files: an error that names the file, or a counted skip; no crash, no hang, no wrong number."""
 
 import bz2
+import gzip
 import io
 import json
 import lzma
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 
 from multifid.data.prepare import prepare
-from multifid.data.readers import unbz2
+from multifid.data.readers import packed
+from multifid.data.readers.packed import zstd
 from multifid.data.store import Store
 from multifid.structures.neighbors import neighbor_list
 
@@ -234,27 +236,67 @@ def test_a_store_truncated_or_with_a_flipped_bit_is_an_error_that_names_file_and
     assert caught > 500
 
 
-def json_bomb(head: bytes, repeated: bytes) -> bytes:
-    """bz2 streams one after the other: some 20 GB out of 20 kB."""
-    return bz2.compress(head) + bz2.compress(repeated * (9_000_000 // len(repeated))) * 2000
+PACK = {
+    "gz": gzip.compress,
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+    "zst": lambda data: zstd.compress(data, options={zstd.CompressionParameter.checksum_flag: 1}),
+}
 
 
-@pytest.mark.parametrize("repeated", [b" ", b"1", b'{"a":', b"{},"], ids=["spaces", "digits", "objects", "records"])
-@pytest.mark.parametrize("format", ["alexandria", "mptrj"])
-def test_a_bz2_bomb_is_an_error(format, repeated, tmp_path):
-    head = b'{"entries": [' if format == "alexandria" else b'{"mp-1": {"mp-1-0-0": '
-    path = tmp_path / "bomb.json.bz2"
-    path.write_bytes(json_bomb(head, repeated))
-    assert "bomb.json.bz2" in made(format, path, tmp_path / "out")
+@pytest.mark.parametrize("ending", PACK)
+@pytest.mark.parametrize("format", ["extxyz", "mptrj"])
+def test_packed_files_are_read_whatever_they_are_called_and_damage_is_an_error_or_harmless(format, ending, tmp_path):
+    name, write = FORMATS[format]
+    write(tmp_path / name)
+    plain, path, random = (tmp_path / name).read_bytes(), tmp_path / "other", np.random.default_rng(3)
+    right = content(prepare(format, [tmp_path / name], tmp_path / "right", trust_units=True, progress=False))
+    whole = PACK[ending](plain[:1000]) + PACK[ending](plain[1000:])  # streams one after the other
+    path.write_bytes(whole)
+    assert content(prepare(format, [path], tmp_path / "packed", trust_units=True, progress=False)) == right
+    damages = [whole[: len(whole) // 2], whole[:-1], whole + b"what is no stream"]
+    for place in random.integers(10, len(whole), 6):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(random.integers(8))
+        damages.append(bytes(flipped))
+    for i, damage in enumerate(damages):
+        path.write_bytes(damage)
+        found = made(format, path, tmp_path / f"out{i}")
+        assert "other: truncated or damaged near byte" in found if isinstance(found, str) else content(found) == right
+        assert i > 2 or isinstance(found, str)
 
 
-def test_a_bz2_bomb_behind_much_that_is_honest_is_refused_as_soon(tmp_path):
-    path = tmp_path / "late.json.bz2"
+def bomb(ending: str, head: bytes, repeated: bytes) -> bytes:
+    """Streams one after the other: some 20 GB out of 20 kB (gzip, which packs to no less than a thousandth: 20 MB)."""
+    return PACK[ending](head) + PACK[ending](repeated * (9_000_000 // len(repeated))) * 2000
+
+
+BOMBS = {"spaces": b" ", "digits": b"1", "objects": b'{"a":', "records": b"{},", "frames": b"1\nenergy=-1\nH 0 0 0\n"}
+HEADS = {"alexandria": b'{"entries": [', "mptrj": b'{"mp-1": {"mp-1-0-0": ', "extxyz": b"1\nenergy=-1\nH 0 0 0\n"}
+USUAL = [("bz2", "alexandria", what) for what in BOMBS] + [
+    ("gz", "extxyz", "digits"), ("xz", "extxyz", "spaces"), ("xz", "mptrj", "objects"), ("zst", "extxyz", "objects"),
+    ("zst", "alexandria", "records"),
+]  # fmt: skip
+ALL = [(ending, format, what) for ending in PACK for format in HEADS for what in BOMBS]
+
+
+@pytest.mark.parametrize(
+    ("ending", "format", "what"), [c if c in USUAL else pytest.param(*c, marks=pytest.mark.full) for c in ALL]
+)
+def test_a_bomb_is_an_error(ending, format, what, tmp_path):
+    path = tmp_path / f"bomb.{ending}"
+    path.write_bytes(bomb(ending, HEADS[format], BOMBS[what]))
+    assert path.name in made(format, path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", PACK)
+def test_a_bomb_behind_much_that_is_honest_is_refused_as_soon(ending, tmp_path):
+    path = tmp_path / f"late.{ending}"
     honest = np.random.default_rng(0).integers(32, 127, 3_000_000, np.uint8).tobytes()
-    path.write_bytes(bz2.compress(honest) + json_bomb(b"", b"{},"))
+    path.write_bytes(PACK[ending](honest) + bomb(ending, b"", b"{},"))
     size = 0
-    with pytest.raises(ValueError, match=r"late\.json\.bz2: .* more than is plausible"):
-        for chunk in unbz2.unpacked(path, 1 << 18, lambda place: None):
+    with pytest.raises(ValueError, match=rf"late\.{ending}: .* more than is plausible"):
+        for chunk in packed.unpacked(path, packed.packing_of(path), 1 << 18, lambda place: None):
             size += len(chunk)
     assert len(honest) <= size <= len(honest) + (4 << 20)
 

@@ -392,3 +392,20 @@ def test_charges_that_no_source_states_are_counted_and_impossible_multiplicities
     options = {"charge": 0, "spin_counts": "unpaired"}
     told = prepare("extxyz", [tmp_path / "a.xyz"], tmp_path / "b", options=options, trust_units=True, progress=False)
     assert list(told.manifest["assumed"]) == ["no multiplicity stated: an odd number of electrons taken as a doublet"]
+
+
+def test_a_file_of_pure_elements_is_cut_within_each_and_skips_name_the_first_record(tmp_path):
+    frames = [f"1\nenergy={k % 4}\n{symbol} 0 0 0\n" for k in range(40) for symbol in ("Cu", "Al", "Xx", "Au")]
+    (tmp_path / "a.xyz").write_text("".join(frames))
+    store = prepare("extxyz", [tmp_path / "a.xyz"], tmp_path / "store", progress=False)
+    splits = store.manifest["splits"]
+    assert (splits["train"], splits["validation"], splits["test"], splits["unused"]) == (96, 12, 12, 0)
+    assert splits["rule"] == "contiguous blocks of each formula" and splits["unseen_elements"] == []
+    assert store.manifest["skipped"] == {"unknown element 'Xx'": 40}
+    assert store.manifest["skipped_first"] == {"unknown element 'Xx'": "a.xyz: 2"}
+    (tmp_path / "b.xyz").write_text("".join(frames[:4]))  # one frame of each: no block of it is left for validation
+    with pytest.raises(ValueError, match=r"element that the train split lacks[\s\S]*--fractions with 0 for it"):
+        prepare("extxyz", [tmp_path / "b.xyz"], tmp_path / "none", progress=False)
+    (tmp_path / "c.xyz").write_text(frames[2] * 3)
+    with pytest.raises(ValueError, match=r"no structure can be used\n  3: unknown element 'Xx' \(first: c.xyz: 0\)"):
+        prepare("extxyz", [tmp_path / "c.xyz"], tmp_path / "none", progress=False)

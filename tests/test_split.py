@@ -14,10 +14,10 @@ def hashes(names) -> np.ndarray:
     return np.array([xxhash.xxh3_64_intdigest(str(name).encode()) for name in names], np.uint64)
 
 
-def split_of(names, *, published=None, file=None, given=(None,), fractions=(0.8, 0.1, 0.1), seed=0):
+def split_of(names, *, published=None, file=None, given=(None,), fractions=(0.8, 0.1, 0.1), seed=0, within=False):
     published = np.full(len(names), NO_SPLIT, np.uint8) if published is None else np.array(published, np.uint8)
     file = np.zeros(len(names), int) if file is None else np.array(file)
-    return divide(hashes(names), published, file, list(given), "formula", fractions, seed)
+    return divide(hashes(names), published, file, list(given), "formula", fractions, seed, within)
 
 
 @settings(max_examples=200, deadline=None)
@@ -86,6 +86,27 @@ def test_files_given_for_a_split_are_that_split_and_the_rest_is_divided_among_th
     assert found.rule == "files: test; by formula"
 
 
+def test_a_split_without_a_file_is_carved_out_of_the_train_files_where_nothing_else_is_given():
+    names = np.repeat(np.arange(30), 10)
+    file = [0] * 200 + [1] * 100
+    found = split_of(names, file=file, given=["train", "test"])
+    assert (found.split[200:] == 2).all() and set(found.split[:200].tolist()) == {0, 1}
+    assert (
+        found.split == 1
+    ).sum() == 20 and found.rule == "files: test, train; validation carved out of train by formula"
+    assert not set(names[found.split == 1].tolist()) & set(names[found.split == 0].tolist())
+    none = split_of(names, file=file, given=["train", "test"], fractions=(0.8, 0.0, 0.2))
+    assert none.split.tolist() == [0] * 200 + [2] * 100
+    both = split_of(names, given=["train"])
+    assert both.split.tolist() == split_of(names).split.tolist()
+
+
+def test_within_cuts_every_relative_into_blocks():
+    names = ["Cu4", "Al4"] * 10
+    found = split_of(names, within=True)
+    assert found.split.tolist() == [0] * 16 + [1] * 2 + [2] * 2 and found.rule == "contiguous blocks of each formula"
+
+
 def test_one_formula_is_cut_into_contiguous_blocks_per_file():
     found = split_of(["C2H6O1"] * 150, file=[0] * 100 + [1] * 50, given=[None, None])
     expected = [0] * 80 + [1] * 10 + [2] * 10 + [0] * 40 + [1] * 5 + [2] * 5
@@ -101,8 +122,8 @@ def test_few_frames_of_one_formula_still_fill_every_split(n):
 def test_an_empty_split_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="validation split would be empty"):
         split_of(["a", "a"])
-    with pytest.raises(ValueError, match=r"validation split would be empty.*--validation"):
-        split_of(np.arange(9), file=[0] * 5 + [1] * 4, given=["train", "test"])
+    with pytest.raises(ValueError, match=r"train split would be empty.*--train"):
+        split_of(np.arange(9), given=["test"])
     with pytest.raises(ValueError, match="validation split is empty: the files given"):
         split_of(np.arange(9), given=[None, "validation"], file=[0] * 9)
     with pytest.raises(ValueError, match="nothing is left for the other inputs"):

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from multifid.data.formats import FORMATS
+
 app = typer.Typer(
     help="Pre-train graph foundation models for atoms on many inconsistent sources of quantum-mechanical data at once.",
     no_args_is_help=True,
@@ -36,11 +38,11 @@ Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="prepared
 
 @app.command()
 def prepare(
-    format: Annotated[str, typer.Argument(help="ani1x qm7x transition1x mptrj alexandria extxyz aselmdb")],
-    inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="published files, directories or 'patterns'")
-    ],
+    format: Annotated[str, typer.Argument(help=f"{' '.join(FORMATS)} (multifid formats FORMAT: its options)")],
     out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[INPUT...]", help="published files, directories or 'patterns'")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="name of the task; default: the format's")] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many structures of each file")] = None,
     train: Annotated[list[Path] | None, typer.Option(help="an input that is all training split")] = None,
@@ -72,7 +74,7 @@ def prepare(
     given = {"train": train or [], "validation": validation or [], "test": test or []}
     run(
         format,
-        inputs,
+        inputs or [],
         out,
         task=task,
         limit=limit,
@@ -88,6 +90,16 @@ def prepare(
         drop_duplicates=drop_duplicates,
         drop_duplicates_of=drop_duplicates_of or (),
     )
+
+
+@app.command()
+def formats(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[FORMAT...]", help=" ".join(FORMATS))] = None,
+) -> None:
+    """What prepare reads: all formats, or the options of some."""
+    from multifid.workflows.formats import formats as run
+
+    run(names or [])
 
 
 @app.command()

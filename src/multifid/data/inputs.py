@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from multifid.data.readers.packed import unpacked_name
 from multifid.data.split import DIVIDED
 
 
@@ -24,8 +25,8 @@ def find_inputs(
     """All files in the order given, those of a split last; a file that is both is only its split's.
 
     A directory stands for all files below it with one of the `endings`, a pattern (`*`, `?`, `[`; `**` for any depth)
-    for the files that match it, both sorted by name. ValueError for a file named twice, FileNotFoundError for what
-    stands for no file.
+    for the files that match it, both sorted by name. ValueError for a file named twice (or once packed and once not),
+    FileNotFoundError for what stands for no file.
     """
     split_of: dict[Path, str | None] = {}
     for name, paths in files_of_split.items():
@@ -38,9 +39,11 @@ def find_inputs(
     given = [path for entry in inputs for path in _files(entry, endings)]
     paths = [*(path for path in given if path not in split_of), *split_of]
     if not paths:
-        raise ValueError("no input file is given")
+        raise ValueError("no input file is given: name INPUT, or files with --train, --validation, --test")
     seen = set()
     for path in paths:
+        if (plain := unpacked_name(path)) != path and plain in paths:
+            raise ValueError(f"{path} is {plain.name} packed, by its name: its structures would count twice; name one")
         status = path.stat()
         if (status.st_dev, status.st_ino) in seen:
             raise ValueError(f"{path} is given twice: its structures would count twice")

@@ -117,6 +117,7 @@ class Intake:
         self.label_sets: dict[str, LabelSet] = {}  # task -> what its labels are
         self.isolated: dict[str, dict[int, float]] = {}  # task -> Z -> eV
         self.dropped: dict[str, int] = {}  # labels that are not numbers, by reason
+        self.examples: dict[str, str] = {}  # reason of a skip -> the first record: file and place
         self.assumed: dict[str, int] = {}  # what sources do not state, and what is taken for it -> structures
 
     def take(self, files: list[Input], plan: list[tuple[int, Part]], unfinished: Unfinished, pool: Workers) -> None:
@@ -132,7 +133,16 @@ class Intake:
         for _ in pool.run("place", work, lambda own: str(own[0].path)):
             pass
 
+    def skips(self) -> str:
+        """What was skipped, a line for each reason: how many records, and the first of them."""
+        skipped = self.writer.skipped.items()
+        return (
+            "\n".join(f"  {n:,}: {reason} (first: {self.examples[reason]})" for reason, n in skipped) or "  no record"
+        )
+
     def _remember(self, found: Found, file: Input) -> None:
+        for reason, where in found.examples.items():
+            self.examples.setdefault(reason, f"{file.name}: {where}")
         for name in found.tasks:
             self._task_of(name)
         for name, number, energy in found.isolated:

@@ -27,6 +27,7 @@ from multifid.structures.structure import Structure
 
 AT_ONCE = 1024, 1 << 16  # structures and atoms that are laid into columns together, at most
 PIECE = 1 << 24  # bytes of columns of a piece
+MOST_REASONS = 100  # of skips in a part: they name what a file holds, and a hostile one holds anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Found:
     isolated: list[tuple[str, int, float]] = field(default_factory=list)  # label set, Z, eV
     dropped: dict[str, int] = field(default_factory=dict)
     assumed: dict[str, int] = field(default_factory=dict)  # charges and multiplicities that the source does not state
+    examples: dict[str, str] = field(default_factory=dict)  # reason of a skip -> the first record
     pieces: list["Piece"] = field(default_factory=list)
 
 
@@ -199,7 +201,11 @@ class _Pieces:
             self._write()
 
     def _skipped(self, skips: list[tuple[int, tuple[str, str]]]) -> None:
-        self.skips += [skip for _, skip in skips]
+        for _, (where, reason) in skips:
+            if reason not in self.found.examples and len(self.found.examples) >= MOST_REASONS:
+                reason = "other reasons"
+            self.found.examples.setdefault(reason, where)
+            self.skips.append((where, reason))
         self.bytes += sum(len(where) + len(reason) + 100 for _, (where, reason) in skips)
 
     def _name(self, task: str) -> None:

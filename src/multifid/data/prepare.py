@@ -25,7 +25,7 @@ from multifid.data.inputs import Input, find_inputs
 from multifid.data.intake import Advance, Intake, jobs, read_files
 from multifid.data.leakage import set_aside
 from multifid.data.readers import reader
-from multifid.data.split import divide, fitted, set_unseen_aside
+from multifid.data.split import Divided, NothingLeft, divide, fitted, set_unseen_aside
 from multifid.data.store import Store
 from multifid.data.summary import summary
 from multifid.data.survey import sample_edges, survey_task
@@ -97,7 +97,7 @@ def prepare(
                 intake.take(files, plan, unfinished, pool)
                 if writer.structures == 0:
                     named = ", ".join(str(f.path) for f in files)
-                    raise ValueError(f"{named}: no structure can be used ({writer.skipped})")
+                    raise ValueError(f"{named}: no structure can be used\n{intake.skips()}")
                 asked = {"format": format, "options": {**chosen.model_dump(mode="json"), "limit": limit}}
 
                 def divided(fields: dict[str, Rows]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -151,6 +151,7 @@ def _finish(
             },
             "splits": splits,
             "edges_per_atom": sample_edges(fields, split),
+            "skipped_first": dict(sorted(intake.examples.items())),
             "dropped_labels": dict(sorted(intake.dropped.items())),
             **({"assumed": dict(sorted(intake.assumed.items()))} if intake.assumed else {}),
             **({"doubts": doubts} if doubts else {}),
@@ -189,11 +190,22 @@ def _divide(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     file = np.repeat(np.arange(len(files), dtype=np.uint32), intake.structures_of_file)
     given = [f.split for f in files]
-    divided = divide(fields["relative"][:], fields["split"][:], file, given, intake.module.RELATIVE, fractions, seed)
-    aside = {}
-    if drop_duplicates or others:
-        aside["duplicates"] = set_aside(divided.split, geometries(fields), drop_duplicates, others)
-    unseen = set_unseen_aside(divided.split, fields["numbers"], fields["offsets"], intake.writer.present)
+    columns = (fields["relative"][:], fields["split"][:], file, given, intake.module.RELATIVE, fractions, seed)
+    aside: dict[str, int] = {}
+
+    def divided_by(within: bool) -> tuple[Divided, list[int]]:
+        divided = divide(*columns, within)
+        if drop_duplicates or others:
+            aside["duplicates"] = set_aside(divided.split, geometries(fields), drop_duplicates, others)
+        return divided, set_unseen_aside(divided.split, fields["numbers"], fields["offsets"], intake.writer.present)
+
+    try:
+        divided, unseen = divided_by(within=False)
+    except NothingLeft as nothing:  # as where each formula is one element
+        try:
+            divided, unseen = divided_by(within=True)
+        except ValueError:
+            raise nothing from None
     counts = {name: int((divided.split == code).sum()) for code, name in enumerate(SPLITS)}
     rule: dict[str, Any] = {"seed": seed, "rule": divided.rule, "fractions": list(fractions)}
     if not counts["train"]:
@@ -214,7 +226,8 @@ def _options(module: ModuleType, format: str, given: dict[str, Any]) -> Any:
     except ValidationError as error:
         known = ", ".join(module.Options.model_fields) or "none"
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"options of {format}: {problems} (there are: {known})") from error
+        more = f"multifid formats {format} says what they mean"
+        raise ValueError(f"options of {format}: {problems} (there are: {known}); {more}") from error
 
 
 @contextmanager

@@ -10,6 +10,9 @@ Three rules, the first that speaks decides over a structure:
    that a publication has placed (rule 2) is followed. Where there are fewer relatives than splits to fill, each file is
    cut into contiguous blocks (train first, test last), since neighbouring frames of one trajectory are nearly equal.
 
+Where files were given for train and nothing else is there, the splits that no file was given for are carved out of them
+in the same way (`--fractions` says 0 for one that is not wanted).
+
 A split that would be empty is an error, unless its fraction is 0: then only files that are given for it fill it, or a
 publication. Where one fraction is 1, published splits do not count either: `--fractions 0,0,1` makes a store that is
 only test. `unused` (3) is for validation and test structures with an element that the train split lacks, if there is a
@@ -27,12 +30,17 @@ from multifid.structures.structure import SPLITS
 
 TRAIN, VALIDATION, TEST, UNUSED = range(4)
 DIVIDED = SPLITS[:3]
+BLOCKS = "contiguous blocks of each"
 
 
 class Sliced(Protocol):
     """An array, or a file that is read by slices."""
 
     def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+class NothingLeft(ValueError):
+    """All structures of a split have elements that the train split lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +59,13 @@ def divide(
     kind: str,
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
+    within: bool = False,
 ) -> Divided:
     """Divide structures into train, validation and test.
 
     relative: (structures,) uint64 hashes. published: (structures,) uint8 codes, 255 = none. file: (structures,) the
     file of each. given: per file, the split it was given for, or None. kind: what makes relatives ("formula").
+    within: cut each relative into contiguous blocks, in place of keeping relatives together.
     ValueError where a split would be empty.
     """
     _check_fractions(fractions)
@@ -74,17 +84,19 @@ def divide(
     filled = {SPLITS.index(name) for name in given if name}
     pool = split == NO_SPLIT
     open_splits = [code for code in range(3) if fractions[code] == 1.0 or (code not in filled and fractions[code])]
-    if not pool.any() and rules[-1:] == ["published"]:
+    if not pool.any() and (rules[-1:] == ["published"] or TRAIN in filled):
+        chosen = split == TRAIN
         missing = [code for code in open_splits if code != TRAIN and not (split == code).any()]
-        pool = chosen & (split == TRAIN) if missing else pool
+        pool = chosen if missing else pool
         open_splits = [code for code in (TRAIN, *missing) if fractions[code]]
     if pool.any() and open_splits:
         weights = np.array([fractions[code] for code in open_splits])
-        codes, how = _divide_pool(relative[pool], file[pool], weights / weights.sum(), seed)
+        codes, how = _divide_pool(relative[pool], file[pool], weights / weights.sum(), seed, within)
         split[pool] = np.array(open_splits, np.uint8)[codes]
         if max(fractions) == 1.0:
             how = f"all {'others ' * bool(rules)}to {DIVIDED[open_splits[0]]}"
-        rules.append(f"{how} {kind}" if how == "by" else how)
+        carved = f"{' and '.join(DIVIDED[c] for c in open_splits[1:])} carved out of train " if TRAIN in filled else ""
+        rules.append(f"{carved}{how}{f' {kind}' if how in ('by', BLOCKS) else ''}")
     elif pool.any():
         raise ValueError("files are given for train, validation and test: nothing is left for the other inputs")
     for code, name in enumerate(DIVIDED):
@@ -139,7 +151,12 @@ def set_unseen_aside(
         split[part][foreign] = UNUSED
     for code, name in enumerate(DIVIDED):
         if filled[code] and not (split == code).any():
-            raise ValueError(f"every {name} structure has an element that the train split lacks: nothing is left of it")
+            fractions = "0.9,0.1,0" if code == TEST else "0.9,0,0.1"
+            raise NothingLeft(
+                f"every {name} structure has an element that the train split lacks: nothing is left of it. Ways out: "
+                f"more structures of each element; files with all elements (--train FILE --{name} FILE); "
+                f"no {name} split (--fractions with 0 for it, as {fractions})"
+            )
     return [int(z) for z in np.flatnonzero(unseen)]
 
 
@@ -153,18 +170,27 @@ def _follow(split: np.ndarray, relative: np.ndarray, published: np.ndarray) -> N
     split[left[known]] = codes[place[known]]
 
 
-def _divide_pool(relative: np.ndarray, file: np.ndarray, fractions: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+def _divide_pool(
+    relative: np.ndarray, file: np.ndarray, fractions: np.ndarray, seed: int, within: bool = False
+) -> tuple[np.ndarray, str]:
     """The place of each structure among the splits to fill, and how it was found."""
     names, inverse, sizes = np.unique(relative, return_inverse=True, return_counts=True)
     if len(fractions) == 1:
         return np.zeros(len(relative), np.int64), "the other files"
+    if within:
+        return _in_blocks(file.astype(np.int64) * len(names) + inverse, fractions), BLOCKS
     if len(names) >= len(fractions):
         return _by_relatives(names, sizes, fractions, seed)[inverse], "by"
-    codes = np.empty(len(relative), np.int64)
-    for f in np.unique(file):
-        members = np.flatnonzero(file == f)
+    return _in_blocks(file, fractions), "contiguous blocks per file"
+
+
+def _in_blocks(kind: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """The place of each structure: those of each kind, in their order, cut into contiguous blocks."""
+    codes = np.empty(len(kind), np.int64)
+    order = np.argsort(kind, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(kind[order])) + 1):
         codes[members] = np.repeat(np.arange(len(fractions)), _counts(len(members), fractions))
-    return codes, "contiguous blocks per file"
+    return codes
 
 
 def _by_relatives(names: np.ndarray, sizes: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:

@@ -26,7 +26,8 @@ def summary(store: Store) -> Table:
         table.add_row("  scale", f"{task['scale']:.4g} {'eV/angstrom' if task['labels']['forces'] else 'eV/atom'}")
     for what in ("skipped", "dropped_labels", "assumed"):
         for reason, count in manifest.get(what, {}).items():
-            table.add_row(what.replace("_", " "), f"{count:,}: {reason}")
+            first = manifest.get("skipped_first", {}).get(reason) if what == "skipped" else None
+            table.add_row(what.replace("_", " "), f"{count:,}: {reason}" + (f" (first: {first})" if first else ""))
     for doubt in manifest.get("doubts", []):
         table.add_row("doubtful, but trusted", doubt)
     edges = manifest["edges_per_atom"]

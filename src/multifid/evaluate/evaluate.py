@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from multifid.data.loader import Source, ahead, collate, cut, edge_costs
@@ -26,6 +27,7 @@ EDGES = 20_000  # of a batch on a processor: large enough to keep it busy
 MEMORY = 1 << 30  # bytes of a batch's features on a processor
 PART = 0.25  # of an accelerator's free memory
 KEPT = 16  # numbers for each edge, hidden unit and layer that a pass keeps if autograd needs them, at most
+MOST_WAYS = 12  # that an error offers
 AT_ONCE = 1 << 16  # structures whose costs are looked at together
 Collector = Callable[[Prediction, Batch, str], None]  # hears (prediction in eV, batch, data) of this process's batches
 
@@ -82,7 +84,8 @@ def evaluate_run(
 ) -> list[Row]:
     """Rows of one trained run on several datasets, also added to RUN/evaluation.json by the first process."""
     potential, description = load_potential(run, weights)
-    rows = [evaluate(potential, description, run.name, d, split, branch, unseen=unseen, share=share) for d in data]
+    asked = [d if branch or d.name in description["tasks"] else _as_trained_on(run, d) for d in data]
+    rows = [evaluate(potential, description, run.name, d, split, branch, unseen=unseen, share=share) for d in asked]
     if share.rank == 0:
         add_rows(run, rows)
     return rows
@@ -107,7 +110,7 @@ def evaluate(
     branch has never seen are predicted and counted; `unseen`: they enter the means too. The row says whether they do.
     Called on all processes of a `share`, with the same on each; all get the same row.
     """
-    answers, references, whose = _who_answers(description, data, branch)
+    answers, references, whose = _who_answers(description, data, branch, model)
     source = Source(data.store, {answers: data.label_set}, {answers: references})
     known, scale = _elements(description, answers), description["tasks"][answers]["scale"]
     potential, errors = potential.to(share.device).eval(), Errors(share.device)
@@ -123,6 +126,20 @@ def evaluate(
         share.advance(len(index) * share.size)
     row = Errors.from_tensor(share.sum_(errors.as_tensor().cpu())).row(model, data.name, split)
     return row | _about(row, unseen, data, description["tasks"][answers]["branch"], whose)
+
+
+def _as_trained_on(run: Path, data: Data) -> Data:
+    """Under the name of the task that the run trained on this very label set, where it is the only such task."""
+    config = run / "config.yaml"
+    about = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    tasks = about.get("tasks", {}) if isinstance(about, dict) else {}
+    same = [
+        name
+        for name, task in tasks.items()
+        if Path(task["store"]).resolve() == data.store.path.resolve()
+        and (task.get("labels") or (name if name in data.store.tasks else data.store.tasks[0])) == data.label_set
+    ]
+    return replace(data, name=same[0]) if len(same) == 1 else data
 
 
 def references_row(data: Data, split: str = "test") -> Row:
@@ -249,8 +266,11 @@ def _without(targets: Targets, left_out: Tensor, structure: Tensor) -> Targets:
     return Targets(energy, blank(targets.forces, left_out[structure]), blank(targets.stress, left_out))
 
 
-def _who_answers(description: Description, data: Data, branch: str | None) -> tuple[str, References, str]:
-    """The task of the model whose branch answers, the references that labels are aligned by, and whose they are."""
+def _who_answers(description: Description, data: Data, branch: str | None, model: str) -> tuple[str, References, str]:
+    """The task of the model whose branch answers, the references that labels are aligned by, and whose they are.
+
+    Never one of several branches that was not named: the answer of another head looks like any other.
+    """
     tasks = description["tasks"]
     about = data.store.manifest["tasks"][data.label_set]
     store = References.from_manifest(about)
@@ -261,9 +281,14 @@ def _who_answers(description: Description, data: Data, branch: str | None) -> tu
     if branch is not None and not named:
         raise ValueError(f"--branch {branch}: the model has the branches {description['branches']}")
     if len({tasks[t]["branch"] for t in named}) > 1:
+        path, branches = data.store.path, description["branches"]
+        ways = [
+            *(f"  --data {task}={path}     if it is data of {task}: total energies are compared" for task in tasks),
+            *(f"  --data {path} --branch {name}     else: energies without references" for name in branches),
+        ]
+        listed = "\n".join(ways[:MOST_WAYS] + ["  ..."] * (len(ways) > MOST_WAYS))
         raise ValueError(
-            f"the model has not been trained on {data.name!r} and has several branches: choose one with --branch "
-            f"({', '.join(description['branches'])})"
+            f"{model} has not been trained on {data.name!r} and has several branches: say which one answers:\n{listed}"
         )
     return named[0], store, _of_data(data)
 

@@ -1,4 +1,4 @@
-"""Raw files to structures: one file per published format, one entry each in `READERS`.
+"""Raw files to structures: one file per published format, one entry each in `formats.FORMATS`.
 
 A reader is a function `read(path, options, progress, part=None)` that streams one file: it yields a `Structure` (in our
 units), many at once as a `Block` (whose values may still be unfit: prepare looks at them), a `Skip` for a record that
@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 
 from multifid.data.block import Block
+from multifid.data.formats import FORMATS
 from multifid.structures.structure import Structure
 
 Progress = Callable[[float], None]
@@ -78,20 +79,8 @@ def cut(sizes: Sequence[int], most: int) -> list[Part]:
     return parts
 
 
-READERS: dict[str, str] = {
-    "ani1x": "multifid.data.readers.ani1x",
-    "qm7x": "multifid.data.readers.qm7x",
-    "transition1x": "multifid.data.readers.transition1x",
-    "mptrj": "multifid.data.readers.mptrj",
-    "alexandria": "multifid.data.readers.alexandria",
-    "extxyz": "multifid.data.readers.extxyz",
-    "aselmdb": "multifid.data.readers.aselmdb",
-    "spice": "multifid.data.readers.spice",
-}
-
-
 def reader(name: str) -> ModuleType:
     """The module of a format; imported only when asked for. ValueError names the formats there are."""
-    if name not in READERS:
-        raise ValueError(f"unknown format {name!r}: known are {', '.join(READERS)}")
-    return import_module(READERS[name])
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}: known are {', '.join(FORMATS)}")
+    return import_module(FORMATS[name].reader)

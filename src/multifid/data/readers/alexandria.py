@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip
 from multifid.data.readers.crystal_json import crystal
 from multifid.data.readers.json_file import elements, first_key, json_parts, pairs
+from multifid.data.readers.packed import endings
 from multifid.data.readers.records import (
     BadRecord,
     number,
@@ -36,7 +37,7 @@ from multifid.structures.structure import Labels, Structure
 TASK = "alexandria"
 TASKS = {TASK: LabelSet("PBE / PBE+U (VASP, Alexandria)", "total, uncorrected (VASP)")}
 RELATIVE = "material"
-ENDINGS = (".json", ".json.bz2")
+ENDINGS = endings(".json")
 
 
 class Options(BaseModel):

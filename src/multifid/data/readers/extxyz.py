@@ -20,6 +20,7 @@ from pydantic import Field
 
 from multifid.data.readers import IsolatedAtom, LabelSet, Part, Progress, Record, Skip, one_part
 from multifid.data.readers.charges import CHARGE, SPIN, ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
+from multifid.data.readers.packed import LONGEST, endings, opened_text, packing_of
 from multifid.data.readers.records import BadRecord
 from multifid.structures.elements import MAX_Z, NUMBERS, formula, no_element
 from multifid.structures.reproducible import determinant
@@ -27,7 +28,7 @@ from multifid.structures.structure import Labels, Structure
 
 TASKS = {"extxyz": LabelSet("unknown", "total")}
 RELATIVE = "formula"
-ENDINGS = (".xyz", ".extxyz")
+ENDINGS = endings(".xyz", ".extxyz")
 
 # CODATA 2018
 ENERGY_UNITS = {
@@ -73,8 +74,8 @@ parts = one_part
 
 def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
     """Stream the frames of one file. ValueError where the file is no extended XYZ or ends within a frame."""
-    size = max(path.stat().st_size, 1)
-    with path.open(encoding="utf-8", errors="replace") as file:
+    size, plain = max(path.stat().st_size, 1), packing_of(path) is None
+    with opened_text(path, lambda place: progress(place / size)) as file:
         frame = done = 0
         asked = _Asked(options)
         for natoms, comment, lines in _frames(path, file):
@@ -85,7 +86,8 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
             except (_Bad, BadRecord) as bad:
                 yield Skip(str(bad), str(frame))
             frame += 1
-            progress(min(done / size, 1.0))
+            if plain and frame % 100 == 0:
+                progress(min(done / size, 1.0))
     if frame == 0:
         raise ValueError(f"{path} holds no frame")
     asked.check(path)
@@ -127,7 +129,7 @@ class _Asked:
 
 def _frames(path: Path, file: TextIO) -> Iterator[tuple[int, str, list[str]]]:
     number = 0
-    while line := file.readline():
+    while line := file.readline(LONGEST):
         number += 1
         if not line.strip():  # blank lines after a frame
             continue
@@ -138,7 +140,9 @@ def _frames(path: Path, file: TextIO) -> Iterator[tuple[int, str, list[str]]]:
             raise ValueError(
                 f"{path}, line {number}: a frame must begin with its number of atoms, not {shown!r}"
             ) from None
-        comment = file.readline()
+        comment = file.readline(LONGEST)
+        if len(comment) == LONGEST:
+            raise ValueError(f"{path}, line {number + 1}: a line of more than {LONGEST:,} characters")
         lines = list(islice(file, min(max(natoms, 0), sys.maxsize)))
         if not comment or len(lines) != natoms:
             raise ValueError(f"{path}, line {number}: the file ends within this frame of {natoms} atoms")

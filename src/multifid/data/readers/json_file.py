@@ -1,4 +1,4 @@
-"""Large JSON files, plain or bz2, record by record: the file is cut where records end, and a fast parser gets the rest.
+"""Large JSON files, plain or packed, record by record: cut where records end, and a fast parser gets the rest.
 
     {"mp-1": {...}, "mp-2": {...}}                depth 1: a record is a key and its value
     {"entries": [{...}, {...}], "more": ...}      depth 2: a record is an element of the array
@@ -21,7 +21,7 @@ import orjson
 from multifid.data.readers import Part, Progress
 from multifid.data.readers.json_scan import Scan
 from multifid.data.readers.json_seams import BARE, LONGEST, Seam, parse
-from multifid.data.readers.unbz2 import unpacked
+from multifid.data.readers.packed import packing_of, unpacked
 
 CHUNK = 1 << 18
 PART = 1 << 25  # bytes of a part
@@ -55,7 +55,7 @@ def first_key(path: Path) -> tuple[str, bytes]:
 
 def json_parts(path: Path, depth: int) -> list[Part]:
     """A plain file cut between records, about PART bytes each; a packed file can only be read from its beginning."""
-    if is_packed(path):
+    if packing_of(path) is not None:
         return [None]
     size, cuts, at, scan = path.stat().st_size, [0], 0, Scan(depth)
     for chunk in _chunks(path, 0, None, lambda fraction: None):
@@ -72,12 +72,6 @@ def json_parts(path: Path, depth: int) -> list[Part]:
             break
         at += len(chunk)
     return [(start, stop) for start, stop in zip(cuts, [*cuts[1:], size], strict=True) if start < stop]
-
-
-def is_packed(path: Path) -> bool:
-    """Whether a file is bz2, whatever its name."""
-    with path.open("rb") as file:
-        return file.read(3) == b"BZh"
 
 
 def pairs(path: Path, progress: Progress, part: Part = None) -> Iterator[tuple[str, Any]]:
@@ -207,9 +201,9 @@ def _check_end(path: Path, rest: bytes, chunks: Iterator[bytes], at: int, depth:
 def _chunks(path: Path, start: int, stop: int | None, progress: Progress) -> Generator[bytes, None, None]:
     """The content of a file, unpacked, in chunks of about CHUNK bytes."""
     size = max(path.stat().st_size, 1)
-    if is_packed(path):
+    if (packing := packing_of(path)) is not None:
         assert start == 0 and stop is None, "a packed file has one part"
-        yield from unpacked(path, CHUNK, lambda place: progress(place / size))
+        yield from unpacked(path, packing, CHUNK, lambda place: progress(place / size))
         return
     end = size if stop is None else stop
     with path.open("rb") as file:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip
 from multifid.data.readers.crystal_json import crystal
 from multifid.data.readers.json_file import first_key, json_parts, pairs
+from multifid.data.readers.packed import endings
 from multifid.data.readers.records import number, stress_of_vasp, stress_tensor, structure_or_skip, vectors
 from multifid.structures.structure import Labels, Structure
 
@@ -28,7 +29,7 @@ TASKS = {
     "mptrj_corrected": LabelSet(LEVEL, "total, with MP2020 corrections (the forces are without)"),
 }
 RELATIVE = "material"
-ENDINGS = (".json", ".json.bz2")
+ENDINGS = endings(".json")
 
 
 class Options(BaseModel):

@@ -337,9 +337,10 @@ def trial_with_a_slow_task(values: dict, slow: str, seconds: float) -> tuple[dic
     return {t: load.cost for t, load in found.items()}, {t: load.holding for t, load in found.items()}
 
 
-def evaluated(run: str, data: list[str], split: str, max_edges: int) -> list[dict]:
+def evaluated(run: str, data: list[str], split: str, max_edges: int, cache: str = "unused") -> list[dict]:
     """The rows of a run as each rank has them."""
-    return evaluate([Path(run)], data, split, device="cpu", max_edges=max_edges, console=Console(quiet=True))
+    options = {"device": "cpu", "max_edges": max_edges, "cache": Path(cache), "console": Console(quiet=True)}
+    return evaluate([Path(run)], data, split, **options)
 
 
 def train_until_killed(values: dict, environment: dict[str, str], torn_at: int | None) -> None:

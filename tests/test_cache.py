@@ -209,7 +209,7 @@ def test_what_a_user_gets_wrong_about_files_is_said(stores, run, tmp_path):
         ([file], {"options": {"colour": "red"}}, r"--option colour: extxyz has .*energy"),
         ([str(stores["apple"])], {"options": {"colour": "red"}}, "only stores are given"),
         ([file, f"apple={stores['apple']}"], {}, "both called 'apple'.*NAME="),
-        ([f"fig={file}"], {}, r"several branches.*--branch \(apple, berry, cherry\).*TASK="),
+        ([f"fig={file}"], {}, r"several branches: say which one answers:\n  --data apple=.*apple.xyz"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate([run], data, **{"split": "test"} | more | options)

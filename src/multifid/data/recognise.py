@@ -8,7 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 from multifid.data.block import Block
-from multifid.data.readers import READERS, reader
+from multifid.data.formats import FORMATS
+from multifid.data.readers import reader
 from multifid.structures.structure import Structure
 
 LOOK = 200  # records of a file that a reader is shown
@@ -19,14 +20,14 @@ def recognise(path: Path) -> str:
 
     A name with an ending of one format alone is of that format; without a known ending, all formats are tried.
     """
-    by_name = [name for name in READERS if path.name.lower().endswith(reader(name).ENDINGS)]
+    by_name = [name for name in FORMATS if path.name.lower().endswith(reader(name).ENDINGS)]
     if len(by_name) == 1:
         return by_name[0]
-    found = [name for name in by_name or READERS if holds(path, reader(name))]
+    found = [name for name in by_name or FORMATS if holds(path, reader(name))]
     if len(found) == 1:
         return found[0]
     why = f"can be read as {' and as '.join(found)}" if found else "is in none of the formats that are known"
-    raise ValueError(f"{path} {why}: say which one it is, FORMAT:{path}, with FORMAT one of {', '.join(READERS)}")
+    raise ValueError(f"{path} {why}: say which one it is, FORMAT:{path}, with FORMAT one of {', '.join(FORMATS)}")
 
 
 def holds(path: Path, module: ModuleType) -> bool:

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from multifid.data.cache import Files, cached, place_of
 from multifid.data.fields import MANIFEST, TASK_NAME
-from multifid.data.readers import READERS, reader
+from multifid.data.formats import FORMATS
+from multifid.data.readers import reader
 from multifid.data.recognise import recognise
 from multifid.data.store import Store
 from multifid.evaluate.evaluate import Data, label_sets
@@ -35,8 +36,8 @@ def parse(text: str) -> Asked:
         name, rest = "", text
     format, colon, path = rest.partition(":")
     if not Path(rest).exists() and colon:
-        if format not in READERS:
-            raise ValueError(f"--data {text}: {format!r} is no format: known are {', '.join(READERS)}")
+        if format not in FORMATS:
+            raise ValueError(f"--data {text}: {format!r} is no format: known are {', '.join(FORMATS)}")
         return Asked(name or None, Path(path), format)
     if (Path(rest) / MANIFEST).exists():
         return Asked(name or None, Path(rest))
@@ -48,7 +49,7 @@ def parse(text: str) -> Asked:
         why = f"there is no store and no file {rest}"
     raise ValueError(
         f"--data {text}: {why}; a directory or a pattern of files is FORMAT:{rest}, with FORMAT one of "
-        f"{', '.join(READERS)}"
+        f"{', '.join(FORMATS)}"
     )
 
 

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
 from rich.console import Console
 
-from multifid.data.check import doubts_of_store, join, outliers, runs, take
-from multifid.data.doubts import doubt_of_crystals, doubts
+from multifid.data.check import doubts_of_store, join, runs, take
+from multifid.data.doubts import doubt_of_crystals, doubt_of_free_atoms, doubts
 from multifid.data.duplicates import Fingerprints, fingerprints, repeats
+from multifid.data.evidence import neighbors
 from multifid.data.leakage import leaks
+from multifid.data.outliers import outliers
+from multifid.data.pair_fit import pairwise, stress_ratio
 from multifid.data.prepare import prepare
 from multifid.data.store import Store
 from multifid.structures.structure import Packed, PackedLabels
@@ -36,19 +41,23 @@ FAULTS = {
     "forces in hartree/bohr": ((1, 1, BOHR / HARTREE, 1), "hartree/bohr"),
     "forces per bohr": ((1, 1, BOHR, 1), "bohr"),
     "kbar": ((1, 1, 1, 1602.1766208), "kbar"),
+    "GPa": ((1, 1, 1, 160.21766208), "GPa"),
     "stress sign": ((1, 1, 1, -1), "sign"),
+    "energies per atom": ((1, None, 1, 1), "energies per atom"),
+    "forces tenfold": ((1, 1, 10, 1), "no usual unit"),
+    "a tenth of the forces": ((1, 1, 0.1, 1), "no usual unit"),
 }
 LENGTHS = {"bohr taken for angstrom", "angstrom taken for bohr", "nanometres"}
 ENERGIES = {name for name, ((_, e, _, _), _) in FAULTS.items() if e != 1}
-STRESS = {"kbar", "stress sign"}
+STRESS = {"kbar", "GPa", "stress sign"}
 ALL = set(FAULTS)
 
 
-def planted(packed: Packed, length: float, energy: float, force: float, stress: float) -> Packed:
-    """As if a reader had made this mistake."""
+def planted(packed: Packed, length: float, energy: float | None, force: float, stress: float) -> Packed:
+    """As if a reader had made this mistake; energy None: it took energies per atom for totals."""
     labels = {
         task: PackedLabels(
-            own.energy * energy,
+            own.energy / packed.natoms if energy is None else own.energy * energy,
             None if own.forces is None else own.forces * np.float32(force),
             None if own.stress is None else own.stress * stress,
         )
@@ -97,6 +106,99 @@ def test_a_planted_mistake_is_found_and_named(fault):
     assert found and name in " ".join(found)
 
 
+def shuffled_copper(count: int = 60) -> Packed:
+    """Rattled copper in one cell, no frame the neighbour of another; energies, forces and stresses of EMT."""
+    random = np.random.default_rng(0)
+    cell, frames = bulk("Cu", cubic=True), []
+    for _ in range(count):
+        atoms = cell.copy()
+        atoms.positions += random.normal(0, 0.08, (4, 3))
+        atoms.positions += random.uniform(0, 3, 3)  # far from all others, whatever the order
+        atoms.calc = EMT()
+        atoms.get_potential_energy()
+        frames.append(atoms)
+    n = count * 4
+    stress = np.array([atoms.get_stress(voigt=False) for atoms in frames])
+    labels = PackedLabels(
+        np.array([atoms.get_potential_energy() for atoms in frames]),
+        np.concatenate([atoms.get_forces() for atoms in frames]).astype(np.float32),
+        stress,
+    )
+    return Packed(
+        np.full(n, 29, np.uint8), np.concatenate([atoms.positions for atoms in frames]).astype(np.float32),
+        np.full(count, 4), np.array([atoms.cell.array for atoms in frames]), np.ones((count, 3), bool),
+        np.zeros(count, np.int8), np.ones(count, np.uint8), {"copper": labels},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["GPa", "kbar", "stress sign", "forces tenfold", "energies per atom", "gradient"])
+def test_a_pair_potential_fitted_to_the_forces_finds_mistakes_without_neighbouring_frames(fault):
+    frames = shuffled_copper()
+    assert said(frames, "") == []
+    factors, name = FAULTS[fault]
+    assert name in " ".join(said(planted(frames, *factors), ""))
+
+
+def test_a_pair_potential_is_fitted_exactly_to_forces_that_have_one():
+    random = np.random.default_rng(0)
+    frames = shuffled_copper(20)
+    near, fitted = neighbors(frames), frames.labels["copper"]
+    # the springs of all pairs within the reach of the fit, so that its basis nearly holds them
+    slope = np.exp(-(((near.relative - 1.0) / 0.2) ** 2) / 2) * np.maximum(0, 1 - (near.distance / 4.5) ** 2) ** 2
+    pull = slope[:, None] * near.vector / near.distance[:, None]
+    forces = np.stack([np.bincount(near.i, pull[:, a], len(frames.numbers)) for a in range(3)], 1)
+    virial = np.einsum("ea,eb->eab", pull, near.vector).reshape(-1, 9)
+    structure = near.i // 4
+    stress = np.stack([np.bincount(structure, column, 20) for column in virial.T], 1).reshape(20, 3, 3)
+    stress /= 2 * np.linalg.det(frames.cell)[:, None, None]
+    fit = pairwise(frames, near, forces)
+    found = stress_ratio(stress, fit)
+    assert abs(found.ratio - 1) < 0.1 and found.spread < 0.4 and fit.chosen.tolist() == list(range(20))
+    assert not np.isfinite(stress_ratio(random.normal(size=(20, 3, 3)), fit).ratio) and fitted.stress is not None
+
+
+def test_given_energies_of_free_atoms_are_compared_with_the_totals():
+    numbers, natoms = np.tile([8, 1, 1, 6, 8, 8], 30), np.tile([3, 3], 30)  # water and carbon dioxide
+    free = {1: -13.6, 6: -1029.0, 8: -2042.0}
+    zeros = np.zeros((60, 3, 3))
+    packed = Packed(
+        numbers.astype(np.uint8), np.zeros((180, 3), np.float32), natoms, zeros, np.zeros((60, 3), bool),
+        np.zeros(60, np.int8), np.ones(60, np.uint8),
+    )  # fmt: skip
+    energy = np.tile([free[8] + 2 * free[1] - 10.1, free[6] + 2 * free[8] - 17.0], 30)
+    energy += np.random.default_rng(0).normal(0, 0.2, 60)
+    assert doubt_of_free_atoms("t", packed, energy, free) is None
+    valence = {1: -10.7, 6: -48.8, 8: -102.6}
+    for given, looks in (
+        ({z: e / HARTREE for z, e in free.items()}, "hartree taken for eV"),
+        ({z: e * KCAL for z, e in free.items()}, "kcal/mol taken for eV"),
+        (valence, "valence electrons alone beside totals of all electrons"),
+        ({1: free[1], 8: -300.0}, "another method"),
+    ):
+        doubt = str(doubt_of_free_atoms("t", packed, energy, given))
+        assert looks in doubt and "O " in doubt
+    pseudo = np.tile([valence[8] + 2 * valence[1] - 10.1, valence[6] + 2 * valence[8] - 17.0], 30)
+    assert "all their electrons beside totals of valence" in str(doubt_of_free_atoms("t", packed, pseudo, free))
+    assert doubt_of_free_atoms("t", packed, pseudo, valence) is None
+
+
+def test_a_stress_far_from_all_others_is_an_outlier_that_prepare_reports(tmp_path):
+    random, lines = np.random.default_rng(0), []
+    for k in range(60):
+        stress = random.normal(0, 0.01, 6) + (50.0 if k == 41 else 0.0)
+        lines.append(f'1\nLattice="3 0 0 0 3 0 0 0 3" energy={random.normal(-3, 0.01)} ')
+        lines.append(f'stress="{" ".join(map(str, stress))}"\nSi 0 0 0\n')
+    (tmp_path / "a.xyz").write_text("".join(lines))
+    store = prepare("extxyz", [tmp_path / "a.xyz"], tmp_path / "store", progress=False)
+    (found,) = outliers(store)
+    assert (found.kind, found.count, found.worst[0].structure) == ("stress", 1, 41)
+    told = store.manifest["tasks"]["extxyz"]["outliers"]["stress"]
+    assert told["count"] == 1 and told["worst"][0]["source"] == "a.xyz: 41" and 49 < told["worst"][0]["value"] < 51
+    console = Console(record=True, width=120)
+    assert check([store.path], console)
+    assert "GPa" in (text := console.export_text()) and "a.xyz: 41" in text and "80" in text
+
+
 def test_energies_that_do_not_belong_to_the_forces_are_found_without_totals_of_all_electrons():
     frames = sprung_methane()
     frames.labels["methane"].energy += 1000.0  # no longer near those of free atoms
@@ -113,8 +215,8 @@ SAMPLES = {
     "omol25/data0001.aselmdb": ("aselmdb", {"dataset": "omol25"}, ALL - STRESS),
     "alexandria/alex_go_sample.json.bz2": ("alexandria", {}, ALL),
     # Single frames and relaxed crystals: no neighbouring frames, no X-H bonds to judge forces by.
-    "mptrj/mptrj_sample.json": ("mptrj", {}, LENGTHS | ENERGIES | {"kbar"}),
-    "alexandria/alexandria_sample.json.bz2": ("alexandria", {}, LENGTHS | ENERGIES),
+    "mptrj/mptrj_sample.json": ("mptrj", {}, LENGTHS | ENERGIES | {"kbar", "GPa"}),
+    "alexandria/alexandria_sample.json.bz2": ("alexandria", {}, LENGTHS | ENERGIES - {"energies per atom"}),
 }
 
 

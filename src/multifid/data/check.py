@@ -1,18 +1,17 @@
-"""What is doubtful in the data: units that cannot be right, and labels far from all others.
+"""Whether the units of a store can be right, judged on a sample of it.
 
-Units are judged on a sample of consecutive structures taken in runs all over the store, so that the cost does not grow
-with it; `prepare` does this before a store appears. Outliers are looked for among all structures, chunk by chunk. What
-occurs more than once is counted in `leakage`.
+The sample is of consecutive structures taken in runs all over the store, so that the cost does not grow with it;
+`prepare` does this before a store appears. Single labels far from all others are found by `outliers`, what occurs more
+than once by `leakage`.
 """
 
-import heapq
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from multifid.data.doubts import Doubt, doubt_of_crystals, doubts
-from multifid.data.references import References
+from multifid.data.doubts import Doubt, doubt_of_crystals, doubt_of_free_atoms, doubts_of
+from multifid.data.measure import Measurements, measure
 from multifid.data.store import Store
 from multifid.data.survey import Fields
 from multifid.structures.structure import Packed, PackedLabels
@@ -21,9 +20,6 @@ RUNS, RUN = 64, 24  # runs of consecutive structures in a sample, and structures
 GEOMETRIES = 200  # structures whose neighbours are looked at
 ATOMS = 20_000  # of a sample, at most (about)
 CHUNK = 4096  # structures read at once
-FAR = 20.0  # robust standard deviations from the median: an outlier
-SMALLEST = {"energy": 0.05, "forces": 10.0}  # eV/atom, eV/angstrom: deviations below this are no outliers at all
-LISTED = 10  # outliers that are named, of each kind
 
 OF_ATOMS = ("numbers", "positions")
 GEOMETRY = (*OF_ATOMS, "natoms", "cell", "pbc", "charge", "spin")
@@ -31,77 +27,45 @@ GEOMETRY = (*OF_ATOMS, "natoms", "cell", "pbc", "charge", "spin")
 Read = Callable[[int, int], Packed]  # structures start..stop
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Outlier:
-    """A structure far from the others: how far, its index, and its value (eV/atom aligned, or the longest force)."""
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What is doubtful of a store, and what was measured: "geometry" or task -> name (`measure`) -> ratio."""
 
-    deviations: float
-    structure: int
-    value: float
+    doubts: list[Doubt]
+    measured: dict[str, Measurements]
 
-
-@dataclass(slots=True)
-class Outliers:
-    """Of one task and kind of label: how many there are, median and robust standard deviation, and the worst."""
-
-    task: str
-    kind: str
-    median: float
-    deviation: float
-    count: int = 0
-    worst: list[Outlier] = field(default_factory=list)  # a heap, the least bad first
-
-    def look(self, first: int, values: np.ndarray) -> None:
-        """values: (structures,) of consecutive structures from `first` on; NaN = no label."""
-        away = np.abs(values - self.median)
-        far = np.flatnonzero(away > max(FAR * self.deviation, SMALLEST[self.kind]))
-        self.count += len(far)
-        for s in far[np.argsort(-away[far], kind="stable")][:LISTED]:
-            heapq.heappush(self.worst, Outlier(float(away[s] / self.deviation), first + int(s), float(values[s])))
-            if len(self.worst) > LISTED:
-                heapq.heappop(self.worst)
+    def to_manifest(self) -> dict[str, dict[str, dict[str, float]]]:
+        """What was measured, rounded: the last digits say nothing."""
+        return {
+            what: {name: {k: _rounded(getattr(m, k)) for k in ("ratio", "spread", "count")} for name, m in own.items()}
+            for what, own in self.measured.items()
+            if own
+        }
 
 
-def doubts_of_fields(fields: Fields, levels: dict[str, str]) -> list[Doubt]:
-    """The doubts about a store that is being written. levels: task -> level of theory."""
-    return _doubts(lambda start, stop: read_fields(fields, start, stop, list(levels)), len(fields["natoms"]), levels)
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.3g}")
+
+
+def check_fields(fields: Fields, levels: dict[str, str], isolated: dict[str, dict[int, float]]) -> Checked:
+    """A store that is being written. levels: task -> level of theory. isolated: task -> energies of free atoms, eV."""
+    tasks = list(levels)
+    return _checked(
+        lambda start, stop: read_fields(fields, start, stop, tasks), len(fields["natoms"]), levels, isolated
+    )
+
+
+def check_store(store: Store) -> Checked:
+    """The units of a store."""
+    tasks = store.manifest["tasks"]
+    levels = {task: about["level_of_theory"] for task, about in tasks.items()}
+    isolated = {task: {int(z): e for z, e in about.get("isolated", {}).items()} for task, about in tasks.items()}
+    return _checked(lambda start, stop: store.read(np.arange(start, stop)), store.structures, levels, isolated)
 
 
 def doubts_of_store(store: Store) -> list[Doubt]:
     """The doubts about the units of a store."""
-    levels = {task: about["level_of_theory"] for task, about in store.manifest["tasks"].items()}
-    return _doubts(lambda start, stop: store.read(np.arange(start, stop)), store.structures, levels)
-
-
-def outliers(store: Store) -> list[Outliers]:
-    """Structures whose labels are far from the rest, by task and kind; only kinds that have any."""
-    sample = join([store.read(np.arange(*run)) for run in runs(store.structures)])
-    found = []
-    for task in store.tasks:
-        references = References.from_manifest(store.manifest["tasks"][task])
-        for kind in SMALLEST:
-            values = _values(kind, sample, sample.labels[task], references)
-            values = values[np.isfinite(values)]
-            if len(values):
-                middle = float(np.median(values))
-                spread = 1.4826 * float(np.median(np.abs(values - middle)))
-                found.append((Outliers(task, kind, middle, max(spread, 1e-6)), references))
-    for start in range(0, store.structures, CHUNK):
-        packed = store.read(np.arange(start, min(start + CHUNK, store.structures)))
-        for one, references in found:
-            one.look(start, _values(one.kind, packed, packed.labels[one.task], references))
-    return [one for one, _ in found if one.count]
-
-
-def _values(kind: str, packed: Packed, labels: PackedLabels, references: References) -> np.ndarray:
-    """(structures,) aligned energy per atom, or length of the longest force; NaN where there is no label."""
-    first = packed.offsets[:-1]
-    if kind == "energy":
-        return (labels.energy - np.add.reduceat(references.table[packed.numbers], first)) / packed.natoms
-    if labels.forces is None:
-        return np.full(len(first), np.nan)
-    squared = np.einsum("ak,ak->a", labels.forces, labels.forces, dtype=np.float64)
-    return np.sqrt(np.fmax.reduceat(squared, first))
+    return check_store(store).doubts
 
 
 def runs(count: int) -> list[tuple[int, int]]:
@@ -112,7 +76,7 @@ def runs(count: int) -> list[tuple[int, int]]:
     return [(start, start + RUN) for start in starts.tolist()]
 
 
-def _doubts(read: Read, count: int, levels: dict[str, str]) -> list[Doubt]:
+def _checked(read: Read, count: int, levels: dict[str, str], isolated: dict[str, dict[int, float]]) -> Checked:
     parts = []
     for start, stop in runs(count):
         part = read(start, stop)
@@ -120,11 +84,13 @@ def _doubts(read: Read, count: int, levels: dict[str, str]) -> list[Doubt]:
         parts.append(take(part, np.arange(min(kept, len(part.natoms)))))
     sample = join(parts)
     chosen = np.unique(np.linspace(0, len(sample.natoms) - 1, GEOMETRIES).astype(np.int64))
-    found = doubts(sample, take(sample, chosen))
+    measured = measure(sample, take(sample, chosen))
+    found = doubts_of(sample, measured)
     for task, level in levels.items():
-        if (doubt := doubt_of_crystals(task, level, sample, sample.labels[task].energy)) is not None:
-            found.append(doubt)
-    return found
+        energy = sample.labels[task].energy
+        of_atoms = doubt_of_free_atoms(task, sample, energy, isolated.get(task, {}))
+        found += [d for d in (doubt_of_crystals(task, level, sample, energy), of_atoms) if d is not None]
+    return Checked(found, measured)
 
 
 def read_fields(fields: Fields, start: int, stop: int, tasks: Sequence[str]) -> Packed:

@@ -141,11 +141,19 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Pairs of neighbouring frames: change of energy, work of the forces, work of the stress; all (pairs,) eV."""
+    """Pairs of neighbouring frames: change of energy, work of the forces, work of the stress, eV; numbers of atoms.
+
+    All (pairs,).
+    """
 
     change: np.ndarray
     by_forces: np.ndarray
     by_stress: np.ndarray
+    natoms: np.ndarray
+
+    def per_atom(self) -> "Steps":
+        """As they are if what is called the energy is that of an atom."""
+        return Steps(self.change * self.natoms, self.by_forces, self.by_stress, self.natoms)
 
     def forces(self) -> Measured:
         """Change of energy over work of the forces, where the stress does little."""
@@ -176,7 +184,8 @@ def steps(packed: Packed, energy: np.ndarray, forces: np.ndarray, stress: np.nda
         pairs = pairs[np.linspace(0, len(pairs) - 1, most).astype(int)]
     found = [_step(packed, energy, forces, stress, a, b) for a, b in pairs.tolist()]
     kept = np.array([step for step in found if step is not None]).reshape(-1, 3)
-    return Steps(kept[:, 0], kept[:, 1], kept[:, 2])
+    natoms = packed.natoms[[a for (a, _), step in zip(pairs.tolist(), found, strict=True) if step is not None]]
+    return Steps(kept[:, 0], kept[:, 1], kept[:, 2], natoms)
 
 
 def _pairs(packed: Packed, energy: np.ndarray) -> np.ndarray:

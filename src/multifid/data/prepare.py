@@ -18,13 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from multifid.data.array_file import Rows
-from multifid.data.check import doubts_of_fields, geometries
+from multifid.data.check import check_fields, geometries
 from multifid.data.doubts import Doubt
 from multifid.data.fields import TASK_NAME, file_checksum
 from multifid.data.inputs import Input, find_inputs
 from multifid.data.intake import Advance, Intake, jobs, read_files
 from multifid.data.leakage import set_aside
+from multifid.data.outliers import outliers_of_fields
 from multifid.data.readers import reader
+from multifid.data.references import References
 from multifid.data.split import Divided, NothingLeft, divide, fitted, set_unseen_aside
 from multifid.data.store import Store
 from multifid.data.summary import summary
@@ -54,7 +56,6 @@ def prepare(
     rank: int = 0,
     size: int = 1,
     progress: bool = True,
-    talk: bool = True,
 ) -> Store | None:
     """Make one store of one or several files of a published format, and open it.
 
@@ -65,7 +66,7 @@ def prepare(
     structures aside (split `unused`) that repeat an earlier one. drop_duplicates_of: stores; set aside what is trained
     on here and tested on there, or the other way round. workers: processes that
     read. rank, size: this process among others that prepare the same store on a common file system; only the first has
-    a store to return. progress: show a bar on a terminal, and, with `talk`, print what the store holds.
+    a store to return. progress: show a bar on a terminal, and print what the store holds.
 
     ValueError or OSError for anything that a user can mend, naming it; nothing is left then. What was done when the
     process was killed or interrupted stays, and the same call goes on with it.
@@ -116,7 +117,7 @@ def prepare(
         unfinished.leave()
     unfinished.remove()
     store = Store(out)
-    if progress and talk:
+    if progress:
         Console().print(summary(store))
     return store
 
@@ -132,32 +133,54 @@ def _finish(
 ) -> None:
     """All structures are written: doubt, divide, fit, count, commit."""
     fields = writer.seal()
-    levels = {name: about.level_of_theory for name, about in intake.label_sets.items() if name in writer.labels}
-    calls: list[Call] = [(doubts_of_fields, (fields, levels)), *((file_checksum, (file.path,)) for file in files)]
-    (found, *sums), (split, splits) = pool.beside(calls, lambda: divided(fields))
-    doubts = _doubts(found, trust_units, [file.name for file in files])
+    label_sets = {name: about for name, about in intake.label_sets.items() if name in writer.labels}
+    levels = {name: about.level_of_theory for name, about in label_sets.items()}
+    isolated = {name: intake.isolated.get(name, {}) for name in label_sets}
+    judged: Call = (check_fields, (fields, levels, isolated))
+    calls: list[Call] = [judged, *((file_checksum, (file.path,)) for file in files)]
+    (checked, *sums), (split, splits) = pool.beside(calls, lambda: divided(fields))
+    doubts = _doubts(checked.doubts, trust_units, [file.name for file in files])
+    tasks = {
+        name: {
+            "level_of_theory": labels.level_of_theory,
+            "energy_kind": labels.energy_kind,
+            "labels": writer.labels[name],
+            **survey_task(name, fields, split, writer.present, isolated[name], pool.each),
+            **({"isolated": {str(z): e for z, e in sorted(isolated[name].items())}} if isolated[name] else {}),
+        }
+        for name, labels in label_sets.items()
+    }
+    _add_outliers(tasks, fields, files, intake.structures_of_file, pool)
     writer.commit(
         split,
         {
             "source": {"format": asked["format"], "files": _sources(files, intake, sums), "options": asked["options"]},
-            "tasks": {
-                name: {
-                    "level_of_theory": labels.level_of_theory,
-                    "energy_kind": labels.energy_kind,
-                    "labels": writer.labels[name],
-                    **survey_task(name, fields, split, writer.present, intake.isolated.get(name, {}), pool.each),
-                }
-                for name, labels in intake.label_sets.items()
-                if name in writer.labels
-            },
+            "tasks": tasks,
             "splits": splits,
             "edges_per_atom": sample_edges(fields, split),
             "skipped_first": dict(sorted(intake.examples.items())),
             "dropped_labels": dict(sorted(intake.dropped.items())),
             **({"assumed": dict(sorted(intake.assumed.items()))} if intake.assumed else {}),
+            "measured": checked.to_manifest(),
             **({"doubts": doubts} if doubts else {}),
         },
     )
+
+
+def _add_outliers(
+    tasks: dict[str, dict[str, Any]], fields: dict[str, Rows], files: list[Input], counts: list[int], pool: Workers
+) -> None:
+    """To each task that has labels far from all others: which, by kind. counts: structures of each file."""
+    ends = np.cumsum(counts)
+
+    def place(structure: int) -> str:
+        first, last = fields["source_id_offsets"][structure : structure + 2].tolist()
+        source = fields["source_id"][first:last].tobytes().decode()
+        return f"{files[int(np.searchsorted(ends, structure, side='right'))].name}: {source}"
+
+    references = {name: References.from_manifest(about) for name, about in tasks.items()}
+    for found in outliers_of_fields(fields, references, pool.each):
+        tasks[found.task].setdefault("outliers", {})[found.kind] = found.to_manifest(place)
 
 
 def _question(format: str, files: list[Input], options: Any, limit: int | None) -> dict[str, Any]:
@@ -197,7 +220,12 @@ def _divide(
     def divided_by(within: bool) -> tuple[Divided, list[int]]:
         divided = divide(*columns, within)
         if drop_duplicates or others:
+            filled = set(divided.split.tolist())
             aside["duplicates"] = set_aside(divided.split, geometries(fields), drop_duplicates, others)
+            for code in sorted(filled - set(divided.split.tolist())):
+                raise ValueError(
+                    f"every {SPLITS[code]} structure is a duplicate that is set aside: nothing is left of it"
+                )
         return divided, set_unseen_aside(divided.split, fields["numbers"], fields["offsets"], intake.writer.present)
 
     try:

@@ -7,6 +7,17 @@ from multifid.structures.elements import SYMBOLS
 from multifid.structures.structure import SPLITS
 
 SHOWN = 10  # reference energies that are listed one by one
+GPA = 160.21766208  # 1 eV/angstrom^3
+SPREAD = 0.8  # ratios that are spread more say little
+RATIOS = {  # what `measure` measures, in words
+    "lengths": "{} covalent bonds between neighbours",
+    "stretch": "X-H bonds {} times as stiff as known",
+    "work": "energy changes by {} times the work of the forces",
+    "stress_work": "energy changes by {} times the work of the stress",
+    "fit_energy": "energies differ {} times as much as a pair potential fitted to the forces says",
+    "fit_stress": "stress {} times what that pair potential says",
+}
+FAR = {"energy": (1000.0, "meV/atom"), "forces": (1.0, "eV/angstrom"), "stress": (GPA, "GPa")}
 
 
 def summary(store: Store) -> Table:
@@ -28,6 +39,11 @@ def summary(store: Store) -> Table:
         for reason, count in manifest.get(what, {}).items():
             first = manifest.get("skipped_first", {}).get(reason) if what == "skipped" else None
             table.add_row(what.replace("_", " "), f"{count:,}: {reason}" + (f" (first: {first})" if first else ""))
+    for what, line in told(manifest.get("measured", {})).items():
+        table.add_row(f"measured, {what}", line)
+    for name, task in manifest["tasks"].items():
+        for kind, found in task.get("outliers", {}).items():
+            table.add_row(f"outliers, {name}", _outliers(kind, found))
     for doubt in manifest.get("doubts", []):
         table.add_row("doubtful, but trusted", doubt)
     edges = manifest["edges_per_atom"]
@@ -35,6 +51,26 @@ def summary(store: Store) -> Table:
         "edges per atom", ", ".join(f"{value:.1f} within {cutoff} angstrom" for cutoff, value in edges.items())
     )
     return table
+
+
+def told(measured: dict[str, dict[str, dict[str, float]]]) -> dict[str, str]:
+    """Of the manifest's `measured`, the ratios that say something, in words: geometry or task -> line."""
+    lines = {}
+    for what, own in measured.items():
+        believed = {name: own[name] for name in RATIOS if name in own and own[name]["spread"] <= SPREAD}
+        said = [f"{RATIOS[n].format(format(m['ratio'], '.3g'))} ({m['count']:,})" for n, m in believed.items()]
+        if said:
+            lines[what] = "; ".join(said)
+    return lines
+
+
+def _outliers(kind: str, found: dict) -> str:
+    factor, unit = FAR[kind]
+    worst = found["worst"][0]
+    return (
+        f"{found['count']:,}: {kind} far from the median of {factor * found['median']:.3g} {unit} "
+        f"(worst: {factor * worst['value']:.4g}, {worst['source']}; multifid check lists them)"
+    )
 
 
 def _fitted_on(store: Store) -> str:

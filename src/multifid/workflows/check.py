@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from multifid.data.check import Outliers, doubts_of_store, outliers
+from multifid.data.check import check_store
 from multifid.data.leakage import Leaks, leaks
+from multifid.data.outliers import Outliers, outliers
 from multifid.data.store import Store
+from multifid.data.summary import GPA, told
 
-UNITS = {"energy": "meV/atom", "forces": "meV/angstrom"}
+UNITS = {"energy": (1000.0, "meV/atom"), "forces": (1000.0, "meV/angstrom"), "stress": (GPA, "GPa")}
 
 
 def check(paths: Sequence[Path], console: Console | None = None) -> bool:
@@ -27,13 +29,16 @@ def check(paths: Sequence[Path], console: Console | None = None) -> bool:
     believed = True
     for store in stores:
         with console.status(f"reading {store.path}"):
-            found, far = doubts_of_store(store), outliers(store)
+            checked, far = check_store(store), outliers(store)
+        found = checked.doubts
         believed = believed and not found
         console.print(f"[bold]{escape(str(store.path))}[/]: {store.structures:,} structures", highlight=False)
         for doubt in found:
             console.print(f"  [red]doubtful[/] {escape(str(doubt))}", highlight=False)
         if not found:
             console.print("  units: nothing speaks against them", highlight=False)
+        for what, line in told(checked.to_manifest()).items():
+            console.print(f"  measured, {escape(what)}: {escape(line)}", highlight=False)
         for one in far:
             console.print(_table(store, one))
         if not far:
@@ -44,19 +49,20 @@ def check(paths: Sequence[Path], console: Console | None = None) -> bool:
 
 
 def _table(store: Store, found: Outliers) -> Table:
+    factor, unit = UNITS[found.kind]
     table = Table(
         title=f"  outliers, {found.kind} of {found.task}: {found.count:,} structures far from the median of "
-        f"{1000 * found.median:.0f} {UNITS[found.kind]} (robust deviation {1000 * found.deviation:.0f})",
+        f"{factor * found.median:.3g} {unit} (robust deviation {factor * found.deviation:.3g})",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("structure", justify="right")
-    table.add_column(UNITS[found.kind], justify="right")
+    table.add_column(unit, justify="right")
     table.add_column("deviations", justify="right")
     table.add_column("source", overflow="fold")
     for one in sorted(found.worst, reverse=True):
         where = f"{store.source_file(one.structure)}: {store.source_id(one.structure)}"
-        table.add_row(f"{one.structure:,}", f"{1000 * one.value:.0f}", f"{one.deviations:.0f}", escape(where))
+        table.add_row(f"{one.structure:,}", f"{factor * one.value:.0f}", f"{one.deviations:.0f}", escape(where))
     return table
 
 

@@ -32,6 +32,7 @@ from multifid.structures.batch import Batch
 from multifid.train import checkpoint
 from multifid.train.build import build
 from multifid.train.checkpoint import load_checkpoint
+from multifid.train.counts import announced
 from multifid.train.feed import Feed, make_draws
 from multifid.train.resolve import placement_of, resolve
 from multifid.train.run import train
@@ -118,7 +119,7 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
 
     without_forces: a task that has no force labels.  unlabelled: a task whose labels are missing in the third step.
     """
-    out: dict = {"totals": [], "norms": [], "structures": [], "gradients": [], "late": []}
+    out: dict = {"totals": [], "norms": [], "structures": [], "gradients": [], "late": [], "sent": []}
 
     class Watched(Gradients):
         def finish(self) -> None:
@@ -135,11 +136,14 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
         trainer = build(config, sources, placement, 10, world)
         out["built"] = held_bytes(trainer)
         for step in range(5):
-            micro, _ = feed.step(step)
-            for batch in micro:
-                lose_labels(batch, without_forces, unlabelled if step == 2 else None)
+            micro, _, known = feed.step(step)
+            lost = [lose_labels(batch, without_forces, unlabelled if step == 2 else None) for batch in micro]
+            lost += [without_forces, unlabelled if step == 2 else None]  # in batches of other ranks
+            micro = [trainer.ready(batch) for batch in micro]
+            counts = trainer.counts(micro, None if any(lost) else known)
+            out["sent"].append(counts.on_the_way)
             totals = Totals(list(config.tasks), trainer.device)
-            outcome = trainer.step(micro, totals)
+            outcome = trainer.step(micro, totals, counts)
             assert outcome.updated and not outcome.stop
             out["totals"].append(totals.as_tensor().numpy())
             out["norms"].append(outcome.norm)
@@ -159,6 +163,30 @@ def groups_of(placements: list[dict[str, list[int]]]) -> tuple[int, list[float]]
         found = [group for placement in placements for group in world.groups(placement).values()]
         sums = [float(group.sum_(torch.ones(1))) for group in found if world.rank in group.ranks]
         return made.call_count, sums
+
+
+def collectives_of(values: dict) -> list[str]:
+    """The parts of three steps as they begin, and the sums over ranks that are begun in them."""
+    log: list[str] = []
+
+    def all_reduce(tensor, *arguments, original=groups.dist.all_reduce, **options):
+        log.append(f"sum {tensor.numel()}")
+        return original(tensor, *arguments, **options)
+
+    with groups.world("cpu") as world, patch.object(groups.dist, "all_reduce", all_reduce):
+        config = resolve(parse_config(values, "test"), world.size)
+        sources = open_sources(config.tasks)
+        draws = make_draws(config, sources)
+        placement = placement_of(config, sources, draws, world.size)
+        feed = Feed(config, sources, draws, placement, world.rank)
+        trainer = build(config, sources, placement, 10, world)
+        trainer.begins = log.append
+        made = (feed.step(k) for k in range(3))
+        ready = (step._replace(batches=[trainer.ready(batch) for batch in step.batches]) for step in made)
+        for step, counts in announced(ready, lambda step: trainer.counts(step.batches, step.known)):
+            log.append("step")
+            trainer.step(step.batches, Totals(list(config.tasks), trainer.device), counts)
+    return log
 
 
 def recorded_steps(values: dict, poisoned: int) -> dict:
@@ -200,7 +228,7 @@ def recorded_steps(values: dict, poisoned: int) -> dict:
                 module.set_custom_all_gather(Gather())
                 module.set_custom_reduce_scatter(Scatter())
         for step in range(4):
-            micro, _ = feed.step(step)
+            micro = feed.step(step).batches
             for batch in micro:
                 lose_labels(batch, "apple", None)
             if step == poisoned and world.first:
@@ -309,9 +337,10 @@ def trial_with_a_slow_task(values: dict, slow: str, seconds: float) -> tuple[dic
     return {t: load.cost for t, load in found.items()}, {t: load.holding for t, load in found.items()}
 
 
-def evaluated(run: str, data: list[str], split: str, max_edges: int) -> list[dict]:
+def evaluated(run: str, data: list[str], split: str, max_edges: int, cache: str = "unused") -> list[dict]:
     """The rows of a run as each rank has them."""
-    return evaluate([Path(run)], data, split, device="cpu", max_edges=max_edges, console=Console(quiet=True))
+    options = {"device": "cpu", "max_edges": max_edges, "cache": Path(cache), "console": Console(quiet=True)}
+    return evaluate([Path(run)], data, split, **options)
 
 
 def train_until_killed(values: dict, environment: dict[str, str], torn_at: int | None) -> None:
@@ -334,6 +363,7 @@ JOBS = {
     f.__name__: f
     for f in (
         five_steps,
+        collectives_of,
         groups_of,
         recorded_steps,
         whole_run,

@@ -206,7 +206,7 @@ def test_a_compiled_run_is_the_eager_run_over_a_stream_of_different_batches(
         feed, totals = feed_of(config, sources), Totals(list(config.tasks), trainer.device)
         before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
         for step in range(STEPS):
-            micro, _ = feed.step(step)
+            micro = feed.step(step).batches
             ready = trainer.ready(micro[0])
             shapes[compiled].add((ready.structures, len(ready.numbers), ready.edges.shape[1]))
             trainer.step(micro, totals)

@@ -74,7 +74,7 @@ def test_edges_stay_where_they_were_made(stores, tmp_path):
     elsewhere = torch.device("meta")  # as good a device as any to be on
     lists = lambda packed, cutoff: tuple(x.to(elsewhere) for x in host_lists(packed, cutoff))  # noqa: E731
     feed = feed_of(settings, open_sources(settings.tasks))
-    (here,), ((batch,), _) = feed.step(0)[0], replace(feed, lists=lists).step(0)
+    (here,), (batch,) = feed.step(0).batches, replace(feed, lists=lists).step(0).batches
     assert batch.edges.device == batch.shifts.device == elsewhere and batch.positions.device == CPU
     padded = pad(batch, 3.0)
     assert padded.edges.device == padded.shifts.device == elsewhere and padded.positions.device == CPU

@@ -11,7 +11,7 @@ import multifid
 from multifid.config import parse_config
 from multifid.parallel import devices
 from multifid.parallel.devices import find_device
-from multifid.train import checkpoint, run, step
+from multifid.train import checkpoint, outcome, run
 from test_train import config_of
 
 SOURCE = Path(multifid.__file__).parent
@@ -123,7 +123,7 @@ class Number:
 
 def test_a_number_is_read_when_its_own_device_has_come_to_it(monkeypatch):
     """An event without a stream is recorded on the current device's, which is another one, idle and done at once."""
-    host = torch.full((), -1.0)
+    host = torch.full((1,), -1.0)
 
     class Event:
         def __init__(self, device):
@@ -144,7 +144,7 @@ def test_a_number_is_read_when_its_own_device_has_come_to_it(monkeypatch):
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(torch, "empty_like", lambda number, **options: Host())
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: torch.device(device))
-    assert step.Later(Number()).value() == 7.0
+    assert outcome.Later(Number()).values() == [7.0]
 
 
 def test_nothing_speaks_of_the_current_device_without_naming_one():

@@ -44,7 +44,7 @@ def measured(config, folder: Path) -> dict[str, int]:
     draws = make_draws(config, sources)
     placement = place(list(config.tasks), "replicated", 1)
     trainer = build(config, sources, placement, 10, alone("cpu"))
-    (batch,), _ = Feed(config, sources, draws, placement).step(0)
+    (batch,) = Feed(config, sources, draws, placement).step(0).batches
     trainer.step([batch], Totals(list(config.tasks), trainer.device))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         trainer.step([batch], Totals(list(config.tasks), trainer.device))

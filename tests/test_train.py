@@ -221,7 +221,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_step(stores, tmp_path):
         config = parse_config(values | {"train": values["train"] | {"max_edges": max_edges}}, "test")
         sources = open_sources(config.tasks)
         trainer = build(config, sources, place(list(config.tasks), "auto", 1), 10, alone())
-        micro, identities = feed_of(config, sources).step(3)
+        micro, identities, _ = feed_of(config, sources).step(3)
         trainer.lr = 0.0
         trainer.step(micro, Totals(list(config.tasks), torch.device("cpu")))
         return len(micro), identities, {n: p.grad.clone() for n, p in trainer.parameters.items()}
@@ -254,7 +254,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_position(stores, 
     feed = feed_of(config, sources)
     trainer.step(feed.step(0)[0], totals)
     before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
-    micro, _ = feed.step(1)
+    micro = feed.step(1).batches
     micro[0].positions[:] = math.nan
     assert not trainer.step(micro, totals).updated
     assert trainer.updates == 1 and trainer.skipped_in_a_row == 1

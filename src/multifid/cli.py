@@ -118,7 +118,9 @@ def train(
 @app.command()
 def evaluate(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="trained runs")],
-    data: Annotated[list[str], typer.Option("--data", metavar="[TASK=]STORE...", help="what to ask about")],
+    data: Annotated[
+        list[str], typer.Option("--data", metavar="[TASK=][FORMAT:]PATH...", help="stores, or files of any format")
+    ],
     split: Annotated[str, typer.Option(help="test | validation | train | all")] = "test",
     branch: Annotated[str | None, typer.Option(help="the branch that answers")] = None,
     unseen: Annotated[
@@ -129,13 +131,28 @@ def evaluate(
         int | None, typer.Option(min=1, help="edges of a batch; default: what the memory allows")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="threads that prepare batches ahead, on each rank")] = 1,
+    option: Annotated[list[str] | None, typer.Option(help="key=value of a file's format, as in prepare")] = None,
+    trust_units: Annotated[bool, typer.Option("--trust-units", help="though units of a file look wrong")] = False,
+    cache: Annotated[Path | None, typer.Option(help="where files become stores; default: ~/.cache/multifid")] = None,
 ) -> None:
-    """Energy, force and stress errors of runs on stores, as a table and in RUN/evaluation.json."""
+    """Energy, force and stress errors of runs on stores and files, as a table and in RUN/evaluation.json."""
     from multifid.workflows.evaluate import evaluate as run
 
     more = [text for text in runs if _is_data(text)]  # `--data A B`: an option takes one value, B arrives with the runs
     models = [Path(text) for text in runs if text not in more]
-    run(models, [*data, *more], split, branch, unseen=unseen, device=device, max_edges=max_edges, workers=workers)
+    run(
+        models,
+        [*data, *more],
+        split,
+        branch,
+        unseen=unseen,
+        device=device,
+        max_edges=max_edges,
+        workers=workers,
+        options=dict(_pair(x) for x in option or []),
+        trust_units=trust_units,
+        cache=cache,
+    )
 
 
 @app.command()
@@ -246,8 +263,11 @@ def scaling(
 
 
 def _is_data(text: str) -> bool:
-    """Whether an argument names a store (STORE or TASK=STORE) and not a run."""
-    return (Path(text.rpartition("=")[2]) / "manifest.json").exists()
+    """Whether an argument names a store or file ([TASK=][FORMAT:]PATH) and not a run, which is a directory."""
+    path = Path(text)
+    if path.is_dir():
+        return (path / "manifest.json").exists()
+    return path.is_file() or "=" in text or ":" in text
 
 
 def _pair(text: str) -> tuple[str, str]:

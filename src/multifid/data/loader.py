@@ -218,6 +218,25 @@ def cut(costs: np.ndarray, most: float | None) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(costs)], strict=True)]
 
 
+def most_pieces(costs: np.ndarray, owners: np.ndarray, most: float | None) -> int:
+    """The largest number of pieces into which `cut` cuts what any one owner has of a list; at least one.
+
+    costs (n,), whole numbers; owners (n,). All owners at once: every round takes a piece from each that has some left.
+    """
+    if most is None:
+        return 1
+    order = np.argsort(owners, kind="stable")
+    total = np.concatenate([[0.0], np.cumsum(costs[order])])
+    at = np.flatnonzero(np.diff(owners[order], prepend=-1))
+    stop, pieces = np.append(at[1:], len(order))[: len(at)], 0
+    while len(at):
+        fitting = np.searchsorted(total, total[at] + most, side="right") - 1
+        at, pieces = np.minimum(np.maximum(fitting, at + 1), stop), pieces + 1
+        left = at < stop
+        at, stop = at[left], stop[left]
+    return max(pieces, 1)
+
+
 def micro_batches(
     parts: list[tuple[Source, np.ndarray]], cutoff: float, max_edges: int | None, lists: Lists = host_lists
 ) -> list[Batch]:

@@ -56,6 +56,7 @@ def prepare(
     rank: int = 0,
     size: int = 1,
     progress: bool = True,
+    talk: bool = True,
 ) -> Store | None:
     """Make one store of one or several files of a published format, and open it.
 
@@ -66,7 +67,7 @@ def prepare(
     structures aside (split `unused`) that repeat an earlier one. drop_duplicates_of: stores; set aside what is trained
     on here and tested on there, or the other way round. workers: processes that
     read. rank, size: this process among others that prepare the same store on a common file system; only the first has
-    a store to return. progress: show a bar on a terminal, and print what the store holds.
+    a store to return. progress: show a bar on a terminal, and, with `talk`, print what the store holds.
 
     ValueError or OSError for anything that a user can mend, naming it; nothing is left then. What was done when the
     process was killed or interrupted stays, and the same call goes on with it.
@@ -117,7 +118,7 @@ def prepare(
         unfinished.leave()
     unfinished.remove()
     store = Store(out)
-    if progress:
+    if progress and talk:
         Console().print(summary(store))
     return store
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from multifid.data.array_file import Rows
+from multifid.data.fields import LABELS
 from multifid.data.references import Folded, Pass, References, count_elements, fit_by
 from multifid.data.split import fitted
 from multifid.structures.neighbors import edges_per_atom
@@ -112,11 +113,15 @@ def survey_task(
     isolated: dict[int, float],
     each: Each = one_by_one,
 ) -> dict[str, Any]:
-    """What the manifest says of a task's numbers: references, undetermined, rank, residual, scale.
+    """What the manifest says of a task's numbers: references, undetermined, rank, residual, scale, complete.
 
     elements: the atomic numbers that occur in the store.
     """
     parts = stretches(task, fields, split)
+    of_forces = MeanSquare()
+    if f"labels/{task}/forces" in fields:
+        for part in each(squares, [(part,) for part in parts]):
+            of_forces.join(part)
     if f"labels/{task}/energy" in fields and any(map(has_energies, parts)):
 
         def fold(once: Pass) -> Sequence[Folded]:
@@ -125,21 +130,40 @@ def survey_task(
         references = fit_by(fold, elements, isolated)
     else:  # forces alone: nothing to subtract
         references = References({}, [], 0, 0.0)
-    return {**references.to_manifest(), "scale": scale(fields, split, task, references, each)}
+    return {
+        **references.to_manifest(),
+        "scale": scale(fields, split, task, references, of_forces),
+        "complete": complete(fields, split, task, of_forces.count),
+    }
 
 
-def scale(fields: Fields, split: np.ndarray, task: str, references: References, each: Each = one_by_one) -> float:
+def complete(fields: Fields, split: np.ndarray, task: str, components: int) -> list[str]:
+    """The kinds of labels that every structure, and every atom, of the train split has: then nobody need count them.
+
+    components: of forces that are numbers, in the train split.
+    """
+    _, train = fitted(split)
+    parts = [slice(start, min(start + STRETCH, len(split))) for start in range(0, len(split), STRETCH)]
+
+    def whole(kind: str) -> bool:
+        values = fields.get(f"labels/{task}/{kind}")
+        if values is None:
+            return False
+        if kind == "forces":
+            return components == 3 * sum(int(fields["natoms"][part][train[part]].sum(dtype=np.int64)) for part in parts)
+        return all(np.isfinite(values[part][train[part]]).all() for part in parts)
+
+    return [kind for kind in LABELS if whole(kind)]
+
+
+def scale(fields: Fields, split: np.ndarray, task: str, references: References, of_forces: "MeanSquare") -> float:
     """RMS of the train split's force components, eV/angstrom; of the aligned energy per atom, eV, without forces.
 
     1.0 where both are zero: a residual is divided by it.
     """
     energies = fields.get(f"labels/{task}/energy")
-    if f"labels/{task}/forces" in fields:
-        of_forces = MeanSquare()
-        for part in each(squares, [(part,) for part in stretches(task, fields, split)]):
-            of_forces.join(part)
-        if rms := of_forces.rms():
-            return rms
+    if rms := of_forces.rms():
+        return rms
     of_energy = MeanSquare()
     if energies is not None:
         _, chosen = fitted(split)

@@ -60,16 +60,27 @@ class Data:
     name: str
     store: Store
     label_set: str
+    source: Path | None = None  # the file that the store was made of, where one was asked about
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        return self.source or self.store.path
 
 
 def data_of(text: str, verify: str = "touch") -> list[Data]:
     """`[TASK=]STORE`: the label set TASK (or the only one) under the name TASK; without TASK all label sets."""
     name, equals, path = text.rpartition("=")
-    store = Store(Path(path), verify=verify)
-    if not equals:
+    return label_sets(Store(Path(path), verify=verify), name if equals else None)
+
+
+def label_sets(store: Store, name: str | None) -> list[Data]:
+    """The label set of a store that is called `name`, or its only one under that name; without a name all of them."""
+    if name is None:
         return [Data(n, store, n) for n in store.tasks]
     if name not in store.tasks and len(store.tasks) > 1:
-        raise ValueError(f"--data {text}: {store.path} has the label sets {list(store.tasks)}, none is called {name!r}")
+        sets = ", ".join(store.tasks)
+        raise ValueError(f"--data {name}={store.path}: it has the label sets {sets}; none is called {name!r}")
     return [Data(name, store, name if name in store.tasks else store.tasks[0])]
 
 
@@ -170,7 +181,7 @@ def _about(row: Row, unseen: bool, data: Data, branch: str | None, references: s
         "unseen": "included" if unseen else "excluded",
         "branch": branch,
         "references": references,
-        "source": str(data.store.path),
+        "source": str(data.path),
     }
 
 
@@ -274,14 +285,14 @@ def _who_answers(description: Description, data: Data, branch: str | None, model
     tasks = description["tasks"]
     about = data.store.manifest["tasks"][data.label_set]
     store = References.from_manifest(about)
-    if branch is None and data.name in tasks:
+    if data.name in tasks and branch in (None, data.name, tasks[data.name]["branch"]):
         own = {int(z): e for z, e in tasks[data.name]["references"].items()}
         return data.name, References({**store.energies, **own}, store.undetermined, store.rank, store.residual), "model"
     named = [t for t in tasks if branch in (t, tasks[t]["branch"])] if branch is not None else list(tasks)
     if branch is not None and not named:
         raise ValueError(f"--branch {branch}: the model has the branches {description['branches']}")
     if len({tasks[t]["branch"] for t in named}) > 1:
-        path, branches = data.store.path, description["branches"]
+        path, branches = data.path, description["branches"]
         ways = [
             *(f"  --data {task}={path}     if it is data of {task}: total energies are compared" for task in tasks),
             *(f"  --data {path} --branch {name}     else: energies without references" for name in branches),

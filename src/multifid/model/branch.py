@@ -42,11 +42,13 @@ class Branch(nn.Module):
 
         `structure` (N,) is the structure of each atom, counted from the first one of this branch.
         """
-        of_atoms = (
-            self.energy(features.scalars).squeeze(1).to(features.vectors.dtype)
-        )  # autocast's bf16 is no sum's place
-        energy = sum_over(of_atoms, structure, structures)
+        energy = sum_over(self._energy_of_atoms(features.scalars), structure, structures)
         if self.forces is None:
             return energy, None
         weights = self.forces(features.scalars)  # (N, C): scalars times vectors turn with the structure
         return energy, (weights[:, :, None] * features.vectors).sum(dim=1)
+
+    def _energy_of_atoms(self, scalars: Tensor) -> Tensor:
+        """(N, H) -> (N,). The last map is no product of matrices, which autocast would round to bfloat16."""
+        last = self.energy.linears()[-1]
+        return (self.energy.before_last(scalars) * last.weight[0]).sum(dim=1) + last.bias

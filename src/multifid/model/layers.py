@@ -85,8 +85,12 @@ class MLP(nn.Module):
         return list(self.maps)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        for k, linear in enumerate(self.maps):
-            x = linear(silu(x) if k else x)
+        return self.maps[-1](self.before_last(x))
+
+    def before_last(self, x: Tensor) -> Tensor:
+        """What the last map is applied to."""
+        for linear in self.maps[:-1]:
+            x = silu(linear(x))
         return x
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from multifid.model.branch import Branch, BranchConfig
 from multifid.model.encoder import EncoderConfig, build_encoder
 from multifid.model.layers import NodeFeatures, draw_weights
-from multifid.structures.batch import Batch
+from multifid.structures.batch import Batch, rows_times_matrices
 
 
 class ModelConfig(BaseModel):
@@ -132,13 +132,16 @@ def _strained(batch: Batch, strain: Tensor) -> Batch:
     """Positions and cells under a symmetric strain of each structure: x -> x + x strain."""
     symmetric = (strain + strain.transpose(1, 2)) / 2
     of_atoms = symmetric.index_select(0, batch.structure)
-    positions = batch.positions + torch.einsum("nk,nkl->nl", batch.positions, of_atoms)
-    return replace(batch, positions=positions, cell=batch.cell + batch.cell @ symmetric)
+    positions = batch.positions + rows_times_matrices(batch.positions, of_atoms)
+    of_vectors = symmetric.repeat_interleave(3, dim=0)  # of each cell vector
+    cell = batch.cell + rows_times_matrices(batch.cell.flatten(0, 1), of_vectors).view_as(batch.cell)
+    return replace(batch, positions=positions, cell=cell)
 
 
 def _stress(slope: Tensor, cell: Tensor) -> Tensor:
     """(S, 3, 3) from dE/dstrain; NaN without a volume, and harmless to gradients there."""
-    volume = torch.linalg.det(cell).abs()[:, None, None]
+    a, b, c = cell.unbind(dim=1)
+    volume = (a * torch.linalg.cross(b, c)).sum(dim=1).abs()[:, None, None]
     return torch.where(volume > 0, slope / torch.where(volume > 0, volume, 1.0), torch.nan)
 
 

@@ -112,8 +112,17 @@ def components(x: Tensor) -> Tensor:
 TENSORS = ("numbers", "positions", "cell", "charge", "spin", "natoms", "structure", "edges", "shifts")
 
 
+def rows_times_matrices(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Each row times its own matrix: (n, 3), (n, 3, 3) -> (n, 3), exact in the type of the operands.
+
+    Not `@` or `einsum`: autocast takes products of matrices in bfloat16, and a GPU may take them in TF32, which moves
+    the atoms of a crystal by hundredths of an angstrom.
+    """
+    return (rows[:, :, None] * matrices).sum(dim=1)
+
+
 def edge_vectors(batch: Batch) -> Tensor:
     """r_ij from receiver i to sender j, periodic shifts included: (E, 3) angstrom."""
     i, j = batch.edges
     cells = batch.cell[batch.structure[i]]  # (E, 3, 3)
-    return batch.positions[j] - batch.positions[i] + torch.einsum("ek,ekl->el", batch.shifts, cells)
+    return batch.positions[j] - batch.positions[i] + rows_times_matrices(batch.shifts, cells)

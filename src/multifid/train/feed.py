@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from multifid.config import Config
-from multifid.data.loader import Lists, Source, edge_costs, host_lists, micro_batches
+from multifid.data.loader import Lists, Source, edge_costs, host_lists, micro_batches, most_pieces
 from multifid.data.order import Draw, Order, rates
 from multifid.data.readahead import ReadAhead
 from multifid.data.stage import stage, staged_path
@@ -23,8 +24,18 @@ from multifid.parallel.shares import shares
 from multifid.structures.batch import Batch
 from multifid.structures.candidates import missing
 from multifid.structures.device_neighbors import DeviceLists
+from multifid.train.counts import Known
+from multifid.train.loss import KINDS
 
 AT_ONCE = 1 << 16  # structures of a split that are shared out together
+
+
+class Step(NamedTuple):
+    """One step, as one rank sees it."""
+
+    batches: list[Batch]  # micro-batches of this rank
+    identities: bytes  # of all structures of the step
+    known: Known
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,8 @@ class Feed:
         """Structures of a split, in all stores."""
         return sum(source.store.size(split) for source in self.sources)
 
-    def step(self, step: int) -> tuple[list[Batch], bytes]:
-        """This rank's micro-batches of a step, and the identities of all structures of the step."""
+    def step(self, step: int) -> Step:
+        """What this rank processes in a step, and what all ranks know of it."""
         chosen, identities = [], b""
         for source, draw, ahead in zip(self.sources, self.draws, self._ahead, strict=True):
             places = draw.places(step)
@@ -69,8 +80,11 @@ class Feed:
             indices = source.store.pick("train", draw.order(*places))
             chosen.append(indices)
             identities += draw.name.encode() + indices.astype("<i8").tobytes()
-        parts = [(s, i) for s, i in zip(self.sources, self._mine(chosen), strict=True) if len(i)]
-        return self._batches(parts, self.config.train.max_edges), identities
+        mine, rounds = self._mine(chosen)
+        parts = [(s, i) for s, i in zip(self.sources, mine, strict=True) if len(i)]
+        return Step(
+            self._batches(parts, self.config.train.max_edges), identities, Known(self._known_counts(chosen), rounds)
+        )
 
     def split(self, split: str) -> Iterator[Batch]:
         """This rank's part of a whole split, store after store, in batches of about a training step's edges.
@@ -82,7 +96,7 @@ class Feed:
         for k in range(pieces):
             bounds = [(k * n // pieces, (k + 1) * n // pieces) for n in sizes]
             chosen = [s.store.pick(split, slice(*b)) for s, b in zip(self.sources, bounds, strict=True)]
-            for source, index in zip(self.sources, self._mine(chosen), strict=True):
+            for source, index in zip(self.sources, self._mine(chosen)[0], strict=True):
                 if not len(index):
                     continue
                 costs = edge_costs(source, index, self.config.model.cutoff)
@@ -93,14 +107,30 @@ class Feed:
     def _batches(self, parts: list[tuple[Source, np.ndarray]], max_edges: int | None) -> list[Batch]:
         return micro_batches(parts, self.config.model.cutoff, max_edges, self.lists)
 
-    def _mine(self, chosen: list[np.ndarray]) -> list[np.ndarray]:
-        """Of the structures of each source those that this rank processes, in their order."""
+    def _mine(self, chosen: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
+        """Of the structures of each source those that this rank processes, in their order; the most micro-batches."""
         costs = {
             draw.name: edge_costs(source, indices, self.config.model.cutoff)
             for source, draw, indices in zip(self.sources, self.draws, chosen, strict=True)
         }
         owners = shares(costs, {draw.name: self.placement[draw.tasks[0]] for draw in self.draws})
-        return [indices[owners[draw.name] == self.rank] for draw, indices in zip(self.draws, chosen, strict=True)]
+        cost, owner = (np.concatenate([table[draw.name] for draw in self.draws]) for table in (costs, owners))
+        mine = [indices[owners[draw.name] == self.rank] for draw, indices in zip(self.draws, chosen, strict=True)]
+        return mine, most_pieces(cost, owner, self.config.train.max_edges)
+
+    def _known_counts(self, chosen: list[np.ndarray]) -> np.ndarray:
+        """S_t, A_t and V_t of the structures of a step (tasks, 3), NaN where some of them may lack the label."""
+        counts = {}
+        for source, indices in zip(self.sources, chosen, strict=True):
+            atoms = float(source.store.rows("natoms", indices).sum(dtype=np.int64))
+            for task, label_set in source.tasks.items():
+                about = source.store.manifest["tasks"][label_set]
+                if_all = {"energy": len(indices), "forces": atoms, "stress": len(indices)}
+                known = dict.fromkeys(about.get("complete", []), 1.0) | {
+                    k: 0.0 for k, n in about["labels"].items() if not n
+                }
+                counts[task] = [if_all[kind] * known.get(kind, np.nan) for kind in KINDS]
+        return np.array([counts[task] for task in self.config.tasks], np.float64)
 
 
 def lists_of(config: Config, device: torch.device) -> Lists:

@@ -27,11 +27,11 @@ from multifid.data.loader import ahead, open_sources
 from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
 from multifid.parallel.devices import use
-from multifid.structures.batch import Batch
 from multifid.train.boards import find_boards, open_boards
 from multifid.train.build import build
 from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
-from multifid.train.feed import Feed, lists_of, make_draws, near, total_steps
+from multifid.train.counts import announced
+from multifid.train.feed import Feed, Step, lists_of, make_draws, near, total_steps
 from multifid.train.journal import Journal
 from multifid.train.lines import Lines
 from multifid.train.log import Bar, Log, duration
@@ -163,15 +163,16 @@ def loop(run: Run, stop: list[int]) -> None:
     t, feed, trainer, position = run.config.train, run.feed, run.trainer, run.position
     per_epoch, total = feed.epoch_steps, feed.total_steps
 
-    def prepared(step: int) -> tuple[list[Batch], bytes]:
-        micro, identities = feed.step(step)
-        return [trainer.ready(batch) for batch in micro], identities
+    def prepared(step: int) -> Step:
+        made = feed.step(step)
+        return made._replace(batches=[trainer.ready(batch) for batch in made.batches])
 
     steps = ahead(prepared, position.step, total, t.workers, begin=partial(use, trainer.device))
+    counted = announced(steps, lambda made: trainer.counts(made.batches, made.known))
     began = run.clock() - position.seconds
     while position.step < total and not position.ended:
-        micro, identities = next(steps)
-        outcome = trainer.step(micro, position.totals, stop=bool(stop))
+        (micro, identities, _), counts = next(counted)
+        trainer.step(micro, position.totals, counts, stop=bool(stop))
         position.step += 1
         position.seen = xxhash.xxh3_64_hexdigest(bytes.fromhex(position.seen) + identities)
         position.seconds = run.clock() - began
@@ -190,9 +191,9 @@ def loop(run: Run, stop: list[int]) -> None:
             run.pace.mark(position)
         at_epoch_end = position.step % per_epoch == 0 or position.step == total
         better = end_epoch(run, began) if at_epoch_end else False
-        if at_epoch_end or position.step % t.checkpoint_every == 0 or outcome.stop:
+        if at_epoch_end or position.step % t.checkpoint_every == 0 or trainer.stopped:
             save(run, better)
-        if outcome.stop and position.step < total:
+        if trainer.stopped and position.step < total:
             run.saver.wait()
             run.log.print(f"stopped by a signal at step {position.step}; the same command goes on from there")
             raise SystemExit(groups.STOPPED)

@@ -1,16 +1,17 @@
 """One update: count, predict, back-propagate, sum, clip, move. And the same without the moving, for validation.
 
-Each rank does this with its structures of the step. Three things are summed over ranks: the counts of labels before the
-backward pass, with whether anybody was told to stop, gradients during it (see `parallel/gradients.py`), and a report
-after it: loss sums and the squared norm. All ranks decide the same from the same bits.
+Each rank does this with its structures of the step. The counts of labels of the whole step are known to all before it
+begins, or were sent while the step before was made (see `counts.py`). Summed over ranks are gradients during the
+backward pass (see `parallel/gradients.py`), and a report after it: loss sums, the squared norm, and whether anybody was
+told to stop. All ranks decide the same from the same bits.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,10 @@ from multifid.parallel.groups import Group
 from multifid.parallel.reduce import sum_together
 from multifid.structures.batch import Batch, Labels, laid_out
 from multifid.structures.padding import pad
+from multifid.train.counts import Counts, Known
 from multifid.train.loss import ObjectiveConfig, in_rows, label_counts, loss_sums, objective
 from multifid.train.optimizer import MovingAverage, Named, Schedule, update
+from multifid.train.outcome import Outcome
 
 ENCODER = "encoder"
 NOTHING = laid_out(collate([], cutoff=1.0), {})  # a batch without structures
@@ -77,48 +80,6 @@ class Totals:
     def add_tensor(self, sums: Tensor) -> None:
         """Add what `as_tensor` gave, of other steps or summed over ranks."""
         self.sums += sums.to(self.sums.device)
-
-
-class Outcome:
-    """What became of a step, on all ranks alike."""
-
-    def __init__(self, squared_norm: Tensor, stop: bool) -> None:
-        self.stop = stop  # some rank was told to stop
-        self._squared = Later(squared_norm)
-
-    @property
-    def norm(self) -> float:
-        """Of the gradient over encoder and all branches, before clipping. Waits for the device."""
-        return math.sqrt(self._squared.value())
-
-    @property
-    def updated(self) -> bool:
-        """False: the gradient was not finite, and nothing was changed. Waits for the device.
-
-        Not NaN either: what is not finite on one rank is not finite in the sum.
-        """
-        return self._squared.value() < math.inf
-
-
-class Later:
-    """A number on its way from the device to the host: it is copied when the device comes to it."""
-
-    def __init__(self, number: Tensor) -> None:
-        self._copied: torch.Event | None = None
-        self._number: float | None = None
-        self._here = number.detach()
-        if number.device.type != "cpu":
-            self._here = torch.empty_like(number, device="cpu", pin_memory=True).copy_(number, non_blocking=True)
-            self._copied = torch.Event(number.device)
-            self._copied.record(torch.accelerator.current_stream(number.device))  # not that of the current device
-
-    def value(self) -> float:
-        """The number; waits until the device has come to it."""
-        if self._number is None:
-            if self._copied is not None:
-                self._copied.synchronize()
-            self._number = float(self._here)
-        return self._number
 
 
 def pinned(x: Tensor) -> Tensor:
@@ -175,6 +136,7 @@ class Trainer:
     padded: bool = False  # batches have few sizes, for a potential that is compiled
     updates: int = 0  # updates made; steps that were skipped do not count
     skipped_in_a_row: int = 0
+    stopped: bool = False  # some rank was told to stop, as far as all ranks know
     begins: Callable[[str], None] = unwatched  # is told which part of a step begins: forward, backward, ...
     pending: Outcome | None = None  # of the last step, where the host does not yet know of it
     norms: Norms = field(default_factory=Norms)  # of the steps since somebody last began them anew
@@ -186,8 +148,13 @@ class Trainer:
         # Where a step is over when the host has computed it, there is nothing to wait for.
         self.at_once = self.device.type == "cpu"
 
-    def step(self, micro_batches: list[Batch], totals: Totals, stop: bool = False) -> Outcome:
+    def step(
+        self, micro_batches: list[Batch], totals: Totals, counts: Counts | None = None, stop: bool = False
+    ) -> Outcome:
         """One update from this rank's structures of one step; `totals` receives the sums of all ranks.
+
+        counts: of this step, as by `counts`; None: all ranks are asked now. stop: this rank was told to; when all know
+        of it, which on an accelerator is one step later, `stopped` is set on all of them.
 
         An update whose gradient is not finite is skipped: weights, moments, averages and schedule stay as they were,
         and the position in the data advances. An accelerator decides that by itself; the host hears of it at the next
@@ -195,19 +162,24 @@ class Trainer:
         """
         self.begins("bookkeeping")
         micro_batches = [self.ready(batch) for batch in micro_batches]
-        counts, rounds, stop = self._agree(micro_batches, stop)
+        counts = self.counts(micro_batches) if counts is None else counts
+        self.begins("communication")
+        whole, rounds = counts.wait()
+        self.begins("bookkeeping")
+        whole = whole.to(self.device, non_blocking=True)
         here = Totals([t.name for t in self.tasks], self.device)
         self.gradients.zero()
         for k in range(rounds):
             batch = micro_batches[k] if k < len(micro_batches) else NOTHING  # others have more of them
             if batch.structures or self.gradients.shards is not None:  # whose collectives need all ranks
-                self._backward(batch, counts, here, last=k == rounds - 1)
+                self._backward(batch, whole, here, last=k == rounds - 1)
             elif k == rounds - 1:
                 self.gradients.start(None)
         self.begins("communication")
         self.gradients.finish()
         self.begins("bookkeeping")
-        parts = {"squares": self.gradients.squared_norm(), "totals": here.as_tensor()}
+        squares = self.gradients.squared_norm()
+        parts = {"squares": squares, "totals": here.as_tensor(), "stop": squares.new_full((), float(stop))}
         self.begins("communication")
         report = sum_together(self.world, parts)
         self.begins("bookkeeping")
@@ -215,7 +187,8 @@ class Trainer:
         self.begins("optimizer")
         self.settle()
         self._update(report["squares"])
-        self.pending = Outcome(report["squares"], stop)
+        miscounted = (report["totals"][:, 3:6] != whole).any()
+        self.pending = Outcome(report["squares"], report["stop"], miscounted)
         outcome = self.pending
         if self.at_once:
             self.settle()
@@ -232,12 +205,19 @@ class Trainer:
     def settle(self) -> None:
         """Hear what became of the last step, if that is not yet known: count it, and average the weights it made.
 
-        Called before anything looks at counts, averages or the schedule, and before the next update.
+        Called before anything looks at counts, averages or the schedule, and before the next update. RuntimeError, on
+        all ranks alike, where they processed other labels than all of them were sure of.
         """
         if self.pending is None:
             return
         outcome, self.pending = self.pending, None
+        if outcome.miscounted:
+            raise RuntimeError(
+                "the ranks processed other labels than the step holds: they do not see the same stores, or their "
+                "processors estimate costs differently; nothing of this step is in a checkpoint"
+            )
         self.norms.add(outcome)
+        self.stopped = self.stopped or outcome.stop
         if not outcome.updated:
             self.skipped_in_a_row += 1
             return
@@ -246,19 +226,18 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.updates)
 
-    def _agree(self, micro_batches: list[Batch], stop: bool) -> tuple[Tensor, int, bool]:
-        """(S_t, A_t, V_t) of the whole step (tasks, 3), over micro-batches and ranks; the most micro-batches of a rank;
-        whether some rank was told to stop. All of it is known to the host, which does not wait for the device here."""
-        labels = [batch.labels for batch in micro_batches if batch.labels is not None]
-        table = torch.zeros(len(self.tasks), 3, dtype=torch.float64)
-        table = sum((label_counts(own, len(self.tasks)) for own in labels), table)
-        rounds = torch.zeros(self.world.size)  # a place for each rank: the largest of a sum
-        rounds[self.world.index] = len(micro_batches)
-        self.begins("communication")
-        summed = sum_together(self.world, {"counts": table, "rounds": rounds, "stop": torch.tensor(float(stop))})
-        self.begins("bookkeeping")
-        most, told = int(max(summed["rounds"].tolist())), bool(summed["stop"].numpy() > 0)
-        return summed["counts"].to(self.device, non_blocking=True), most, told
+    def counts(self, micro_batches: list[Batch], known: Known | None = None) -> Counts:
+        """The counts of a step over all ranks, from its batches, which are ready; what is not known begins to travel.
+
+        Called on all ranks, for step after step, with what all of them know (None: nothing).
+        """
+        tasks = len(self.tasks)
+
+        def own() -> np.ndarray:
+            labels = [batch.labels for batch in micro_batches if batch.labels is not None]
+            return sum((label_counts(x, tasks) for x in labels), torch.zeros(tasks, 3, dtype=torch.float64)).numpy()
+
+        return Counts(own, len(micro_batches), known or Known.nothing(tasks), self.world)
 
     def _sums(self, batch: Batch, totals: Totals) -> Tensor:
         """Loss sums (tasks, 3) of a batch that is ready; they and the errors are added to the totals."""

@@ -69,7 +69,10 @@ def trial(source: Source, structures: int, rank: int) -> np.ndarray:
 def _seconds(trainer: Trainer, batches: list[Batch], world: World) -> float:
     """The shortest of a few steps, in the mean over ranks: the same number on all."""
     totals = Totals([task.name for task in trainer.tasks], trainer.device)
-    times = [_timed(lambda: trainer.step(batches, totals), trainer.device, world) for _ in range(1 + TURNS)][1:]
+    batches = [trainer.ready(batch) for batch in batches]  # as in the run: prepared and counted before the step begins
+    counts = trainer.counts(batches)
+    counts.wait()
+    times = [_timed(lambda: trainer.step(batches, totals, counts), trainer.device, world) for _ in range(1 + TURNS)][1:]
     return float(world.group.sum_(torch.tensor(min(times), dtype=torch.float64))) / world.size
 
 

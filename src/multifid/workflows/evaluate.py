@@ -1,4 +1,4 @@
-"""`multifid evaluate RUN... --data ...`: trained models on stores, on the ranks and accelerators of the launch.
+"""`multifid evaluate RUN... --data ...`: trained models on stores and files, on all ranks of a launch.
 
 Every rank evaluates its part of every dataset; the first one writes and prints.
 """
@@ -10,11 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from multifid.evaluate.evaluate import Data, Share, data_of, evaluate_run, size_of
+from multifid.evaluate.evaluate import Data, Share, evaluate_run, size_of
 from multifid.evaluate.matrix import Row, quantities
 from multifid.evaluate.table import rich_table
 from multifid.parallel import groups
 from multifid.parallel.groups import World
+from multifid.parallel.launch import cache_directory
+from multifid.workflows.asked import open_data
 
 SPLITS = ("test", "validation", "train", "all")
 
@@ -29,21 +31,26 @@ def evaluate(
     device: str | None = None,
     max_edges: int | None = None,
     workers: int = 1,
+    options: dict[str, str] | None = None,
+    trust_units: bool = False,
+    cache: Path | None = None,
     console: Console | None = None,
 ) -> list[Row]:
     """Rows of every run on every dataset, added to RUN/evaluation.json and printed as tables by rank 0.
 
-    data: `[TASK=]STORE`.  unseen: structures with elements that a model has not seen enter its means.  device: as in
-    `train.device`.  The same on every rank of a launch by torchrun or srun.
+    data: `[TASK=]STORE`, or `[TASK=][FORMAT:]FILE`, all of whose structures are test.  unseen: structures with elements
+    that a model has not seen enter its means.  device: as in `train.device`.  options, trust_units: how files are read,
+    as in `prepare`.  cache: where files become stores.  The same on every rank of a launch by torchrun or srun.
     """
     if not runs:
-        raise ValueError("evaluate needs a trained run: multifid evaluate RUN... --data STORE...")
+        raise ValueError("evaluate needs a trained run: multifid evaluate RUN... --data PATH...")
     if split not in SPLITS:
         raise ValueError(f"--split {split!r} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
     console = console or Console()
     with groups.world(device) as world:
+        asked = open_data(data, options or {}, trust_units, cache or cache_directory(), world, Console(stderr=True))
         with world.together():
-            asked = distinct([d for text in data for d in data_of(text)])
+            _refuse_empty(asked, split)
         rows = []
         for run in runs:
             structures = sum(size_of(d, split) for d in asked)
@@ -53,19 +60,27 @@ def evaluate(
         if world.first:
             for quantity in quantities(rows):
                 console.print(rich_table(rows, quantity))
+            for note in notes(rows, asked):
+                console.print(note, highlight=False, markup=False)
     return rows
 
 
-def distinct(data: list[Data]) -> list[Data]:
-    """The datasets, if each has a name of its own. ValueError for two of one name: they would have one row."""
-    for k, one in enumerate(data):
-        for other in data[:k]:
-            if one.name == other.name:
-                both = f"{other.store.path} and {one.store.path}"
-                raise ValueError(
-                    f"--data: {both} are both called {one.name!r}; call one otherwise: NAME={one.store.path}"
-                )
-    return data
+def _refuse_empty(data: Sequence[Data], split: str) -> None:
+    for d in data:
+        if not size_of(d, split):
+            sizes = ", ".join(f"{name} {d.store.size(name)}" for name in SPLITS[:-1])
+            raise ValueError(f"--split {split}: {d.path} has no {split} structure ({sizes})")
+
+
+def notes(rows: Sequence[Row], data: Sequence[Data]) -> list[str]:
+    """What a user must know of energies that were aligned by the very structures that they are compared on."""
+    aligned = {row["data"] for row in rows if row["references"] not in ("model", "data")}
+    return [
+        f"{d.path}: energies are compared after a fit of reference energies to these structures, since no model has "
+        f"the task {d.name!r}; name a task of the model, TASK={d.path}, to compare total energies"
+        for d in data
+        if d.name in aligned
+    ]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ UNTILED: ContextVar[bool] = ContextVar("UNTILED", default=False)
 
 
 class EdgeWeights(NamedTuple):
-    """The maps of one layer, padded to the aligned width K and in the type that is computed in."""
+    """The maps of one layer, padded to the aligned width K."""
 
     pair: Tensor  # (K, P): from squared distances and radial basis
     message: Tensor  # (K, K)
@@ -37,6 +37,10 @@ class EdgeWeights(NamedTuple):
     move_bias: Tensor
     weight: Tensor  # (C, K)
     weight_bias: Tensor
+
+    def to(self, kind: torch.dtype) -> "EdgeWeights":
+        """The same maps in another type."""
+        return EdgeWeights(*(x.to(kind) for x in self))
 
 
 @contextmanager
@@ -78,17 +82,19 @@ def messages(
     """Sums of messages per atom, (N, K) in u's type, and the unscaled weights phi_x of edge vectors, (E, C).
 
     a, c (N, K): the parts of the first map that depend on receiver and sender; f (E, P): on the pair; u (E, 1): the
-    envelope; i, j (E,): receivers, ascending, and senders.
+    envelope; i, j (E,): receivers, ascending, and senders. All are of u's type, and products of matrices are taken in
+    autocast's.
     """
+    kind = matmul_type(u)
     if torch.is_grad_enabled() and u.requires_grad:  # depends on positions: derivatives of derivatives may be wanted
         sums = u.new_zeros(a.shape)
         moves = []
         for t in tiles(len(i), a):
-            m, move = tile(a, c, f[t], i[t], j[t], weights)
+            m, move = tile(a, c, f[t], i[t], j[t], weights, kind)
             sums.index_add_(0, i[t], u[t] * m)
             moves.append(move)
         return sums, torch.cat(moves)
-    return _Messages.apply(a, c, f, u, i, j, *weights)
+    return _Messages.apply(a.to(kind), c.to(kind), f.to(kind), u, i, j, *weights.to(kind))
 
 
 def tiles(edges: int, like: Tensor) -> list[slice]:
@@ -103,9 +109,16 @@ def edges_of_tile(width: int) -> int:
     return max(TILE_EDGES, TILE_VALUES * torch.get_num_threads() // width)
 
 
-def tile(a: Tensor, c: Tensor, f: Tensor, i: Tensor, j: Tensor, w: EdgeWeights) -> tuple[Tensor, Tensor]:
-    """Messages (T, K) and phi_x (T, C), as autograd differentiates them."""
-    first = a.index_select(0, i) + c.index_select(0, j)
+def tile(
+    a: Tensor, c: Tensor, f: Tensor, i: Tensor, j: Tensor, w: EdgeWeights, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Messages (T, K) and phi_x (T, C), in the type `kind`, as autograd differentiates them.
+
+    Atoms and weights are cast for each edge and each tile, not before: so their gradients are added up, over edges and
+    over tiles, in their own type.
+    """
+    first = (a.index_select(0, i) + c.index_select(0, j)).to(kind)
+    f, w = f.to(kind), w.to(kind)
     n = silu(torch.addmm(w.message_bias, silu(torch.addmm(first, f, w.pair.t())), w.message.t()))
     m = torch.sigmoid(torch.addmm(w.gate_bias, n, w.gate.t())) * n
     return m, torch.addmm(w.weight_bias, silu(torch.addmm(w.move_bias, m, w.move.t())), w.weight.t())

@@ -24,8 +24,8 @@ see more. With y_ij the quadratic harmonics of r_ij / sqrt(|r_ij|^2 + 1):
 import torch
 from torch import Tensor, nn
 
-from multifid.model.encoders.edge_messages import EdgeWeights, aligned, matmul_type, messages, pad_columns, padded
-from multifid.model.encoders.tensors import Invariants, along, harmonics
+from multifid.model.encoders.edge_messages import EdgeWeights, aligned, messages, pad_columns, padded
+from multifid.model.encoders.tensors import Invariants, along, bounded, harmonics
 from multifid.model.layers import (
     MLP,
     SILU_GAIN,
@@ -68,7 +68,7 @@ class EGNN(nn.Module):
         r = edge_vectors(batch)
         d = torch.linalg.vector_norm(r, dim=1)
         b, u = self.radial(d), envelope(d, self.cutoff)
-        y = [harmonics(r)] if self.tensors else []
+        y = [harmonics(bounded(r))] if self.tensors else []
         for layer in self.layers:
             h, v = call(layer, self.recompute, h, v, i, j, r, b, u, *y)
         return NodeFeatures(self.norm(h), v)
@@ -105,10 +105,9 @@ class EGNNLayer(nn.Module):
         x = r[:, None, :] + v_j - v_i  # (E, C, 3)
         x2 = x.square().sum(dim=2)  # (E, C)
         width = aligned(h.shape[1])
-        of_receiver, of_sender = pad_columns(self.receiver(n), width), pad_columns(self.sender(n), width)
+        of_receiver, of_sender = (pad_columns(x.to(u.dtype), width) for x in (self.receiver(n), self.sender(n)))
         angles = [] if self.angle is None else [along(v_i, r * self.per_area), along(v_j, r * self.per_area)]
         pair = torch.cat([x2 * self.per_area, b, *angles], dim=1)
-        pair = pair.to(of_receiver.dtype)
         m_sum, phi = messages(of_receiver, of_sender, pair, u, i, j, self.edge_weights(width))
 
         weight = u * phi[:, :vectors] * torch.rsqrt(x2 + 1.0)  # (E, C)
@@ -122,10 +121,10 @@ class EGNNLayer(nn.Module):
         return h + self.node(torch.cat(known, dim=1)), v
 
     def edge_weights(self, width: int) -> EdgeWeights:
-        """The maps that act on edges, padded to `width` hidden units, in the type of matrix products."""
+        """The maps that act on edges, padded to `width` hidden units."""
         first, last = self.move.linears()
         pair = self.pair.weight if self.angle is None else torch.cat([self.pair.weight, self.angle.weight], dim=1)
-        weights = EdgeWeights(
+        return EdgeWeights(
             pair=padded(pair, width, pair.shape[1]),
             message=padded(self.message.weight, width, width),
             message_bias=padded(self.message.bias, width),
@@ -136,4 +135,3 @@ class EGNNLayer(nn.Module):
             weight=padded(last.weight, last.out_features, width),
             weight_bias=last.bias,
         )
-        return EdgeWeights(*(x.to(matmul_type(x)) for x in weights))

@@ -85,7 +85,7 @@ class PaiNNLayer(nn.Module):
         s = s + message[:, 0] / TYPICAL_NEIGHBORS
         v = v + message[:, 1:] / TYPICAL_NEIGHBORS**0.5
 
-        uv, vv = self.mix(v).chunk(2, dim=2)  # (N, 3, H) each
+        uv, vv = self.mix(v).to(v.dtype).chunk(2, dim=2)  # (N, 3, H) each
         vv2 = vv.square().sum(dim=1)
         a, b, c = self.update(torch.cat([self.norm(s), torch.log1p(vv2)], dim=1)).chunk(3, dim=1)
         return s + a + b * (uv * vv).sum(dim=1) * torch.rsqrt(vv2 + 1.0), v + c[:, None] * uv

@@ -11,22 +11,13 @@ import torch
 from torch import Tensor, nn
 
 A = 3.0**0.5
-# Of which harmonic the entries of r r^T - |r|^2 / 3, times 3 / 2, are made, row after row. The first four harmonics are
-# multiplied by A / 2 before, so that these numbers are exact in every type.
-TO_MATRIX = [
-    [0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
-    [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0],
-    [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0],
-    [1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0],
-    [-0.5, 0.0, 0.0, 0.0, -0.5, 0.0, 0.0, 0.0, 1.0],
-]
 
 
 def harmonics(r: Tensor) -> Tensor:
-    """(E, 3) -> (E, 5): the quadratic harmonics of r / sqrt(|r|^2 + 1), smooth at zero too."""
-    x, y, z = (r * torch.rsqrt(r.square().sum(dim=1, keepdim=True) + 1.0)).unbind(1)
+    """The quadratic harmonics of each vector: (..., 3) -> (..., 5)."""
+    x, y, z = r.unbind(-1)
     return torch.stack(
-        [A * x * y, A * y * z, A * x * z, (A / 2) * (x * x - y * y), z * z - 0.5 * (x * x + y * y)], dim=1
+        [A * x * y, A * y * z, A * x * z, (A / 2) * (x * x - y * y), z * z - 0.5 * (x * x + y * y)], dim=-1
     )
 
 
@@ -36,31 +27,33 @@ def along(v: Tensor, r: Tensor) -> Tensor:
 
 
 def bounded(v: Tensor) -> Tensor:
-    """v / sqrt(|v|^2 + 1), channel by channel."""
-    return v * torch.rsqrt(v.square().sum(dim=2, keepdim=True) + 1.0)
+    """v / sqrt(|v|^2 + 1), smooth at zero too, along the last dimension."""
+    return v * torch.rsqrt(v.square().sum(dim=-1, keepdim=True) + 1.0)
 
 
 class Invariants(nn.Module):
     """Of C vectors and T tensors of each atom, all bounded: products of two vectors, of two tensors, and v T v.
 
-    Besides log(1 + |T|^2); `size` numbers in all. Needs no weights.
+    Besides log(1 + |T|^2); `size` numbers in all. Needs no weights. v T v is the product of T with the harmonics of v.
+    All of it is in the type of the vectors: products of matrices would be rounded by autocast, and then not invariant.
     """
 
     def __init__(self, vectors: int, tensors: int):
         super().__init__()
         self.size = vectors * (vectors - 1) // 2 + tensors * (tensors + 1) // 2 + tensors * vectors
         for name, channels in (("of_vectors", vectors), ("of_tensors", tensors)):
-            pairs = [a * channels + b for a in range(channels) for b in range(a + 1, channels)]
-            self.register_buffer(name, torch.tensor(pairs, dtype=torch.int64), persistent=False)
-        self.register_buffer("to_matrix", torch.tensor(TO_MATRIX), persistent=False)
+            self.register_buffer(name, torch.triu_indices(channels, channels, offset=1), persistent=False)
 
     def forward(self, v: Tensor, t: Tensor) -> Tensor:
         """v (N, C, 3), t (N, T, 5) -> (N, size)."""
         sizes = torch.log1p(t.square().sum(dim=2))
         v, t = bounded(v), bounded(t)
-        vv = (v @ v.mT).flatten(1).index_select(1, self.of_vectors)  # type: ignore[arg-type]
-        tt = (t @ t.mT).flatten(1).index_select(1, self.of_tensors)  # type: ignore[arg-type]
-        entries = torch.cat([t[:, :, :4] * (A / 2), t[:, :, 4:]], dim=2) @ self.to_matrix  # type: ignore[operator]
-        turned = entries.view(len(t), -1, 3) @ v.mT  # (N, 3 T, C), every tensor times every vector
-        vtv = (turned.view(len(t), t.shape[1], 3, v.shape[1]) * v.mT[:, None]).sum(dim=2)
+        vv = _products(v, *self.of_vectors)  # type: ignore[misc]
+        tt = _products(t, *self.of_tensors)  # type: ignore[misc]
+        vtv = (t[:, :, None] * harmonics(v)[:, None]).sum(dim=3)  # (N, T, C)
         return torch.cat([sizes, vv, tt, vtv.flatten(1)], dim=1)
+
+
+def _products(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of channels a with channels b: (N, channels, K), (P,), (P,) -> (N, P)."""
+    return (x.index_select(1, a) * x.index_select(1, b)).sum(dim=2)

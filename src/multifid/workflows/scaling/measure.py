@@ -20,9 +20,9 @@ from multifid.config import Config
 from multifid.data.loader import Source, ahead, open_sources
 from multifid.parallel.devices import use
 from multifid.parallel.groups import World
-from multifid.structures.batch import Batch
 from multifid.train.build import build
-from multifid.train.feed import Feed, lists_of, make_draws
+from multifid.train.counts import announced
+from multifid.train.feed import Feed, Step, lists_of, make_draws
 from multifid.train.resolve import placement_of
 from multifid.train.step import Totals, Trainer
 
@@ -163,14 +163,16 @@ def _steps(trainer: Trainer, feed: Feed, clock: Clock, steps: range, workers: in
     """Seconds of every part of every step on this rank, and its edges: (steps, parts + 1)."""
     rows = []
 
-    def prepared(step: int) -> list[Batch]:
-        return [trainer.ready(batch) for batch in feed.step(step)[0]]
+    def prepared(step: int) -> Step:
+        made = feed.step(step)
+        return made._replace(batches=[trainer.ready(batch) for batch in made.batches])
 
-    batches = ahead(prepared, steps.start, steps.stop, workers, begin=partial(use, trainer.device))
+    made = ahead(prepared, steps.start, steps.stop, workers, begin=partial(use, trainer.device))
+    counted = announced(made, lambda step: trainer.counts(step.batches, step.known))
     for _ in steps:
         clock.begins("data")
-        micro = next(batches)
-        trainer.step(micro, Totals([t.name for t in trainer.tasks], trainer.device))
+        (micro, *_), counts = next(counted)
+        trainer.step(micro, Totals([t.name for t in trainer.tasks], trainer.device), counts)
         clock.begins(None)
         rows.append([*clock.take(), float(sum(batch.edges.shape[1] for batch in micro))])
     return rows
@@ -180,7 +182,7 @@ def _preparing(feed: Feed) -> float:
     """Seconds to prepare a batch, for each of its edges."""
     feed.step(0)  # touches the files
     started = time.perf_counter()
-    micro, _ = feed.step(1)
+    micro = feed.step(1).batches
     return (time.perf_counter() - started) / max(sum(batch.edges.shape[1] for batch in micro), 1)
 
 

@@ -1,0 +1,135 @@
+"""What `multifid evaluate` is asked about, `[TASK=][FORMAT:]PATH`: stores, and files that become stores in a cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from multifid.data.cache import Files, cached, place_of
+from multifid.data.fields import MANIFEST, TASK_NAME
+from multifid.data.formats import FORMATS
+from multifid.data.readers import reader
+from multifid.data.recognise import recognise
+from multifid.data.store import Store
+from multifid.evaluate.evaluate import Data, label_sets
+from multifid.parallel.groups import World
+
+# Of these formats a file can hold anything: it is called by its own name, not by that of the format.
+ANYTHING = ("extxyz", "aselmdb")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One `--data`: a store, or files of a format."""
+
+    name: str | None  # TASK
+    path: Path
+    format: str | None = None  # None: a store
+
+
+def parse(text: str) -> Asked:
+    """`[TASK=]STORE` or `[TASK=][FORMAT:]FILE`. ValueError says what is wrong, and how a file's format is said."""
+    name, equals, rest = text.partition("=")
+    if not equals or Path(text).exists() or not TASK_NAME.fullmatch(name):
+        name, rest = "", text
+    format, colon, path = rest.partition(":")
+    if not Path(rest).exists() and colon:
+        if format not in FORMATS:
+            raise ValueError(f"--data {text}: {format!r} is no format: known are {', '.join(FORMATS)}")
+        return Asked(name or None, Path(path), format)
+    if (Path(rest) / MANIFEST).exists():
+        return Asked(name or None, Path(rest))
+    if Path(rest).is_file():
+        return Asked(name or None, Path(rest), recognise(Path(rest)))
+    if Path(rest).exists():
+        why = f"{rest} is a directory, but no store (it has no {MANIFEST})"
+    else:
+        why = f"there is no store and no file {rest}"
+    raise ValueError(
+        f"--data {text}: {why}; a directory or a pattern of files is FORMAT:{rest}, with FORMAT one of "
+        f"{', '.join(FORMATS)}"
+    )
+
+
+def open_data(
+    texts: Sequence[str], options: dict[str, Any], trust_units: bool, cache: Path, world: World, console: Console
+) -> list[Data]:
+    """The datasets of all `--data`; files that were never asked about before become stores in the cache first.
+
+    The first rank makes them, then that of each other host where the cache lies on its own disk. Called on all ranks.
+    """
+    made: list[tuple[Asked, str]] = []
+    with world.together():
+        if world.first:
+            parsed = [parse(text) for text in texts]
+            _refuse_options(parsed, options)
+            made = [(one, _prepared(one, options, trust_units, cache, console)) for one in parsed]
+    told = world.share([(one.name, str(one.path), one.format, place) for one, place in made])
+    asked = [(Asked(name, Path(path), format), Path(place)) for name, path, format, place in told]
+    with world.together():
+        if world.rank == world.on_this_host()[0] and not world.first:
+            for one, place in asked:
+                if one.format is not None:
+                    cached(_files(one, options, trust_units), place)
+    with world.together():
+        return distinct([d for one, place in asked for d in _data(one, place)])
+
+
+def _files(one: Asked, options: dict[str, Any], trust_units: bool) -> Files:
+    assert one.format is not None, "a store is no file"
+    known = {key: value for key, value in options.items() if key in reader(one.format).Options.model_fields}
+    return Files(one.path, one.format, known, trust_units)
+
+
+def _prepared(one: Asked, options: dict[str, Any], trust_units: bool, cache: Path, console: Console) -> str:
+    """The path of the store that is asked about; of files, a line says where it lies and whether it was there."""
+    if one.format is None:
+        return str(one.path)
+    files = _files(one, options, trust_units)
+    try:
+        place = place_of(files, cache)
+        store, before = cached(files, place, progress=True)
+    except PermissionError as error:
+        raise ValueError(
+            f"{one.path} cannot be prepared in {cache} ({error}); say another place with --cache"
+        ) from None
+    how = "was prepared before" if before else "is prepared"
+    skipped = f", {sum(store.manifest['skipped'].values())} skipped" if store.manifest["skipped"] else ""
+    console.print(
+        f"{one.path} {how} as {one.format}: {store.structures} structures{skipped}, all of them test, in {place}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    return str(place)
+
+
+def _data(one: Asked, place: Path) -> list[Data]:
+    name = one.name
+    found = label_sets(Store(place), name)
+    if name is None and one.format in ANYTHING and len(found) == 1:
+        stem = one.path.name.partition(".")[0]
+        found = [replace(found[0], name=stem if TASK_NAME.fullmatch(stem) else found[0].name)]
+    return [replace(d, source=one.path) for d in found]
+
+
+def _refuse_options(asked: Sequence[Asked], options: dict[str, Any]) -> None:
+    """ValueError for an option that no format of the files knows; each file is given those that its format knows."""
+    formats = {one.format for one in asked if one.format is not None}
+    for key in options:
+        if not any(key in reader(format).Options.model_fields for format in formats):
+            known = "; ".join(f"{f} has {', '.join(reader(f).Options.model_fields) or 'none'}" for f in sorted(formats))
+            raise ValueError(f"--option {key}: {known or 'options say how files are read, and only stores are given'}")
+
+
+def distinct(data: list[Data]) -> list[Data]:
+    """The datasets, if each has a name of its own. ValueError for two of one name: they would have one row."""
+    for k, one in enumerate(data):
+        for other in data[:k]:
+            if one.name == other.name:
+                raise ValueError(
+                    f"--data: {other.path} and {one.path} are both called {one.name!r}; say NAME={one.path} for one"
+                )
+    return data

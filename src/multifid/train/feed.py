@@ -59,10 +59,6 @@ class Feed:
         return epoch_steps(self.config, self.draws)
 
     @property
-    def total_steps(self) -> int:
-        return total_steps(self.config, self.draws)
-
-    @property
     def structures(self) -> float:
         """Structures of a mean step, over all ranks; what several tasks label counts once."""
         return float(sum(draw.rate for draw in self.draws))
@@ -183,4 +179,5 @@ def epoch_steps(config: Config, draws: list[Draw]) -> int:
 
 
 def total_steps(config: Config, draws: list[Draw]) -> int:
+    """The length of a run that is not ended by the clock."""
     return config.train.steps or config.train.epochs * epoch_steps(config, draws)

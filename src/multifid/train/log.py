@@ -22,7 +22,7 @@ from rich.text import Text
 from multifid.train.record import Row
 
 FILE_WIDTH = 200  # columns of a line in a file, at most, where tasks are shown one by one
-_STEP = re.compile(r" +(?:validation at step )?(\d+)[ ,]")
+_STEP = re.compile(r" +(?:\w+ at step )?(\d+)[ ,:]")
 _CONTROL = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 

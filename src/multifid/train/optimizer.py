@@ -94,6 +94,10 @@ class Schedule:
 
     Linear warm-up, then: `cosine` to a hundredth of the rate at the last update; `constant`; `plateau`: times `factor`
     whenever the validation value has not improved for `patience` epochs.
+
+    Where the clock ends the run, its number of updates is guessed, and guessed better (`bend`). The state then holds
+    from which update on which part of the cosine is done, and by which update all of it; the warm-up is an upper bound,
+    so that the rate comes down in the shortest run.
     """
 
     kind: str
@@ -104,12 +108,28 @@ class Schedule:
     state: dict[str, Any] = field(default_factory=lambda: {"factor": 1.0, "best": math.inf, "bad_epochs": 0})
 
     def __call__(self, update: int) -> float:
-        if update < self.warmup:
-            return (update + 1) / self.warmup
+        bent = "bent" in self.state
+        warm = (update + 1) / self.warmup if update < self.warmup else 1.0
+        if update < self.warmup and not bent:
+            return warm
         if self.kind == "cosine":
-            done = min(1.0, (update - self.warmup) / max(1, self.updates - self.warmup))
-            return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
-        return self.state["factor"] if self.kind == "plateau" else 1.0
+            done = self.done(update + 1 if bent else update)
+            return min(warm, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        return min(warm, self.state["factor"] if self.kind == "plateau" else 1.0)
+
+    def done(self, update: int) -> float:
+        """The part of the cosine that is done, 0 to 1."""
+        begun, done, end = self.state.get("bent", (self.warmup, 0.0, self.updates))
+        return min(1.0, done + (1.0 - done) * (update - begun) / max(1, end - begun))
+
+    def bend(self, made: int, left: int) -> None:
+        """Reach the end with the last of `left` updates from now on, when `made` are made; no jump here."""
+        done = self.done(made) if "bent" in self.state else made / (made + left)
+        self.state["bent"] = [made, done, made + left]
+
+    def straighten(self) -> None:
+        """The number of updates is known: forget guesses."""
+        self.state.pop("bent", None)
 
     def validated(self, value: float) -> None:
         """Hear the validation value of an epoch (only `plateau` listens)."""

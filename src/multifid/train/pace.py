@@ -22,7 +22,7 @@ class Spent:
 
 def ends(step: int, total: int, per_epoch: int) -> int:
     """Validations of a run of `total` steps that are made at `step` or later: at the end of each epoch and the run."""
-    return (total - 1) // per_epoch - (step - 1) // per_epoch + 1
+    return (total - 1) // per_epoch - max(0, step - 1) // per_epoch + 1
 
 
 class Pace:

@@ -14,7 +14,14 @@ from multifid.train.settings import NEUTRAL
 
 DEFAULT_BATCH = 32
 # What may change, beside the tasks themselves, where tasks join or leave a run.
-WITH_TASKS = ("tasks.", "train.steps:", "train.epochs:", "train.epoch_steps:", "train.patience:")
+WITH_TASKS = (
+    "tasks.",
+    "train.steps:",
+    "train.minutes:",
+    "train.epochs:",
+    "train.epoch_steps:",
+    "train.patience:",
+)
 
 
 def resolve(config: Config, ranks: int) -> Config:

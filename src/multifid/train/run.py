@@ -9,6 +9,7 @@ ranks go through these lines; rank 0 talks, keeps the journal and commits what a
 """
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -33,6 +34,7 @@ from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.train.counts import announced
 from multifid.train.feed import Feed, Step, lists_of, make_draws, near, total_steps
 from multifid.train.journal import Journal
+from multifid.train.length import Length, length_of
 from multifid.train.lines import Lines
 from multifid.train.log import Bar, Log, duration
 from multifid.train.opening import heading, opening
@@ -45,6 +47,7 @@ from multifid.train.tensor_file import consolidate
 from multifid.train.trial import measured
 
 __all__ = ["make_draws", "total_steps", "train"]
+TOLD = 0.05  # a number of steps that differs by more than this part from the one before is told
 
 
 @dataclass
@@ -57,8 +60,9 @@ class Run:
     feed: Feed
     trainer: Trainer
     position: Position
+    length: Length
     saver: Saver
-    pace: Pace
+    pace: Pace  # since the last rows of training
     log: Log  # on the console and in RUN/train.log; silent but on rank 0
     recorders: list[Recorder]  # of what is said at log steps and validations; on rank 0
     clock: Callable[[], float]  # seconds
@@ -124,7 +128,7 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
     feed = Feed(config, sources, draws, placement, world.rank, lists)
     with world.together():
         trainer = build(config, sources, placement, feed.epoch_steps, world)
-        position = Position(Totals([t.name for t in trainer.tasks], trainer.device))
+        position, state = Position(Totals([t.name for t in trainer.tasks], trainer.device)), None
         found = load_checkpoint(folder, world, [part.name for part in trainer.gradients.parts])
         if found is not None:
             state, files, complaints = found
@@ -132,14 +136,15 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
                 log.print(f"[yellow]{escape(complaint)}; going back to the checkpoint before it[/yellow]")
             position = restore(trainer, state, files)
             feed = Feed(config, sources, go_on(draws, state), placement, world.rank, lists)
+        length = length_at(config, feed, position, trainer, state)
         log.open(folder, position.step)
         recorders = open_recorders(config, folder, position.step, log, world.device) if world.first else []
-    saver, pace = Saver(folder, world, config.train.keep), Pace(position, feed.size("validation") / feed.structures)
-    run = Run(config, folder, world, feed, trainer, position, saver, pace, log, recorders, clock)
+    saver, pace = Saver(folder, world, config.train.keep), Pace(position, length.pace.validated)
+    run = Run(config, folder, world, feed, trainer, position, length, saver, pace, log, recorders, clock)
     if world.first:
         log.print(f"[bold]{escape(heading(str(folder), position.step))}[/bold]", highlight=False)
         log.record(opening(config, sources, draws, placement, world, length_in_words(run)))
-        run.recorders.append(Bar(log.console, lambda: (position.step, feed.total_steps)))
+        run.recorders.append(Bar(log.console, lambda: (position.step, length.known)))
     return run
 
 
@@ -153,24 +158,38 @@ def open_recorders(config: Config, folder: Path, step: int, log: Log, device: to
     ]
 
 
+def length_at(config: Config, feed: Feed, position: Position, trainer: Trainer, state: dict[str, Any] | None) -> Length:
+    """How long the run is; `state` of the checkpoint it goes on from, if there is one."""
+    minutes, held = config.train.minutes, (state or {}).get("length")
+    if minutes is None or held is None or held["minutes"] != minutes:
+        trainer.schedule.straighten()
+    steps = total_steps(config, feed.draws)
+    return length_of(minutes, steps, feed.epoch_steps, position, feed.size("validation") / feed.structures, held)
+
+
 def length_in_words(run: Run) -> str:
-    per_epoch, total = run.feed.epoch_steps, run.feed.total_steps
-    return f"{total:,} steps, {total / per_epoch:.4g} epochs of {per_epoch:,} steps"
+    length, per_epoch = run.length, run.feed.epoch_steps
+    if length.minutes is None:
+        return f"{length.total:,} steps, {length.total / per_epoch:.4g} epochs of {per_epoch:,} steps"
+    over = f", of which {run.position.seconds / 60:.3g} are over" if run.position.step else ""
+    known = "" if length.known is None else f", {length.known:,} steps as it seems"
+    return f"{length.minutes:g} min of training{over}{known}; epochs of {per_epoch:,} steps"
 
 
 def loop(run: Run, stop: list[int]) -> None:
     """Steps from the position to the end of the run."""
     t, feed, trainer, position = run.config.train, run.feed, run.trainer, run.position
-    per_epoch, total = feed.epoch_steps, feed.total_steps
+    per_epoch, length = feed.epoch_steps, run.length
 
     def prepared(step: int) -> Step:
         made = feed.step(step)
         return made._replace(batches=[trainer.ready(batch) for batch in made.batches])
 
-    steps = ahead(prepared, position.step, total, t.workers, begin=partial(use, trainer.device))
+    end = length.total if length.minutes is None else sys.maxsize  # by the clock it may come later than it seems
+    steps = ahead(prepared, position.step, end, t.workers, begin=partial(use, trainer.device))
     counted = announced(steps, lambda made: trainer.counts(made.batches, made.known))
     began = run.clock() - position.seconds
-    while position.step < total and not position.ended:
+    while position.step < length.total and not position.ended:
         (micro, identities, _), counts = next(counted)
         trainer.step(micro, position.totals, counts, stop=bool(stop))
         position.step += 1
@@ -184,19 +203,34 @@ def loop(run: Run, stop: list[int]) -> None:
                 )
             )
         run.saver.check()
+        if position.step == length.next:
+            fix_length(run, began)
         if position.step % t.log_every == 0:
             trainer.settle()
             record(run, position.totals, "train")
             position.totals, trainer.norms = Totals(position.totals.tasks, trainer.device), Norms()
             run.pace.mark(position)
-        at_epoch_end = position.step % per_epoch == 0 or position.step == total
+        at_epoch_end = position.step % per_epoch == 0 or position.step == length.total
         better = end_epoch(run, began) if at_epoch_end else False
         if at_epoch_end or position.step % t.checkpoint_every == 0 or trainer.stopped:
             save(run, better)
-        if trainer.stopped and position.step < total:
+        if trainer.stopped and position.step < length.total:
             run.saver.wait()
             run.log.print(f"stopped by a signal at step {position.step}; the same command goes on from there")
             raise SystemExit(groups.STOPPED)
+
+
+def fix_length(run: Run, began: float) -> None:
+    """All ranks agree, anew, on how many steps fit into the minutes of the run, and the schedule follows."""
+    trainer, position, length = run.trainer, run.position, run.length
+    trainer.settle()
+    position.seconds = run.clock() - began
+    before = length.known
+    length.fix(position, run.world.share(length.fitting(position) if run.world.first else None))
+    trainer.schedule.bend(trainer.updates, length.total - position.step)
+    if before is None or abs(length.total - before) > TOLD * before:
+        text = f"{length.total:,} steps, which is what fits into {length.minutes:g} min"
+        run.log.record([f" length at step {position.step}: {text}"])
 
 
 def end_epoch(run: Run, began: float) -> bool:
@@ -229,6 +263,8 @@ def save(run: Run, better: bool) -> None:
 
     names = [*(part_of_branch(b) for b in sorted(set(run.config.branch_of().values()))), ENCODER]
     state = state_of(run.trainer, run.position, run.feed.draws)
+    if run.length.minutes is not None:
+        state["length"] = run.length.state(run.position)
     state["layout"] = {task: list(ranks) for task, ranks in run.feed.placement.items()}
     run.saver.save(run.position.step, tensors_of(run.trainer), names, state, write_best if better else None)
 
@@ -254,13 +290,13 @@ def record(run: Run, totals: Totals, split: str) -> None:
     """Tell all recorders what the run has reached."""
     if run.recorders:
         p, tasks = run.position, run.trainer.tasks
-        told = rows(totals, tasks, p.step, p.step / run.feed.epoch_steps, split, p.seconds, moment(run))
+        told = rows(totals, tasks, p.step, p.step / run.feed.epoch_steps, split, p.seconds, moment(run, split))
         for recorder in run.recorders:
             recorder.write(told)
 
 
-def moment(run: Run) -> Moment:
-    """What is said of the run as a whole."""
+def moment(run: Run, split: str) -> Moment:
+    """What is said of the run as a whole, with the rows of a split."""
     trainer, position, feed = run.trainer, run.position, run.feed
     spent = run.pace.spent(position)
     norm = trainer.norms.mean
@@ -272,7 +308,7 @@ def moment(run: Run) -> Moment:
         skipped=trainer.norms.skipped,
         best=finite(position.best),
         structures_per_second=feed.structures / spent.step if spent is not None and spent.step > 0 else None,
-        seconds_left=None if spent is None else spent.until(position.step, feed.total_steps, feed.epoch_steps),
+        seconds_left=run.length.seconds_left(position, run.pace, validated=split == "validation"),
         memory=peak_memory(),
         device_memory=peak_device_memory(trainer.device),
     )

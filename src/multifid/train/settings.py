@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TrainConfig(BaseModel):
@@ -27,8 +27,15 @@ class TrainConfig(BaseModel):
     local_batch: int | None = Field(
         None, gt=0, description="structures per rank and step; turned into `batch` at the start"
     )
-    epochs: int = Field(100, gt=0, description="length of the run, where `steps` is null")
+    epochs: int = Field(100, gt=0, description="length of the run, where `steps` and `minutes` are null")
     steps: int | None = Field(None, gt=0, description="length of the run in steps")
+    minutes: float | None = Field(
+        None,
+        gt=0.0,
+        description="length of the run by the clock, in place of `steps`: as many steps as fit by measured speed, and "
+        "the schedule ends with them; training, validation and checkpoints count, over all starts, reading stores and "
+        "building the model do not",
+    )
     epoch_steps: int | None = Field(None, gt=0, description="steps of an epoch; null: the longest pass of a task")
     patience: int | None = Field(
         10, gt=0, description="epochs without a better validation value before stopping; null: never"
@@ -76,6 +83,12 @@ class TrainConfig(BaseModel):
     nonfinite: int = Field(
         5, gt=0, description="updates skipped in a row for a non-finite gradient before the run stops"
     )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if self.minutes is not None and self.steps is not None:
+            raise ValueError("minutes and steps both say how long the run is: set one of them to null")
+        return self
 
 
 # Keys of a run that may change when it is resumed: they change neither the mathematics nor the order of data.

@@ -19,7 +19,8 @@ from multifid.data.loader import open_sources
 from multifid.parallel.layout import GIB, place, ranges
 from multifid.parallel.machines import Machine, read_machine
 from multifid.train.costs import loads, memory
-from multifid.train.feed import epoch_steps, make_draws
+from multifid.train.feed import epoch_steps, make_draws, total_steps
+from multifid.train.log import duration
 from multifid.train.resolve import placement_of, resolve
 from multifid.workflows.forecast import Forecast, forecast
 from multifid.workflows.here import this_machine
@@ -50,12 +51,21 @@ class Plan:
     asked: str  # what the config says
     passes: dict[str, float]  # over each dataset in an epoch
     epoch_steps: int
+    steps: int | None  # of the run; None: as many as fit
+    minutes: float | None  # of the run, where the clock ends it
     trial: bool  # the run will weigh tasks by trial steps, which may place `auto` and `split` otherwise
 
     @property
     def case(self) -> int:
         ratio = len(set(self.subject.branch_of.values())) * self.subject.branch.count / self.subject.encoder.count
         return 1 if ratio * MUCH < 1 else 2 if ratio > MUCH else 3
+
+    @property
+    def length(self) -> tuple[int, float]:
+        """Steps and seconds of the run as the config places it, without validation."""
+        step = self.forecasts.get(self.asked, self.forecasts[self.chosen]).seconds
+        steps = max(1, int(60 * self.minutes / step)) if self.minutes is not None else self.steps or 0
+        return steps, steps * step
 
     def fits(self, name: str) -> bool:
         return self.forecasts[name].bytes <= self.limit
@@ -116,6 +126,8 @@ def make_plan(config: Config, ranks: int, machine: Machine) -> Plan:
         asked=("config" if isinstance(asked, dict) else asked) + sharded,
         passes={t: float(draw.rate) * steps / draw.order.size for draw in draws for t in draw.tasks},
         epoch_steps=steps,
+        steps=None if config.train.minutes is not None else total_steps(config, draws),
+        minutes=config.train.minutes,
         trial=config.parallel.costs == "measured",
     )
 
@@ -149,6 +161,8 @@ def as_dict(made: Plan) -> dict[str, Any]:
         },
         "memory_per_rank": int(made.limit),
         "epoch_steps": made.epoch_steps,
+        "steps": made.length[0],
+        "seconds": made.length[1],
         "passes_per_epoch": made.passes,
         "placements": {
             name: {
@@ -236,6 +250,10 @@ def remarks(made: Plan) -> list[str]:
         lines.append(f"proposed: {made.chosen}, as the config says")
     else:
         lines.append(f"proposed: {made.chosen} ({key}); the config says {made.asked}")
+    steps, seconds = made.length
+    about = "about " if made.minutes is not None else ""
+    epochs = f"{steps / made.epoch_steps:.3g} epochs"
+    lines.append(f"the run: {about}{steps:,} steps, {epochs}, in {duration(seconds)} without validation")
     if made.trial:
         lines.append("auto and split are sized by estimates here; the run sizes them by trial steps (parallel.costs)")
     return lines

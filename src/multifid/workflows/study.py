@@ -46,6 +46,11 @@ def _study(config: Config, world: World, console: Console) -> Path:
             raise ValueError(
                 f"study.processes: {settings.processes} is for one process, and {world.size} were launched"
             )
+        if config.train.minutes is not None:
+            raise ValueError(
+                "train.minutes: the models of a study make the same number of steps, which a clock would not give "
+                "them; set it to null and give train.steps or train.epochs"
+            )
         root = _open(config, world.first)
     runs = [run for seed in settings.seeds for run in models_of(config, seed)]
     _train_all(runs, settings.processes, world, console)

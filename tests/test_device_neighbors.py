@@ -59,7 +59,7 @@ def test_random_batches_have_the_hosts_edges(seed, monkeypatch):
     for _ in range(int(rng.integers(1, 8))):
         pbc, cell = rng.random(3) < 0.6, skewed(rng)
         inside = rng.uniform(*((0, 1) if rng.random() < 0.5 else (-2, 3)), (int(rng.integers(1, 20)), 3)) @ cell
-        systems.append((inside + rng.normal(0, 9, 3), np.where(pbc[:, None], cell, 0), pbc))
+        systems.append((inside + rng.normal(0, 9, 3), cell, pbc))
     packed, cutoff = pack(*systems, dtype=np.float32), float(rng.choice([2.5, 4.0, 6.0]))
     compare(packed, cutoff, *device_neighbor_list(packed, cutoff, HERE))
 

@@ -69,7 +69,7 @@ def batch_of(*systems, slices=None, cutoff=CUTOFF, dtype=torch.float64):
         positions=np.concatenate(positions),
         natoms=np.array([len(z) for z in numbers], np.int64),
         cell=np.array([np.zeros((3, 3)) if c is None else c for c in cells]),
-        pbc=np.array([[p] * 3 for p in pbc]),
+        pbc=np.array([np.broadcast_to(p, 3) for p in pbc]),
         charge=np.array(charge, np.int8),
         spin=np.array(spin, np.uint8),
     )
@@ -212,7 +212,12 @@ def test_energy_and_forces_are_continuous_when_an_atom_crosses_the_cutoff(encode
 @every_encoder
 def test_conservative_forces_and_stress_are_slopes_of_the_energy(encoder):
     model = model_of(encoder, "conservative")
-    systems = [system(4, skewed(3.0)), system(5)]
+    systems = [system(4, skewed(3.0)), system(5), system(3, np.diag([3.0, 3.0, 0.0]) + np.ones((3, 3)))]
+    for pbc in ((True, True, False), (False, True, False), (False, False, False)):  # a slab, a wire, a box
+        z, x, cell, _, *rest = system(4, skewed(4.0))
+        systems.append((z, x + RANDOM.normal(0, 3.0, 3), cell, pbc, *rest))
+    z, x, cell, _, *rest = systems[2]
+    systems[2] = (z, x, np.diag([1.0, 1.0, 0.0]) @ cell, (True, True, False), *rest)  # without a third vector
     batch, step = batch_of(*systems), 1e-4
     predicted = model(batch, stress=True)["a"]
 
@@ -226,19 +231,21 @@ def test_conservative_forces_and_stress_are_slopes_of_the_energy(encoder):
             2 * step
         )
         assert abs(slope + predicted.forces[atom, axis]) < 1e-5 * max(1.0, abs(slope))
-    volume = torch.linalg.det(batch.cell[0]).abs()
+    volume = torch.linalg.det(batch.cell).abs()
+    whole = torch.tensor([0, 3, 4, 5])
     for a, b in itertools.product(range(3), range(3)):
         strain = torch.zeros(3, 3, dtype=torch.float64)
         strain[a, b] += step / 2
         strain[b, a] += step / 2
         up, down = (
-            energy(positions=batch.positions @ deform, cell=batch.cell @ deform)[0]
+            energy(positions=batch.positions @ deform, cell=batch.cell @ deform)
             for deform in (torch.eye(3) + strain, torch.eye(3) - strain)
         )
-        slope = (up - down) / (2 * step) / volume
-        assert abs(slope - predicted.stress[0, a, b]) < 1e-5 * max(1.0, abs(slope))
-    assert predicted.stress[1].isnan().all()  # a molecule has none
-    assert_close(predicted.stress[0], predicted.stress[0].T)
+        slopes = ((up - down) / (2 * step) / volume)[whole]
+        assert_close(predicted.stress[whole, a, b], slopes, 1e-5)
+    assert predicted.stress[1:3].isnan().all()  # a molecule and a layer without a third vector have none
+    assert_close(predicted.stress[whole], predicted.stress[whole].transpose(1, 2))
+    assert predicted.stress[5].abs().max() > 1e-8  # that of a molecule in a box is its virial in that volume
 
 
 @every_encoder

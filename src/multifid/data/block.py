@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from multifid.data.fields import LABELS, NO_SPLIT, field
+from multifid.structures.cells import kept_vectors
 from multifid.structures.structure import SPLITS, Structure
 
 NO_CHARGE, NO_SPIN = 1, 2  # what a source does not say of a structure
@@ -20,7 +21,7 @@ NO_CHARGE, NO_SPIN = 1, 2  # what a source does not say of a structure
 class Block:
     """Structures laid end to end. Columns have the names, rows and units of a store's fields; dtypes may be wider.
 
-    natoms, numbers, positions, relative and split are always there; cell, pbc, charge, spin and labels/<task>/<kind>
+    natoms, numbers, positions, relative and split are always there; cell and pbc, charge, spin, labels/<task>/<kind>
     where a structure has them. Every structure has at least one atom. sources: the source id of each structure.
     unstated: (structures,) uint8, a sum of NO_CHARGE and NO_SPIN: what the source does not say of a structure; None
     where the format says it of all.
@@ -77,10 +78,12 @@ def pack(structures: Sequence[Structure]) -> Block:
         "relative": np.array([relative_hash(s.relative) for s in structures], np.uint64),
         "split": np.array([NO_SPLIT if s.split is None else SPLITS.index(s.split) for s in structures], np.uint8),
     }
-    if any(s.pbc is not None and np.any(s.pbc) for s in structures):
-        columns["pbc"] = np.array([np.zeros(3, bool) if s.pbc is None else np.asarray(s.pbc, bool) for s in structures])
+    if any(s.cell is not None for s in structures):
+        pbc = np.array([np.zeros(3, bool) if s.pbc is None else np.asarray(s.pbc, bool) for s in structures])
         cells = np.array([np.zeros((3, 3)) if s.cell is None else s.cell for s in structures], np.float64)
-        columns["cell"] = np.where(columns["pbc"][:, :, None], cells, 0.0)
+        cells = kept_vectors(cells, pbc)
+        if cells.any() or pbc.any():
+            columns |= {"pbc": pbc, "cell": cells}
     columns |= _charges(structures)
     for task in dict.fromkeys(task for s in structures for task in s.labels):
         columns |= _label_columns(task, structures, natoms)

@@ -17,6 +17,7 @@ from multifid.data.references import References
 from multifid.data.store import Store
 from multifid.data.survey import sampled
 from multifid.structures.batch import Batch, Targets
+from multifid.structures.cells import spans_volume
 from multifid.structures.neighbors import neighbor_list
 from multifid.structures.reproducible import cube_root, determinant
 from multifid.structures.structure import Packed, PackedLabels
@@ -142,8 +143,10 @@ def _targets(pack: Packed, labels: PackedLabels, references: References) -> Targ
     def tensor(x: np.ndarray | None) -> torch.Tensor | None:
         return None if x is None else torch.from_numpy(x.astype(np.float64))
 
-    aligned = references.align(labels.energy, pack.numbers, pack.natoms)
-    return Targets(torch.from_numpy(aligned), tensor(labels.forces), tensor(labels.stress))
+    aligned, stress = references.align(labels.energy, pack.numbers, pack.natoms), labels.stress
+    if stress is not None:  # stores of the first version kept no vectors that are not periodic, but their stress
+        stress = np.where(spans_volume(pack.cell)[:, None, None], stress, np.nan)
+    return Targets(torch.from_numpy(aligned), tensor(labels.forces), tensor(stress))
 
 
 def _concatenate(packs: list[Packed]) -> Packed:

@@ -11,6 +11,7 @@ import numpy as np
 from multifid.data.block import NO_CHARGE, NO_SPIN, Block, label_columns
 from multifid.data.coincident import COINCIDENT, coincident
 from multifid.data.fields import LABELS, MAX_ATOMS, TASK_NAME, field
+from multifid.structures.cells import spans_volume
 from multifid.structures.elements import MAX_Z, no_element
 from multifid.structures.images import LARGEST_EXTENT
 from multifid.structures.structure import SPLITS, Structure
@@ -19,6 +20,7 @@ FLAT = 1e-4  # the smallest singular value of unit vectors along the cell vector
 DENSEST = 10.0  # atoms per cubic angstrom (square, if flat); matter has below 1, and edges grow with it without bound
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 DENSE = f"more than {DENSEST:g} atoms per cubic angstrom"
+NO_VOLUME = "stress of a structure whose cell has no volume (a vector is missing, or lies in the plane of the others)"
 NAMED = 20  # atomic numbers that are no elements and are named one by one
 NUMBERS = f"atomic numbers are not integers from 1 to {MAX_Z}"
 
@@ -37,11 +39,11 @@ def malformed(structure: Structure) -> str | None:
         return "positions of another length than the atoms"
     if structure.split is not None and structure.split not in SPLITS:
         return "the published split is none of ours"
-    if structure.pbc is not None and any(structure.pbc):
-        if structure.cell is None:
+    if structure.cell is None:
+        if structure.pbc is not None and any(structure.pbc):
             return "periodic without a cell"
-        if _shape(structure.cell) != (3, 3) or _shape(structure.pbc) != (3,):
-            return "cell is not (3, 3) or pbc not three flags"
+    elif _shape(structure.cell) != (3, 3) or (structure.pbc is not None and _shape(structure.pbc) != (3,)):
+        return "cell is not (3, 3) or pbc not three flags"
     for task, labels in structure.labels.items():
         assert TASK_NAME.fullmatch(task), f"a reader named a label set {task!r}"
         if type(labels.energy) is not float and np.shape(labels.energy) != ():
@@ -60,8 +62,9 @@ def _shape(values: Any) -> tuple[int, ...]:
 def screen(block: Block) -> tuple[list[str | None], dict[str, int]]:
     """Why a store must not take each structure (None: it may), and how many labels were dropped, by reason.
 
-    Infinite labels (also those beyond float32, forces) become missing labels, in place. Forces are kept or dropped by
-    atom: an atom with one component that is no number has no force label.
+    Infinite labels (also those beyond float32, forces) become missing labels, in place, and so does the stress of a
+    structure whose cell has no volume. Forces are kept or dropped by atom: an atom with one component that is no number
+    has no force label.
     """
     reasons: list[str | None] = [None] * len(block)
 
@@ -187,7 +190,7 @@ def _labels(block: Block, first: np.ndarray) -> tuple[dict[str, np.ndarray], np.
 
     A column that is left without a label is removed.
     """
-    dropped: dict[str, np.ndarray] = {}
+    dropped = _stress_without_volume(block)
     labelled = np.zeros(len(block), bool)
     for kind in LABELS:
         for name in label_columns(block, kind):
@@ -213,3 +216,18 @@ def _labels(block: Block, first: np.ndarray) -> tuple[dict[str, np.ndarray], np.
             if lost.all():
                 del block.columns[name]
     return dropped, labelled
+
+
+def _stress_without_volume(block: Block) -> dict[str, np.ndarray]:
+    """Stress labels that mean nothing become NaN, in place: reason -> (structures,) int. It is an energy per volume."""
+    names = label_columns(block, "stress")
+    if not names:
+        return {}
+    flat = ~spans_volume(block.columns["cell"]) if "cell" in block.columns else np.ones(len(block), bool)
+    lost = np.zeros(len(block), np.int64)
+    for name in names if flat.any() else ():
+        stress = np.array(block.columns[name], np.float64)
+        lost[flat] += ~np.isnan(stress[flat]).all(axis=(1, 2))
+        stress[flat] = np.nan
+        block.columns[name] = stress
+    return {NO_VOLUME: lost}

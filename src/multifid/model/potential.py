@@ -16,6 +16,7 @@ from multifid.model.branch import Branch, BranchConfig
 from multifid.model.encoder import EncoderConfig, build_encoder
 from multifid.model.layers import NodeFeatures, draw_weights
 from multifid.structures.batch import Batch, rows_times_matrices
+from multifid.structures.cells import FLAT
 
 
 class ModelConfig(BaseModel):
@@ -139,10 +140,15 @@ def _strained(batch: Batch, strain: Tensor) -> Batch:
 
 
 def _stress(slope: Tensor, cell: Tensor) -> Tensor:
-    """(S, 3, 3) from dE/dstrain; NaN without a volume, and harmless to gradients there."""
-    a, b, c = cell.unbind(dim=1)
-    volume = (a * torch.linalg.cross(b, c)).sum(dim=1).abs()[:, None, None]
-    return torch.where(volume > 0, slope / torch.where(volume > 0, volume, 1.0), torch.nan)
+    """(S, 3, 3) from dE/dstrain, per volume of the whole cell, whatever is periodic (see `structures.cells`).
+
+    NaN without a volume, and harmless to gradients there.
+    """
+    a, b, c = cell.double().unbind(dim=1)
+    volume = (a * torch.linalg.cross(b, c)).sum(dim=1).abs()
+    spans = (volume > FLAT * cell.double().square().sum(dim=2).sqrt().prod(dim=1))[:, None, None]
+    volume = volume.to(slope.dtype)[:, None, None]
+    return torch.where(spans, slope / torch.where(spans, volume, 1.0), torch.nan)
 
 
 def _without_overlap(slices: dict[str, tuple[slice, slice]]) -> list[list[str]]:

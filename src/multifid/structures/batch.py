@@ -52,7 +52,7 @@ class Labels:
 class Batch:
     numbers: Tensor  # (N,) int64 atomic numbers
     positions: Tensor  # (N, 3) angstrom
-    cell: Tensor  # (S, 3, 3) angstrom, rows = vectors, zero where not periodic
+    cell: Tensor  # (S, 3, 3) angstrom, rows = vectors, periodic or not; zero where there is none
     charge: Tensor  # (S,) int64 e
     spin: Tensor  # (S,) int64 multiplicity
     natoms: Tensor  # (S,) int64

@@ -28,7 +28,7 @@ class Structure:
     labels: dict[str, Labels]  # task -> labels
     relative: str  # structures with the same relative always fall into the same split
     source_id: str  # enough to find the structure again in the source file
-    cell: np.ndarray | None = None  # (3, 3) angstrom, rows = vectors, zero rows where not periodic
+    cell: np.ndarray | None = None  # (3, 3) angstrom, rows = vectors, periodic or not; zero where the source has none
     pbc: np.ndarray | None = None  # (3,) bool
     charge: int | None = None  # e; None: not stated, and stored as 0
     spin: int | None = None  # multiplicity; None: not stated, and stored as the lowest, or 1 where no charge is known

@@ -15,6 +15,7 @@ import torch
 from multifid.config import Config
 from multifid.data.loader import Source, edge_costs
 from multifid.data.order import Draw
+from multifid.data.store import Store
 from multifid.model.branch import Branch
 from multifid.model.encoder import build_encoder
 from multifid.model.footprint import Footprint, Size, footprint
@@ -108,7 +109,7 @@ def subject_of(
             atoms=float(source.store.rows("natoms", sample).mean()),
             edges=float(edges.mean()),
             spread=float(edges.std()) / mean,
-            error=CRYSTAL_ERROR if "cell.npy" in source.store.manifest["files"] else MOLECULE_ERROR,
+            error=CRYSTAL_ERROR if _periodic(source.store, sample) else MOLECULE_ERROR,
         )
         tasks |= dict.fromkeys(draw.tasks, load)
     atoms = sum(tasks[draw.tasks[0]].structures * tasks[draw.tasks[0]].atoms for draw in draws)
@@ -159,6 +160,11 @@ def make_subject(
         averaged=averaged,
         max_edges=max_edges,
     )
+
+
+def _periodic(store: Store, indices: np.ndarray) -> bool:
+    """Whether some of these structures are crystals, slabs or wires."""
+    return "pbc.npy" in store.manifest["files"] and bool(store.rows("pbc", indices).any())
 
 
 @lru_cache(maxsize=32)

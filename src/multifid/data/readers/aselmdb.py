@@ -161,7 +161,7 @@ def _structure(value: bytes, where: str, options: Options) -> Structure:
     labels = Labels(
         energy=number(row.get("energy"), "energy"),
         forces=None if forces is None else vectors(_array(forces, "forces"), len(numbers), "forces"),
-        stress=None if stress is None or cell is None else stress_tensor(_array(stress, "stress")),
+        stress=None if stress is None else stress_tensor(_array(stress, "stress")),
     )
     charge, spin = _charge_and_spin(row, data, numbers, pbc is None, options)
     return Structure(

@@ -22,6 +22,7 @@ from multifid.data.readers import IsolatedAtom, LabelSet, Part, Progress, Record
 from multifid.data.readers.charges import CHARGE, SPIN, ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
 from multifid.data.readers.packed import LONGEST, endings, opened_text, packing_of
 from multifid.data.readers.records import BadRecord
+from multifid.structures.cells import spans_volume
 from multifid.structures.elements import MAX_Z, NUMBERS, formula, no_element
 from multifid.structures.reproducible import determinant
 from multifid.structures.structure import Labels, Structure
@@ -176,7 +177,7 @@ def _record(natoms: int, comment: str, lines: list[str], where: str, options: Op
         labels={"extxyz": Labels(energy, forces, stress)},
         relative=formula(numbers),
         source_id=where,
-        cell=cell if pbc.any() else None,
+        cell=cell,
         pbc=pbc if pbc.any() else None,
         charge=charge,
         spin=spin,
@@ -266,9 +267,9 @@ def _stress(
     virial = _floats(info, options.virial_key or f"{family}virial", 6, 9)
     if virial is None:
         return None
-    volume = 0.0 if cell is None else abs(float(determinant(cell)))
-    if volume == 0.0:
-        raise _Bad("a virial without a cell")
+    volume = 1.0  # without one `prepare` sets the label aside, and counts it
+    if cell is not None and spans_volume(cell):
+        volume = abs(float(determinant(cell)))
     return -_tensor(virial) * energy_unit / volume
 
 

@@ -126,20 +126,27 @@ def stress_of_vasp(kbar: np.ndarray | None) -> np.ndarray | None:
 
 
 def periodicity(matrix: object, flags: object) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Cell (3, 3) angstrom, rows zero where not periodic, and pbc (3,) bool; both None where nothing is periodic."""
+    """Cell (3, 3) angstrom, None where there is none, and pbc (3,) bool, None where nothing is periodic.
+
+    The cell is kept whole: also vectors of directions that are not periodic, and those may be anything.
+    """
     if isinstance(flags, list) and flags == [True, True, True]:
         return _cell(matrix), PERIODIC
     pbc = array(flags, "pbc")
     if pbc.shape != (3,) or not all(flag in (0.0, 1.0) for flag in pbc.tolist()):
         raise BadRecord("pbc is not three flags")
     periodic = pbc.astype(bool)
-    if not periodic.any():
+    if periodic.any():
+        return _cell(matrix, periodic), periodic
+    try:
+        cell = _cell(matrix, periodic)
+    except BadRecord:  # which does not matter to a molecule
         return None, None
-    return np.where(periodic[:, None], _cell(matrix), 0.0), periodic
+    return (cell if cell.any() else None), None
 
 
-def _cell(matrix: object) -> np.ndarray:
+def _cell(matrix: object, periodic: np.ndarray = PERIODIC) -> np.ndarray:
     cell = array(matrix, "cell")
-    if cell.shape != (3, 3) or not finite(cell):
+    if cell.shape != (3, 3) or not finite(cell[periodic]):
         raise BadRecord("cell is not (3, 3) finite numbers")
     return cell

@@ -108,19 +108,21 @@ def doubts_of(sample: Packed, measured: Mapping[str, Measurements]) -> list[Doub
     """What is doubtful of a sample that was measured."""
     of_positions = _of_lengths(_get(measured["geometry"], "lengths"))
     found = [of_positions]
-    for task, labels in sample.labels.items():
-        found += _of_task(task, labels, measured[task], believed=of_positions is None)
+    for task in sample.labels:
+        found += _of_task(task, sample, measured[task], believed=of_positions is None)
     return [doubt for doubt in found if doubt is not None]
 
 
-def _of_task(task: str, labels: PackedLabels, own: Measurements, believed: bool) -> list[Doubt | None]:
+def _of_task(task: str, sample: Packed, own: Measurements, believed: bool) -> list[Doubt | None]:
     """believed: the positions are, so that forces can be judged by displacements."""
-    between = _of_steps(task, own) or _of_fit(task, own) if believed and labels.forces is not None else None
-    found = [_of_totals(task, own) or (None if between else _of_extensive(task, own))]
-    if believed and labels.forces is not None:
-        found += [_of_stretch(task, _get(own, "stretch")) or between or _of_magnitude(task, labels.forces)]
-        found += [_of_stress(task, labels, own)]
-    return found
+    labels = sample.labels[task]
+    if not believed or labels.forces is None:
+        return [_of_totals(task, own) or _of_extensive(task, own)]
+    between = _of_steps(task, own) or _of_fit(task, own)
+    of_forces = _of_stretch(task, _get(own, "stretch")) or between or _of_magnitude(task, labels.forces)
+    # A stress is measured against energies and forces: where they are doubtful, it cannot be judged.
+    of_stress = _of_components(task, labels) or (None if of_forces else _of_stress(task, sample, own))
+    return [_of_totals(task, own) or (None if between else _of_extensive(task, own)), of_forces, of_stress]
 
 
 def doubt_of_free_atoms(task: str, sample: Packed, energy: np.ndarray, given: Mapping[int, float]) -> Doubt | None:
@@ -247,37 +249,47 @@ def _near_one(found: Measured, within: float) -> bool:
     return found.spread < BELIEVED and 1 / within < found.ratio < within
 
 
-def _of_stress(task: str, labels: PackedLabels, own: Measurements) -> Doubt | None:
+def _of_components(task: str, labels: PackedLabels) -> Doubt | None:
     if labels.stress is None:
         return None
     known = labels.stress[np.isfinite(labels.stress).all(axis=(1, 2))]
     size = np.abs(known).max(axis=(1, 2), initial=0.0)
-    if len(size) >= 20 and np.median(size) > 3:
-        because = f"half of the structures have a component above {np.median(size):.3g} eV/angstrom^3 (480 GPa are 3)"
-        return Doubt(f"stress of {task}", "kbar or GPa taken for eV/angstrom^3", because)
-    what = f"stress of {task}"
-    found = _get(own, "stress_work")
-    if found.spread <= BELIEVED and not 0.7 < found.ratio < 1.45:
+    if len(size) < 20 or np.median(size) < 3:
+        return None
+    because = f"half of the structures have a component above {np.median(size):.3g} eV/angstrom^3 (480 GPa are 3)"
+    return Doubt(f"stress of {task}", "kbar or GPa taken for eV/angstrom^3", because)
+
+
+def _of_stress(task: str, sample: Packed, own: Measurements) -> Doubt | None:
+    """By its work, or by what a pair potential says, whichever is spread less; else by its size."""
+    what, work, fit = f"stress of {task}", _get(own, "stress_work"), _get(own, "fit_stress")
+    volume = float(np.median(np.abs(np.linalg.det(sample.cell))))
+    virial = "a virial (eV) taken for a stress (eV/angstrom^3)"
+    mistakes = STRESSES | ({volume: virial, -volume: virial} if volume > 2 * UNEXPLAINED else {})
+    if work.spread <= min(BELIEVED, fit.spread):
+        if 0.7 < work.ratio < 1.45:
+            return None
         because = (
-            f"between neighbouring frames the energy changes by {found.ratio:.3g} times the work of the stress "
-            f"(median of {found.count:,} pairs, spread {found.spread:.2f})"
+            f"between neighbouring frames the energy changes by {work.ratio:.3g} times the work of the stress "
+            f"(median of {work.count:,} pairs, spread {work.spread:.2f})"
         )
-        return _doubt(what, 1 / found.ratio, STRESSES, 1.35, because, beyond=UNEXPLAINED)
-    found = _get(own, "fit_stress")
-    if found.spread <= BELIEVED and not 1 / CRUDE < found.ratio < CRUDE:
+        return _doubt(what, 1 / work.ratio, mistakes, 1.35, because, beyond=UNEXPLAINED)
+    if fit.spread <= BELIEVED:
+        if 1 / CRUDE < fit.ratio < CRUDE:
+            return None
         because = (
-            f"it is {found.ratio:.3g} times what a pair potential fitted to the forces gives "
-            f"(median of {found.count:,} components, spread {found.spread:.2f})"
+            f"it is {fit.ratio:.3g} times what a pair potential fitted to the forces gives "
+            f"(median of {fit.count:,} components, spread {fit.spread:.2f})"
         )
-        return _doubt(what, found.ratio, STRESSES, 1.6, because, beyond=CRUDE)
-    found = _get(own, "stress_size")
-    if found.spread <= BELIEVED and found.ratio > LARGE_STRESS:
-        because = (
-            f"times the volume it is {found.ratio:.3g} times the forces x distances, where about 0.3 is known "
-            f"(median of {found.count:,} structures)"
-        )
-        return Doubt(what, "kbar or GPa taken for eV/angstrom^3, or a virial in eV for a stress", because)
-    return None
+        return _doubt(what, fit.ratio, mistakes, 1.6, because, beyond=CRUDE)
+    size = _get(own, "stress_size")
+    if not size.ratio > LARGE_STRESS:
+        return None
+    because = (
+        f"times the volume it is {size.ratio:.3g} times the forces x distances, where about 0.3 is known "
+        f"(median of {size.count:,} structures)"
+    )
+    return Doubt(what, "kbar or GPa taken for eV/angstrom^3, or a virial in eV for a stress", because)
 
 
 def _get(own: Measurements, name: str) -> Measured:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from conftest import write_molecules
 from multifid.config import parse_config
@@ -16,9 +17,11 @@ from multifid.data.prepare import prepare
 from multifid.data.store import Store
 from multifid.evaluate import evaluate as asking
 from multifid.evaluate.evaluate import Share, data_of, evaluate_run
+from multifid.evaluate.failures import Failures
 from multifid.evaluate.rows import add_rows, read_rows
 from multifid.evaluate.table import markdown
 from multifid.model.potential import Potential
+from multifid.model.saved import load_potential
 from multifid.workflows.evaluate import evaluate
 from test_train import config_of, start
 
@@ -281,3 +284,60 @@ def test_a_store_goes_by_the_name_of_the_task_that_was_trained_on_it_and_others_
         evaluate_run(run, data_of(str(stores["cherry"])))
     assert f"--data two={stores['cherry']}" in str(error.value)
     assert f"--data {stores['cherry']} --branch one" in str(error.value)
+
+
+def test_predictions_that_are_not_finite_are_counted_named_and_in_no_mean(
+    conservative, crystals, tmp_path, monkeypatch
+):
+    """Planted in structures 3 (its energy) and 20 (one force) of the store; the means are those of all others."""
+    run, bad, errors = tmp_path / "m", (3, 20), []
+    shutil.copytree(conservative, run)
+    (data,), places = data_of(str(crystals)), [Store(crystals).read([k]).positions for k in bad]
+
+    def compare(p, batch, task):
+        errors.extend(((p.energy - batch.targets[task].energy) / batch.natoms).abs().tolist())
+
+    potential, description = load_potential(run)
+    asking.evaluate(potential, description, "m", data, "all", collect=compare)
+
+    def failing(self, batch, stress=False, original=Potential.forward):
+        out = original(self, batch, stress)
+        for s, positions in enumerate(batch.positions.split(batch.natoms.tolist())):
+            if np.array_equal(positions, places[0]):
+                out["rock"].energy[s] = torch.inf
+            if np.array_equal(positions, places[1]):
+                out["rock"].forces[int(batch.natoms[:s].sum()), 1] = torch.nan
+        return out
+
+    monkeypatch.setattr(Potential, "forward", failing)
+    (row,) = evaluate_run(run, [data], "all", share=Share(max_edges=200))
+    assert (row["structures"], row["nonfinite_structures"], row["counted_structures"]) == (24, 2, 22)
+    assert row["nonfinite"] == [{"index": 3, "source": "c.xyz: 3"}, {"index": 20, "source": "c.xyz: 20"}]
+    assert row["energy_mae"] == pytest.approx(np.delete(errors, bad).mean(), rel=1e-5)
+    assert "‡" in markdown([row]) and "structure 3 (c.xyz: 3)" in markdown([row])
+    (row,) = evaluate_run(run, [data], "all", weights=nothing_finite(run))
+    assert row["nonfinite_structures"] == 24 and row["energy_mae"] is None and len(row["nonfinite"]) == 5
+    json.loads((run / "evaluation.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def nothing_finite(run: Path) -> str:
+    """The name of a file of weights that are all NaN."""
+    tensors = load_file(run / "model.safetensors")
+    save_file({name: tensor * torch.nan for name, tensor in tensors.items()}, run / "nan.safetensors")
+    return "nan.safetensors"
+
+
+def test_failures_of_several_processes_are_counted_and_named_together(crystals):
+    told: list[list[torch.Tensor]] = [[], []]
+    ranks = []
+    for index in ([5, 2, 9, 7], [8, 1, 4, 6]):
+        failures = Failures(torch.device("cpu"))
+        for k in range(0, 4, 2):  # in two batches; the second structure of each is left out anyway
+            failures.add(torch.ones(2, dtype=torch.bool), torch.tensor([False, True]), np.array(index[k : k + 2]))
+        ranks.append(failures)
+    for rank, failures in enumerate(ranks):
+        failures.row(Store(crystals), rank, 2, lambda x, rank=rank: told[rank].append(x) or x)
+    sums = iter([a + b for a, b in zip(*told, strict=True)])
+    row, lost = ranks[0].row(Store(crystals), 0, 2, lambda x: next(sums))
+    assert row["nonfinite_structures"] == 8 and lost == 4
+    assert [one["index"] for one in row["nonfinite"]] == [1, 2, 4, 5, 6]

@@ -16,6 +16,7 @@ from torch import Tensor
 from multifid.data.loader import Source, ahead, collate, cut, edge_costs
 from multifid.data.references import References
 from multifid.data.store import Store
+from multifid.evaluate.failures import Failures, failed
 from multifid.evaluate.metrics import Errors, Row
 from multifid.evaluate.rows import add_rows
 from multifid.model.potential import Potential, Prediction
@@ -119,24 +120,31 @@ def evaluate(
     compared. Another answers with its only branch (or the one named), and its aligned energies are compared with the
     store's aligned labels: its zero of energy says nothing about another source. Structures with elements that the
     branch has never seen are predicted and counted; `unseen`: they enter the means too. The row says whether they do.
+    Structures whose prediction is not finite are counted and named, and enter no mean.
     Called on all processes of a `share`, with the same on each; all get the same row.
     """
     answers, references, whose = _who_answers(description, data, branch, model)
     source = Source(data.store, {answers: data.label_set}, {answers: references})
     known, scale = _elements(description, answers), description["tasks"][answers]["scale"]
     potential, errors = potential.to(share.device).eval(), Errors(share.device)
+    failures = Failures(share.device)
     for index, whole in _batches(source, split, description["cutoff"], edge_budget(potential, share), share):
-        for batch, p in _predictions(potential, source, index, whole, share.device):
-            strange = _unseen(batch, known)
-            targets = batch.targets[answers] if unseen else _without(batch.targets[answers], strange, batch.structure)
-            targets, natoms = _moved(targets, share.device), batch.natoms.to(share.device)
+        for part, batch, p in _predictions(potential, source, index, whole, share.device):
+            strange = _unseen(batch, known).to(share.device)
+            targets, structure = _moved(batch.targets[answers], share.device), batch.structure.to(share.device)
             p = _times(p, scale)
-            errors.add(p.energy, p.forces, p.stress, targets, natoms, strange)
+            bad = failed(p, targets, structure)
+            left_out = torch.zeros_like(bad) if unseen else strange
+            failures.add(bad, left_out, part)
+            targets = _without(targets, bad | left_out, structure)
+            errors.add(p.energy, p.forces, p.stress, targets, batch.natoms.to(share.device), strange)
             if collect is not None:
                 collect(_at(p, CPU), batch, answers)
         share.advance(len(index) * share.size)
     row = Errors.from_tensor(share.sum_(errors.as_tensor().cpu())).row(model, data.name, split)
-    return row | _about(row, unseen, data, description["tasks"][answers]["branch"], whose)
+    nonfinite, lost = failures.row(data.store, share.rank, share.size, share.sum_)
+    counted = row["structures"] - lost - (0 if unseen else row["unseen_structures"])
+    return row | nonfinite | _about(counted, unseen, data, description["tasks"][answers]["branch"], whose)
 
 
 def _as_trained_on(run: Path, data: Data) -> Data:
@@ -165,7 +173,7 @@ def references_row(data: Data, split: str = "test") -> Row:
             zero = torch.zeros_like
             errors.add(zero(targets.energy), zero(packed.positions), zero(packed.cell), targets, packed.natoms)
     row = errors.row("References", data.name, split)
-    return row | _about(row, True, data, None, _of_data(data))
+    return row | _about(row["structures"], True, data, None, _of_data(data))
 
 
 def _of_data(data: Data) -> str:
@@ -174,10 +182,10 @@ def _of_data(data: Data) -> str:
     return "data" if fitted_on == "train" else f"data, fitted to its {fitted_on} split"
 
 
-def _about(row: Row, unseen: bool, data: Data, branch: str | None, references: str) -> Row:
+def _about(counted: int, unseen: bool, data: Data, branch: str | None, references: str) -> Row:
     """What a row says of its numbers: what the means cover, who answered, in which energies, and where the data lie."""
     return {
-        "counted_structures": row["structures"] - (0 if unseen else row["unseen_structures"]),
+        "counted_structures": counted,
         "unseen": "included" if unseen else "excluded",
         "branch": branch,
         "references": references,
@@ -228,10 +236,10 @@ def _pieces(
 
 def _predictions(
     potential: Potential, source: Source, index: np.ndarray, batch: Batch, device: torch.device
-) -> Iterator[tuple[Batch, Prediction]]:
+) -> Iterator[tuple[np.ndarray, Batch, Prediction]]:
     """A batch and what the model says of it, in scaled units; in halves where the device has no memory for the whole.
 
-    index: of its structures in the source's store.
+    index: of its structures in the source's store; comes back with the batch, or with each half.
     """
     (task, label_set), cutoff = next(iter(source.tasks.items())), potential.config.cutoff
     conservative = potential.config.branch.forces == "conservative"
@@ -246,7 +254,7 @@ def _predictions(
             where = f"structure {index[0]} of {source.store.path} ({int(batch.natoms[0])} atoms)"
             raise ValueError(f"{device} has not enough memory for {where}: try --device cpu") from error
     if prediction is not None:
-        yield batch, prediction
+        yield index, batch, prediction
         return
     for half in (index[: len(index) // 2], index[len(index) // 2 :]):
         yield from _predictions(potential, source, half, collate([(source, half)], cutoff), device)

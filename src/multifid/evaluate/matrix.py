@@ -115,8 +115,8 @@ def matrix(rows: Sequence[Row], quantity: str) -> Matrix:
 
 
 def _left_out(row: Row) -> bool:
-    """Whether a row has no value because every structure has elements that the model has not seen."""
-    return row.get("counted_structures") == 0 and row["unseen_structures"] > 0
+    """Whether a row has no value because every structure has unseen elements, or a prediction that is not finite."""
+    return row.get("counted_structures") == 0 and row["structures"] > 0
 
 
 def _models(rows: Sequence[Row], datasets: Sequence[str]) -> tuple[str, ...]:

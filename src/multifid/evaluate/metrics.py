@@ -30,7 +30,7 @@ class Errors:
     """Counts and sums of the errors of one model on one dataset. Labels that are NaN (or None) drop out.
 
     The energy is per atom and counts once per structure; forces and stress count by component. A prediction that is not
-    finite is *not* dropped: it makes the error NaN, as it should.
+    finite is *not* dropped: it makes the error NaN; `failures` leaves such structures out, and counts them.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

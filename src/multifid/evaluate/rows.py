@@ -1,6 +1,7 @@
 """`evaluation.json`: the rows of a run or a study on disk. Rows of other data and splits stay when more are added."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ IDENTITY = ("model", "data", "split", "branch", "seed")  # rows that agree in th
 
 
 def write_rows(directory: Path, rows: Sequence[Row]) -> None:
-    """DIRECTORY/evaluation.json with exactly these rows, by rename."""
+    """DIRECTORY/evaluation.json with exactly these rows, by rename. JSON has no NaN and no infinity: null."""
     part = directory / f".{NAME}.{os.getpid()}.part"
-    part.write_text(json.dumps({"rows": list(rows)}, indent=1, allow_nan=False), encoding="utf-8")
+    valid = [{key: None if _not_finite(value) else value for key, value in row.items()} for row in rows]
+    part.write_text(json.dumps({"rows": valid}, indent=1, allow_nan=False), encoding="utf-8")
     os.replace(part, directory / NAME)
 
 
@@ -44,6 +46,10 @@ def read_rows(directory: Path) -> list[Row]:
             f'{path} is damaged (it must be {{"rows": [{{"model", "data", "split", ...}}]}}): move it away'
         )
     return rows
+
+
+def _not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _same(earlier: Row, new: Row) -> bool:

@@ -57,7 +57,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for quantity in quantities(rows):
         m = matrix(rows, quantity)
         if m.datasets:
-            parts += [f"**{_TITLES[quantity]} ({UNITS[quantity]})**", _markdown_matrix(m, _unseen(rows))]
+            parts += [f"**{_TITLES[quantity]} ({UNITS[quantity]})**", _markdown_matrix(m, _signs(rows))]
     compared = ratios(rows)
     if compared:
         parts += ["**How the models compare (ratio of errors)**", _markdown_ratios(compared, _datasets(rows))]
@@ -130,7 +130,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Estimate | None
 
 def rich_table(rows: Sequence[Row], quantity: str) -> Table:
     """One table for the terminal, in meV/atom, meV/angstrom or meV/angstrom^3, with its footnotes."""
-    m, unseen = matrix(rows, quantity), _unseen(rows)
+    m, signs = matrix(rows, quantity), _signs(rows)
     table = Table(title=f"{quantity.capitalize()} MAE (m{UNITS[quantity]})", caption_justify="left")
     table.caption = "\n".join(_footnotes(rows))
     table.add_column("model", no_wrap=True)
@@ -138,17 +138,17 @@ def rich_table(rows: Sequence[Row], quantity: str) -> Table:
         table.add_column(column, justify="right")
     decimals = _decimals(m, 1000.0)
     for model in m.models:
-        cells = [_cell(m, model, c, unseen, decimals, bold=("[bold]", "[/bold]"), factor=1000.0) for c in m.columns]
+        cells = [_cell(m, model, c, signs, decimals, bold=("[bold]", "[/bold]"), factor=1000.0) for c in m.columns]
         table.add_row(model, *cells)
     return table
 
 
-def _markdown_matrix(m: Matrix, unseen: dict[tuple[str, str], int]) -> str:
+def _markdown_matrix(m: Matrix, signs: dict[tuple[str, str], str]) -> str:
     columns = m.columns
     decimals = _decimals(m)
     lines = [_line(["model", *columns]), _line(["---", *["---:"] * len(columns)])]
     for model in m.models:
-        lines.append(_line([model, *(_cell(m, model, c, unseen, decimals) for c in columns)]))
+        lines.append(_line([model, *(_cell(m, model, c, signs, decimals) for c in columns)]))
     return "\n".join(lines)
 
 
@@ -165,7 +165,7 @@ def _cell(
     m: Matrix,
     model: str,
     column: str,
-    unseen: dict[tuple[str, str], int],
+    signs: dict[tuple[str, str], str],
     decimals: int,
     bold: tuple[str, str] = ("**", "**"),
     factor: float = 1.0,
@@ -173,7 +173,7 @@ def _cell(
     text = _text(m.estimate(model, column), decimals, factor)
     if text != _NONE and model in m.best(column):
         text = text.join(bold)
-    return text + (" †" if unseen.get((model, column)) else "")
+    return text + signs.get((model, column), "")
 
 
 def _text(estimate: Estimate | None, decimals: int, factor: float = 1.0) -> str:
@@ -200,7 +200,7 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
     notes = [f"Split {', '.join(sorted({str(r['split']) for r in rows}))}; structures: {counted}."]
     if seeds > 1:
         notes.append(f"Mean ± sample standard deviation over up to {seeds} seeds.")
-    unseen = _unseen(rows)
+    unseen, nonfinite = _counted(rows, "unseen_structures"), _counted(rows, "nonfinite_structures")
     if unseen:
         listed = ", ".join(
             f"{model} on {data} {n} of {_counts(rows, data)['structures']}" for (model, data), n in unseen.items()
@@ -208,7 +208,19 @@ def _footnotes(rows: Sequence[Row]) -> list[str]:
         left_out = all(row.get("unseen") == "excluded" for row in rows if row.get("unseen_structures"))
         how = "Without" if left_out else "With"
         notes.append(f"† {how} structures that hold an element the model has not seen in training: {listed}.")
+    if nonfinite:
+        first = {(row["model"], row["data"]): row["nonfinite"] for row in rows if row.get("nonfinite")}
+        listed = "; ".join(
+            f"{model} on {data} {n} of {_counts(rows, data)['structures']}, first {_named(first.get((model, data)))}"
+            for (model, data), n in nonfinite.items()
+        )
+        notes.append(f"‡ Without structures whose prediction is not finite: {listed}.")
     return notes
+
+
+def _named(structures: Sequence[dict] | None) -> str:
+    """The first of some structures: where it lies in the store, and where it came from."""
+    return f"structure {structures[0]['index']} ({structures[0]['source']})" if structures else "unknown"
 
 
 def _datasets(rows: Sequence[Row]) -> list[str]:
@@ -220,8 +232,17 @@ def _counts(rows: Sequence[Row], data: str) -> dict[str, int]:
     return {"structures": row["structures"], "atoms": row["atoms"]}
 
 
-def _unseen(rows: Sequence[Row]) -> dict[tuple[str, str], int]:
-    return {(row["model"], row["data"]): n for row in rows if (n := row.get("unseen_structures") or 0)}
+def _counted(rows: Sequence[Row], key: str) -> dict[tuple[str, str], int]:
+    """Model and data of rows that count something, with how many."""
+    return {(row["model"], row["data"]): n for row in rows if (n := row.get(key) or 0)}
+
+
+def _signs(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
+    """What stands behind the number of a model on a dataset; the footnotes say what the signs mean."""
+    signs = dict.fromkeys(_counted(rows, "unseen_structures"), " †")
+    for place in _counted(rows, "nonfinite_structures"):
+        signs[place] = f"{signs.get(place, ' ')}‡"
+    return signs
 
 
 def _plain(estimate: Estimate | None) -> dict | None:

@@ -8,29 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from multifid.model.encoders.egnn import EGNN, TYPICAL_NEIGHBORS
+from multifid.graphs.graph import Graph
+from multifid.model.contract import Encoder, Features
+from multifid.model.encoders.egnn import EGNN
 from multifid.model.encoders.painn import PaiNN
-from multifid.model.layers import MLP, NodeFeatures, envelope
-from multifid.structures.batch import Batch, edge_vectors
+from multifid.model.layers import MLP, TYPICAL_NEIGHBORS, envelope
 
 
-class PlainEGNN(nn.Module):
+class PlainEGNN(Encoder):
     """The plain form of a given encoder, with a copy of its weights."""
 
     def __init__(self, encoder: EGNN):
         super().__init__()
-        self.hidden, self.vectors, self.cutoff = encoder.hidden, encoder.vectors, encoder.cutoff
+        self.degrees, self.cutoff = encoder.degrees, encoder.cutoff
         self.embedding, self.radial, self.norm = encoder.embedding, encoder.radial, encoder.norm
         self.layers = nn.ModuleList(PlainLayer(layer) for layer in encoder.layers)
 
-    def forward(self, batch: Batch) -> NodeFeatures:
-        h = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
-        v = batch.positions.new_zeros((len(h), self.vectors, 3))
-        r = edge_vectors(batch)
-        d = torch.linalg.vector_norm(r, dim=1)
+    def forward(self, graph: Graph) -> Features:
+        h = self.embedding(graph.numbers, graph.charge, graph.spin, graph.structure)
+        v = graph.vectors.new_zeros((len(h), self.degrees[1], 3))
+        r, d, edges = graph.vectors, graph.distances, (graph.receivers, graph.senders)
         for layer in self.layers:
-            h, v = layer(h, v, batch.edges, r, self.radial(d), envelope(d, self.cutoff))
-        return NodeFeatures(self.norm(h), v)
+            h, v = layer(h, v, edges, r, self.radial(d), envelope(d, self.cutoff))
+        return Features(self.norm(h), v)
 
 
 class PlainLayer(nn.Module):
@@ -44,7 +44,9 @@ class PlainLayer(nn.Module):
             self.first.bias.copy_(layer.receiver.bias)
         self.message, self.gate, self.move = layer.message, layer.gate, plain(layer.move)
 
-    def forward(self, h: Tensor, v: Tensor, edges: Tensor, r: Tensor, b: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, v: Tensor, edges: tuple[Tensor, Tensor], r: Tensor, b: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
         row, col = edges
         n = self.norm(h)
         x = r[:, None, :] + v[col] - v[row]
@@ -58,20 +60,19 @@ class PlainLayer(nn.Module):
         return h + self.node(torch.cat([n, m_sum, torch.log1p(torch.sum(v**2, dim=2))], dim=1)), v
 
 
-class PlainPaiNN(nn.Module):
+class PlainPaiNN(Encoder):
     """The plain form of a given encoder, with its weights."""
 
     def __init__(self, encoder: PaiNN):
         super().__init__()
-        self.hidden, self.vectors, self.cutoff = encoder.hidden, encoder.vectors, encoder.cutoff
+        self.degrees, self.cutoff = encoder.degrees, encoder.cutoff
         self.embedding, self.radial, self.norm = encoder.embedding, encoder.radial, encoder.norm
         self.layers = encoder.layers
 
-    def forward(self, batch: Batch) -> NodeFeatures:
-        s = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
-        v = batch.positions.new_zeros((len(s), self.vectors, 3))
-        r, (row, col) = edge_vectors(batch), batch.edges
-        d = torch.linalg.vector_norm(r, dim=1)
+    def forward(self, graph: Graph) -> Features:
+        s = self.embedding(graph.numbers, graph.charge, graph.spin, graph.structure)
+        v = graph.vectors.new_zeros((len(s), self.degrees[1], 3))
+        r, d, row, col = graph.vectors, graph.distances, graph.receivers, graph.senders
         direction = (r / d[:, None])[:, None, :]
         for layer in self.layers:
             w = layer.filter(self.radial(d)) * envelope(d, self.cutoff)
@@ -84,7 +85,7 @@ class PlainPaiNN(nn.Module):
             a, b, c = layer.update(torch.cat([layer.norm(s), torch.log1p(vv2)], dim=1)).chunk(3, dim=1)
             s = s + a + b * torch.sum(uv * vv, dim=2) / torch.sqrt(vv2 + 1.0)
             v = v + c[:, :, None] * uv
-        return NodeFeatures(self.norm(s), v)
+        return Features(self.norm(s), v)
 
 
 PLAIN = {"egnn": PlainEGNN, "painn": PlainPaiNN}

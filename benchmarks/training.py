@@ -28,7 +28,6 @@ from plain import PLAIN
 
 from multifid.data.loader import Source, TaskConfig, ahead, collate, open_sources
 from multifid.model.branch import BranchConfig
-from multifid.model.encoder import EncoderConfig
 from multifid.model.potential import ModelConfig, Potential
 from multifid.parallel.gradients import Gradients, Part
 from multifid.parallel.groups import alone
@@ -75,7 +74,7 @@ def potential_of(width: int, encoder: str = "egnn", forces: str = "direct") -> P
     heads = HEADS.get(width, width)
     config = ModelConfig(
         cutoff=CUTOFF,
-        encoder=EncoderConfig(name=encoder, layers=4, hidden=width),
+        encoder={"name": encoder, "layers": 4, "hidden": width},
         branch=BranchConfig(hidden=[heads] * 3, forces=forces),
     )
     return Potential(config, ["task"], {"task": "task"}, seed=0).train()

@@ -6,6 +6,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: threads of severa
 
 from pathlib import Path
 
+# Processes that tests start find the encoders of another package too.
+os.environ["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{Path(__file__).parent / 'elsewhere'}"
+
 import numpy as np
 import pytest
 

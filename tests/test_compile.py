@@ -12,7 +12,6 @@ from multifid.config import parse_config
 from multifid.data.loader import TaskConfig, collate, open_sources
 from multifid.model.branch import BranchConfig
 from multifid.model.compiled import compile_training
-from multifid.model.encoder import EncoderConfig
 from multifid.model.inductor import options
 from multifid.model.layers import sum_over
 from multifid.model.potential import ModelConfig, Potential
@@ -32,7 +31,7 @@ BACKEND = "aot_eager"  # derives and calls what was written down, without the mi
 def potential_of(encoder="egnn", forces="direct", dtype=torch.float64, tasks=("apple", "berry", "cherry"), layers=2):
     config = ModelConfig(
         cutoff=CUTOFF,
-        encoder=EncoderConfig(**KINDS[encoder], layers=layers, hidden=12, vectors=None if encoder == "painn" else 3),
+        encoder={**KINDS[encoder], "layers": layers, "hidden": 12} | ({"vectors": 3} if "egnn" in encoder else {}),
         branch=BranchConfig(hidden=[10], forces=forces),
     )
     return Potential(config, list(tasks), {t: t for t in tasks}, seed=0).to(dtype).train()

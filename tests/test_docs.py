@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from multifid.config import Config, _section, load_config
+from multifid.model.encoders import DEFAULT, ENCODERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "config.md"
@@ -19,6 +20,13 @@ def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         inner = _section(field.annotation)
         key = f"{prefix}{name}"
+        if key == "model.encoder":
+            what = "the message-passing network, of this package or announced by another; each has its own keys"
+            rows.append(f"| `{key}.name` | {', '.join(ENCODERS)}, ... | `{DEFAULT}` | {what} |")
+            for encoder_name, encoder in ENCODERS.items():
+                own = reference(encoder.Config, f"{encoder_name}: {key}.")
+                rows += [row.replace(f"`{encoder_name}: ", f"{encoder_name}: `") for row in own[1:]]
+            continue
         if inner is not None:
             many = "dict[" in str(field.annotation)
             rows += reference(inner, f"{key}.<name>." if many else f"{key}.")

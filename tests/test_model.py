@@ -9,8 +9,9 @@ import torch
 from ase.build import bulk
 from scipy.stats import ortho_group
 
+from multifid.graphs.graph import completed, graph_of
 from multifid.model.branch import BranchConfig
-from multifid.model.encoder import ENCODERS, EncoderConfig, build_encoder
+from multifid.model.encoders import ENCODERS, announced, build_encoder
 from multifid.model.layers import draw_weights
 from multifid.model.potential import ModelConfig, Potential
 from multifid.structures.batch import Batch
@@ -28,7 +29,10 @@ def the_same_draws_in_any_order_of_tests():
     RANDOM.bit_generator.state = np.random.default_rng(7).bit_generator.state
 
 
-KINDS = {name: {"name": name} for name in ENCODERS} | {"egnn with tensors": {"name": "egnn", "tensors": 3}}
+# One is of another package (tests/elsewhere): scalars only, triplets.
+KINDS = {name: {"name": name} for name in [*ENCODERS, "angular"]} | {
+    "egnn with tensors": {"name": "egnn", "tensors": 3}
+}
 every_model = pytest.mark.parametrize(("encoder", "forces"), list(itertools.product(KINDS, FORCES)))
 every_encoder = pytest.mark.parametrize("encoder", list(KINDS))
 
@@ -36,7 +40,7 @@ every_encoder = pytest.mark.parametrize("encoder", list(KINDS))
 def model_of(encoder, forces, branches=("a",), branch_of=None, seed=0, cutoff=CUTOFF, dtype=torch.float64):
     config = ModelConfig(
         cutoff=cutoff,
-        encoder=EncoderConfig(**KINDS[encoder], layers=2, hidden=12),
+        encoder={**KINDS[encoder], "layers": 2, "hidden": 12},
         branch=BranchConfig(hidden=[10, 10], forces=forces),
     )
     potential = Potential(config, list(branches), branch_of or {b: b for b in branches}, seed).to(dtype)
@@ -354,9 +358,7 @@ def test_an_empty_slice_predicts_nothing(encoder, forces):
 @every_model
 def test_untrained_predictions_are_of_the_size_of_the_labels(encoder, forces):
     """In molecules and in dense crystals: labels in scaled units are near one, and training starts from there."""
-    config = ModelConfig(
-        encoder=EncoderConfig(**KINDS[encoder]), branch=BranchConfig(hidden=[64, 64, 64], forces=forces)
-    )
+    config = ModelConfig(encoder={**KINDS[encoder]}, branch=BranchConfig(hidden=[64, 64, 64], forces=forces))
     crystal = bulk("Fe", "bcc", 2.87, cubic=True).repeat(2)
     crystal.rattle(0.1, seed=0)
     systems = [system(16, spread=5.0), (crystal.numbers, crystal.positions, np.asarray(crystal.cell), True, 0, 1)]
@@ -370,7 +372,7 @@ def test_untrained_predictions_are_of_the_size_of_the_labels(encoder, forces):
 @every_model
 def test_weights_depend_on_seed_and_name_alone(encoder, forces):
     config = ModelConfig(
-        encoder=EncoderConfig(**KINDS[encoder], layers=1, hidden=8), branch=BranchConfig(hidden=[6], forces=forces)
+        encoder={**KINDS[encoder], "layers": 1, "hidden": 8}, branch=BranchConfig(hidden=[6], forces=forces)
     )
 
     def weights(branches, seed=0):
@@ -450,7 +452,7 @@ def test_charge_and_spin_states_of_one_geometry_are_told_apart_by_training(encod
     z, x, cell, pbc, *_ = system(3)
     batch = batch_of(*((z, x, cell, pbc, charge, spin) for charge, spin in ((0, 1), (1, 2), (-1, 2), (0, 3))))
     energy = torch.tensor([0.0, 1.0, -1.0, 0.5], dtype=torch.float64)  # a blind model: 2.19 at best
-    config = ModelConfig(cutoff=CUTOFF, encoder=EncoderConfig(**KINDS[encoder], layers=1, hidden=12))
+    config = ModelConfig(cutoff=CUTOFF, encoder={**KINDS[encoder], "layers": 1, "hidden": 12})
     model = Potential(config, ["a"], {"a": "a"}, seed=0).double()
     optimizer = torch.optim.Adam(model.parameters(), 0.002)
     for _ in range(120):
@@ -461,18 +463,21 @@ def test_charge_and_spin_states_of_one_geometry_are_told_apart_by_training(encod
     assert error.detach().sum() < 0.2
 
 
-def test_vectors_are_the_encoders_choice():
-    assert build_encoder(EncoderConfig(name="egnn"), CUTOFF).vectors == 8
-    assert build_encoder(EncoderConfig(name="egnn", vectors=3), CUTOFF).vectors == 3
-    assert build_encoder(EncoderConfig(name="painn", hidden=16), CUTOFF).vectors == 16
-    assert build_encoder(EncoderConfig(name="painn", hidden=16, vectors=16), CUTOFF).vectors == 16
-    with pytest.raises(ValueError, match="as many vector channels as hidden units"):
-        build_encoder(EncoderConfig(name="painn", hidden=16, vectors=8), CUTOFF)
+def test_every_encoder_has_its_own_keys():
+    assert encoder_of(name="egnn").degrees == {0: 64, 1: 8}
+    assert encoder_of(name="egnn", vectors=3).degrees == {0: 64, 1: 3}
+    assert encoder_of(name="painn", hidden=16).degrees == {0: 16, 1: 16}
+    for key, value in (("tensors", 2), ("vectors", 8)):
+        with pytest.raises(ValueError, match=key):
+            encoder_of(name="painn", hidden=16, **{key: value})
+    written = {"name": "painn", "layers": 4, "hidden": 16, "vectors": None, "tensors": 0, "radial": 8}
+    assert encoder_of(**written).degrees == {0: 16, 1: 16}, "as configs of the first release say it"
+    assert encoder_of(**written | {"name": "egnn"}).degrees == {0: 16, 1: 8}
 
 
-def test_tensors_are_refused_by_an_encoder_that_has_none():
-    with pytest.raises(ValueError, match="painn has no tensors, got tensors: 2"):
-        build_encoder(EncoderConfig(name="painn", hidden=16, tensors=2), CUTOFF)
+def encoder_of(**config):
+    model = ModelConfig(cutoff=CUTOFF, encoder=config)
+    return build_encoder(model.encoder, model.cutoff)
 
 
 def test_with_tensors_atoms_see_what_distances_and_sums_of_vectors_do_not():
@@ -485,18 +490,46 @@ def test_with_tensors_atoms_see_what_distances_and_sums_of_vectors_do_not():
     systems = [
         (np.array([6, 1, 1, 1, 1]), np.vstack([np.zeros(3), x]), None, False, 0, 1) for x in (square, tetrahedron)
     ]
-    batch = batch_of(*systems, cutoff=3.0)
+    batch = batch_of(*systems, cutoff=3.0)  # of encoders with a larger one, which see no more
     assert batch.edges.shape[1] == 16
-    blind, seeing = (build_encoder(EncoderConfig(layers=1, hidden=8, tensors=tensors), 3.0) for tensors in (0, 2))
+    blind, seeing = (encoder_of(layers=1, hidden=8, tensors=tensors) for tensors in (0, 2))
     for encoder, same in ((blind, True), (seeing, False)):
         draw_weights(encoder, torch.Generator().manual_seed(0))
-        energies = encoder.double()(batch).scalars[[0, 5]]
+        energies = encoder.double()(graph_of(batch)).scalars[[0, 5]]
         assert torch.allclose(energies[0], energies[1], atol=TIGHT) == same
+
+
+def test_encoders_of_other_packages_are_found_and_broken_ones_named():
+    found, broken = announced()
+    assert set(found) == {"angular"} and set(broken) == {"broken"}
+    with pytest.raises(ValueError, match=r"'broken': angular:Nothing \(elsewhere-encoders\) cannot be loaded"):
+        encoder_of(name="broken")
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        encoder_of(name="angular", vectors=3)
+    with pytest.raises(ValueError, match=r"readout: layers reads .* so it must be last"):
+        ModelConfig(encoder={"name": "angular", "layers": 1}, branch={"readout": "layers"})
+
+
+@every_encoder
+def test_energies_may_be_read_out_after_every_layer(encoder):
+    config = ModelConfig(
+        cutoff=CUTOFF, encoder={**KINDS[encoder], "layers": 3, "hidden": 8}, branch={"readout": "layers"}
+    )
+    model, batch = Potential(config, ["a"], {"a": "a"}, seed=0).double(), batch_of(*mixed())
+    readouts = model.branches["a"].readouts
+    assert len(readouts) == 2
+    before = model(batch)["a"].energy
+    features = model.encoder(graph_of(completed(batch, model.encoder.needs)))
+    with torch.no_grad():
+        for readout in readouts:
+            readout.weight.zero_()
+    more = sum(x @ torch.zeros(8, dtype=torch.float64) for x in features.layers)  # of the right number and shape
+    assert more.shape == (len(batch.numbers),) and (model(batch)["a"].energy - before).abs().max() > 1e-6
 
 
 def test_wrong_configurations_are_named():
     with pytest.raises(ValueError, match="egnn, painn"):
-        EncoderConfig(name="schnet")
+        encoder_of(name="nonesuch")
     with pytest.raises(ValueError, match="not among"):
         Potential(ModelConfig(), ["a"], {"task": "b"}, seed=0)
     with pytest.raises(ValueError, match="must not be called 'train'"):

@@ -186,13 +186,13 @@ def test_stress_periodic_cells_and_tasks_of_one_store_on_ranks_equal_one_process
         assert_equal_to_one_process(one, many, tolerance=1e-10)
 
 
-def test_another_encoder_and_ranks_without_any_branch_equal_one_process(pool, five):
+@pytest.mark.parametrize(("encoder", "forces"), [("painn", "conservative"), ("angular", "direct")])
+def test_another_encoder_and_ranks_without_any_branch_equal_one_process(pool, five, encoder, forces):
     """A rank that holds the encoder only, the first one among them, still takes part in everything."""
-    painn = {"name": "painn", "layers": 1, "hidden": 8}
 
     def values(placement) -> dict:
-        out = values_of(five, 3, forces="conservative", placement=placement, max_edges=20)
-        out["model"] |= {"encoder": painn}
+        out = values_of(five, 3, forces=forces, placement=placement, max_edges=20)
+        out["model"] |= {"encoder": {"name": encoder, "layers": 1, "hidden": 8}}
         out["parallel"] |= {"allow_idle": True}
         return out
 

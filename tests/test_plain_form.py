@@ -6,11 +6,11 @@ import pytest
 import torch
 from plain import PLAIN, PlainEGNN, PlainLayer, segment_sum
 
-from multifid.model.encoder import EncoderConfig, build_encoder
-from multifid.model.encoders import edge_messages
-from multifid.model.encoders.egnn import TYPICAL_NEIGHBORS
-from multifid.model.layers import NodeFeatures, draw_weights, envelope
-from multifid.structures.batch import edge_vectors
+from multifid.graphs import edges as over
+from multifid.graphs.graph import graph_of
+from multifid.model.contract import Features
+from multifid.model.encoders import all_encoders, build_encoder
+from multifid.model.layers import TYPICAL_NEIGHBORS, draw_weights, envelope
 from test_model import CUTOFF, FORCES, KINDS, TIGHT, assert_close, batch_of, loss, mixed, model_of, system
 
 
@@ -21,14 +21,13 @@ class PlainTensors(PlainEGNN):
         super().__init__(encoder)
         self.layers = torch.nn.ModuleList(PlainTensorLayer(layer) for layer in encoder.layers)
 
-    def forward(self, batch):
-        h = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
-        v = batch.positions.new_zeros(len(h), self.vectors, 3)
-        r = edge_vectors(batch)
-        d = torch.linalg.vector_norm(r, dim=1)
+    def forward(self, graph):
+        h = self.embedding(graph.numbers, graph.charge, graph.spin, graph.structure)
+        v = graph.vectors.new_zeros(len(h), self.degrees[1], 3)
+        r, d, edges = graph.vectors, graph.distances, (graph.receivers, graph.senders)
         for k, layer in enumerate(self.layers):
-            h, v = layer(k, h, v, batch.edges, r, self.radial(d), envelope(d, self.cutoff))
-        return NodeFeatures(self.norm(h), v)
+            h, v = layer(k, h, v, edges, r, self.radial(d), envelope(d, self.cutoff))
+        return Features(self.norm(h), v)
 
 
 class PlainTensorLayer(PlainLayer):
@@ -101,8 +100,8 @@ def gradients(model, batch):
 @pytest.mark.parametrize("encoder", PLAIN_KINDS)
 def test_an_encoder_is_its_published_form(encoder, forces, tile, monkeypatch):
     """Widths that are padded (12 to 16), several tiles or one, atoms and structures without edges."""
-    monkeypatch.setattr(edge_messages, "TILE_EDGES", tile)
-    monkeypatch.setattr(edge_messages, "TILE_VALUES", tile)
+    monkeypatch.setattr(over, "TILE_EDGES", tile)
+    monkeypatch.setattr(over, "TILE_VALUES", tile)
     fast = model_of(encoder, forces).train()
     plain = copy.deepcopy(fast)
     plain.encoder = PLAIN_KINDS[encoder](plain.encoder)
@@ -135,7 +134,7 @@ def test_recomputed_activations_give_the_same_gradients(encoder, forces):
 @pytest.mark.parametrize(("name", "part"), [("egnn", 0.5), ("painn", 0.3)])
 def test_what_is_kept_for_the_backward_pass_is_little(name, part):
     """Bytes that autograd holds on to while training, where edges outweigh atoms."""
-    encoder = build_encoder(EncoderConfig(name=name, layers=2, hidden=64), CUTOFF)
+    encoder = build_encoder(all_encoders()[name].Config(layers=2, hidden=64), CUTOFF)
     draw_weights(encoder, torch.Generator().manual_seed(0))
     batch = batch_of(*[system(14) for _ in range(8)], dtype=torch.float32)
 
@@ -147,7 +146,7 @@ def test_what_is_kept_for_the_backward_pass_is_little(name, part):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model(batch)
+            model(graph_of(batch))
         return sum(x.untyped_storage().nbytes() for x in stored.values())
 
     assert kept(encoder) < part * kept(PLAIN[name](encoder))

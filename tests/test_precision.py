@@ -15,9 +15,8 @@ from multifid.data.loader import open_sources
 from multifid.model import potential as potential_file
 from multifid.model.branch import BranchConfig
 from multifid.model.compiled import compile_training
-from multifid.model.encoder import EncoderConfig
+from multifid.model.contract import Features
 from multifid.model.encoders.tensors import Invariants
-from multifid.model.layers import NodeFeatures
 from multifid.model.potential import ModelConfig, Potential
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
@@ -92,7 +91,7 @@ def usual_model(encoder, forces, layers=3):
     """As wide and deep as models are, with weights that are not symmetric by chance."""
     config = ModelConfig(
         cutoff=5.0,
-        encoder=EncoderConfig(**KINDS[encoder], layers=layers, hidden=64),
+        encoder={**KINDS[encoder], "layers": layers, "hidden": 64},
         branch=BranchConfig(hidden=[64, 64], forces=forces),
     )
     model, generator = Potential(config, ["a"], {"a": "a"}, seed=0), torch.Generator().manual_seed(1)
@@ -135,7 +134,7 @@ def test_invariants_and_energies_of_atoms_are_not_rounded(precision):
     exact = Invariants(4, 4)(v, t)
     with IN_LOW_PRECISION[precision](), torch.no_grad():
         assert torch.equal(Invariants(4, 4)(v, t), exact)
-        features = NodeFeatures(torch.randn(9, 12, generator=generator), torch.zeros(9, 8, 3))
+        features = Features(torch.randn(9, 12, generator=generator), torch.zeros(9, 8, 3))
         energy, _ = branch(features, torch.arange(9), 9)
     wanted = silu(seen[0]).double() @ last.weight[0].double() + last.bias.double()
     torch.testing.assert_close(energy.double(), wanted, rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from multifid.data.loader import TaskConfig
 from multifid.data.order import SamplingConfig
+from multifid.model.encoders import all_encoders
 from multifid.model.potential import ModelConfig
 from multifid.parallel.layout import ParallelConfig
 from multifid.train.loss import ObjectiveConfig
@@ -110,7 +111,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("dict[", "literal[")))
+    parts = [str(part) for part in error["loc"] if not str(part).startswith(("dict[", "literal["))]
+    if parts[:2] == ["model", "encoder"]:
+        del parts[2:3]  # the name by which the encoder's own keys were chosen
+    where = ".".join(parts)
     if error["type"] != "extra_forbidden":
         given = "" if isinstance(error.get("input"), dict) else f" (given: {error.get('input')!r})"
         return f"{where or 'config'}: {error['msg'].removeprefix('Value error, ')}{given}"
@@ -123,6 +127,8 @@ def _explain(error: Any) -> str:
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """The keys of the section that a location of a validation error names."""
     model: Any = Config
+    if location[:2] == ("model", "encoder") and len(location) > 2:
+        model, location = all_encoders()[location[2]].Config, ()
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             model = _section(model.model_fields[part].annotation)
@@ -130,7 +136,7 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 
 def _section(annotation: Any) -> Any:
-    """The config class inside an annotation such as `StudyConfig | None` or `dict[str, TaskConfig]`."""
+    """The config class inside an annotation such as `StudyConfig | None` or `dict[str, TaskConfig]`; the first one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     inside = [_section(a) for a in getattr(annotation, "__args__", ())]

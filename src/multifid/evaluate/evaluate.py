@@ -197,8 +197,8 @@ def edge_budget(potential: Potential, share: Share) -> int:
     """Edges of a batch, so that what a pass keeps of them stays within the memory."""
     if share.max_edges is not None:
         return share.max_edges
-    encoder, number = potential.config.encoder, next(potential.parameters())
-    of_edge = KEPT * encoder.hidden * encoder.layers * number.element_size()
+    encoder, number = potential.encoder, next(potential.parameters())
+    of_edge = KEPT * encoder.degrees[0] * max(encoder.depth, 1) * number.element_size()
     if share.device.type == "cpu":
         return max(1, min(EDGES, MEMORY // of_edge))
     free, _ = torch.accelerator.get_memory_info(share.device)

@@ -1,16 +1,23 @@
 """A branch: what belongs to one task, an energy head and a force head, on top of the shared encoder.
 
-It works in the task's own scaled units: energies are (E - references) / scale, forces F / scale.
+It works in the task's own scaled units: energies are (E - references) / scale, forces F / scale. Every encoder gives
+scalars, which suffice for energies and for forces that are their gradient. Direct forces are a weighted sum of the
+encoder's vectors; where it has none, of the unit vectors along the edges of each atom.
 """
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
-from multifid.model.layers import MLP, NodeFeatures, sum_over
+from multifid.graphs.edges import over_edges
+from multifid.graphs.graph import Graph
+from multifid.model.contract import Encoder, Features
+from multifid.model.layers import MLP, SILU_GAIN, TYPICAL_NEIGHBORS, Linear, RadialBasis, envelope, sum_over
 
 FIRST_GUESS = 0.1  # size of the untrained predictions: small, so that training starts near the reference energies
+RADIAL = 8  # radial basis functions of a force head over edges
 
 
 class BranchConfig(BaseModel):
@@ -19,36 +26,117 @@ class BranchConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden: list[PositiveInt] = Field(
-        default=[889, 889, 889], description="Widths of the fully connected layers of each head."
+        default=[64, 64, 64], description="Widths of the fully connected layers of each head."
     )
     forces: Literal["direct", "conservative"] = Field(
         default="direct",
         description="Forces from a head of their own, or minus the gradient of the energy (then also stress).",
     )
+    readout: Literal["last", "layers"] = Field(
+        default="last",
+        description="Energies from the features after the last layer, or also, by a linear map each, from those after "
+        "every layer before it.",
+    )
 
 
 class Branch(nn.Module):
-    """Energy head, and with direct forces a force head, over `hidden` scalars and `vectors` vectors per atom."""
+    """Energy head and, with direct forces, force head, for the features of one encoder.
 
-    def __init__(self, hidden: int, vectors: int, config: BranchConfig):
+    Raises ValueError where the encoder does not give what the heads read.
+    """
+
+    def __init__(self, encoder: Encoder, config: BranchConfig, cutoff: float):
         super().__init__()
+        hidden, vectors = encoder.degrees[0], encoder.degrees.get(1)
+        if config.readout == "layers" and not encoder.readouts:
+            raise ValueError(
+                "model.branch.readout: layers reads the features after every layer; "
+                f"{type(encoder).__name__} gives those after the last one only, so it must be last"
+            )
         self.energy = MLP([hidden, *config.hidden, 1], last_gain=FIRST_GUESS)
-        self.forces = (
-            MLP([hidden, *config.hidden, vectors], last_gain=FIRST_GUESS) if config.forces == "direct" else None
+        self.readouts = nn.ModuleList(
+            Linear(hidden, 1, gain=FIRST_GUESS) for _ in range(encoder.readouts if config.readout == "layers" else 0)
         )
+        self.forces: nn.Module | None = None
+        if config.forces == "direct" and vectors is not None:
+            self.forces = MLP([hidden, *config.hidden, vectors], last_gain=FIRST_GUESS)
+        elif config.forces == "direct":
+            self.forces = EdgeForces(hidden, config.hidden, cutoff)
 
-    def forward(self, features: NodeFeatures, structure: Tensor, structures: int) -> tuple[Tensor, Tensor | None]:
+    @property
+    def reads_edges(self) -> bool:
+        """Whether a pass needs the graph."""
+        return isinstance(self.forces, EdgeForces)
+
+    def forward(
+        self, features: Features, structure: Tensor, structures: int, graph: Graph | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Energies (S,), summed over the atoms of each structure, and direct forces (N, 3) or None.
 
-        `structure` (N,) is the structure of each atom, counted from the first one of this branch.
+        structure: (N,), the structure of each atom, counted from the first one of this branch. graph: of the same
+        atoms, for heads that read edges.
         """
-        energy = sum_over(self._energy_of_atoms(features.scalars), structure, structures)
+        of_atoms = self._energy_of_atoms(features)
+        energy = sum_over(of_atoms, structure, structures)
         if self.forces is None:
             return energy, None
+        if self.reads_edges:
+            return energy, self.forces(features.scalars, graph)
+        assert features.vectors is not None
         weights = self.forces(features.scalars)  # (N, C): scalars times vectors turn with the structure
         return energy, (weights[:, :, None] * features.vectors).sum(dim=1)
 
-    def _energy_of_atoms(self, scalars: Tensor) -> Tensor:
-        """(N, H) -> (N,). The last map is no product of matrices, which autocast would round to bfloat16."""
+    def _energy_of_atoms(self, features: Features) -> Tensor:
+        """(N,). The last maps are no products of matrices, which autocast would round to bfloat16."""
         last = self.energy.linears()[-1]
-        return (self.energy.before_last(scalars) * last.weight[0]).sum(dim=1) + last.bias
+        energy = (self.energy.before_last(features.scalars) * last.weight[0]).sum(dim=1) + last.bias
+        for readout, scalars in zip(self.readouts, features.layers if len(self.readouts) else (), strict=True):
+            assert isinstance(readout, Linear)
+            energy = energy + (scalars * readout.weight[0]).sum(dim=1) + readout.bias
+        return energy
+
+
+class EdgeForces(nn.Module):
+    """Direct forces without vectors: a sum over the edges of each atom of unit vectors times learned weights.
+
+        F_i = 1/sqrt(M) sum_j u_ij phi(s_i, s_j, b(|r_ij|)) r_ij / |r_ij|
+
+    u is the cutoff envelope, b the radial basis; phi has one hidden layer per width, the first of which is linear in
+    the features of both atoms. The forces rotate with the structure; their sum need not vanish.
+    """
+
+    def __init__(self, width: int, hidden: list[int], cutoff: float):
+        super().__init__()
+        self.cutoff = cutoff
+        self.radial = RadialBasis(RADIAL, cutoff)
+        self.receiver = Linear(width, hidden[0], gain=SILU_GAIN)
+        self.sender = Linear(width, hidden[0], bias=False, gain=SILU_GAIN)
+        self.pair = Linear(RADIAL, hidden[0], bias=False, gain=SILU_GAIN)
+        self.rest = MLP([*hidden, 1], last_gain=FIRST_GUESS)
+
+    def forward(self, scalars: Tensor, graph: Graph) -> Tensor:
+        """scalars (N, H) -> forces (N, 3)."""
+        basis, u = self.radial(graph.distances), envelope(graph.distances, self.cutoff)
+        forces = over_edges(
+            _edge_forces,
+            graph.receivers,
+            graph.senders,
+            graph.atoms,
+            u,
+            width=self.receiver.out_features,
+            receivers=[self.receiver(scalars).to(u.dtype)],
+            senders=[self.sender(scalars).to(u.dtype)],
+            edges=[basis, graph.vectors / graph.distances[:, None]],
+            weights=[self.pair.weight, *(p for linear in self.rest.linears() for p in (linear.weight, linear.bias))],
+        )[0]
+        return forces / TYPICAL_NEIGHBORS**0.5
+
+
+def _edge_forces(
+    a: Tensor, c: Tensor, u: Tensor, basis: Tensor, direction: Tensor, pair: Tensor, *maps: Tensor
+) -> tuple[Tensor]:
+    """(T, 3); a, c (T, K): of receivers and senders; maps: weight and bias of each further linear map."""
+    x = a + c + nn.functional.linear(basis, pair)
+    for weight, bias in zip(maps[::2], maps[1::2], strict=True):
+        x = nn.functional.linear(silu(x), weight, bias)
+    return ((u * x) * direction,)

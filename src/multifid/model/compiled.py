@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, functionalize
 
-from multifid.model.encoders.edge_messages import untiled
+from multifid.graphs.edges import untiled
+from multifid.graphs.graph import Graph, completed
+from multifid.model.contract import Features
 from multifid.model.inductor import options
-from multifid.model.layers import NodeFeatures
 from multifid.model.potential import Potential, Prediction
 from multifid.structures.batch import TENSORS, Batch
 
@@ -58,6 +59,7 @@ class Lists:
     def __init__(self, backend: str | Callable, options: dict[str, Any]) -> None:
         self.backend, self.options = backend, options
         self.compiled: dict[Hashable, Function] = {}
+        self.of_one: set[type] = set()  # layers that give one tensor
         self.writing = False
 
     @property
@@ -132,15 +134,23 @@ class _With(nn.Module):
 
 
 class _Layer:
-    """The forward pass of a layer of the encoder: tensors to tensors."""
+    """The forward pass of a layer of the encoder: tensors to tensors, or to one."""
 
     def __init__(self, layer: nn.Module, lists: Lists) -> None:
         self.layer, self.forward, self.lists = layer, layer.forward, lists
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         if not self.lists.wanted:
             return self.forward(*inputs)
-        return tuple(self.lists(_settings(self.layer), self.layer, list(inputs), self.forward))
+        outputs = self.lists(_settings(self.layer), self.layer, list(inputs), self.call)
+        return outputs[0] if type(self.layer) in self.lists.of_one else tuple(outputs)
+
+    def call(self, *inputs: Tensor) -> Sequence[Tensor]:
+        outputs = self.forward(*inputs)
+        if not isinstance(outputs, Tensor):
+            return outputs
+        self.lists.of_one.add(type(self.layer))
+        return [outputs]
 
 
 class _Branch:
@@ -149,14 +159,18 @@ class _Branch:
     def __init__(self, branch: nn.Module, lists: Lists) -> None:
         self.branch, self.forward, self.lists = branch, branch.forward, lists
 
-    def __call__(self, features: NodeFeatures, structure: Tensor, structures: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, features: Features, structure: Tensor, structures: int, graph: Graph | None = None
+    ) -> tuple[Tensor, Tensor]:
         if not self.lists.wanted:
-            return self.forward(features, structure, structures)
+            return self.forward(features, structure, structures, graph)
+        of_graph = [] if graph is None else list(graph.tensors())
 
-        def call(scalars: Tensor, vectors: Tensor, structure: Tensor) -> Sequence[Tensor]:
-            return self.forward(NodeFeatures(scalars, vectors), structure, structures)
+        def call(structure: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+            edges = None if graph is None else Graph(*tensors[: len(of_graph)])
+            return self.forward(features.with_tensors(tensors[len(of_graph) :]), structure, structures, edges)
 
-        inputs = [features.scalars, features.vectors, structure]
+        inputs = [structure, *of_graph, *features.tensors()]
         energy, forces = self.lists(("branch", structures), self.branch, inputs, call)
         return energy, forces
 
@@ -171,15 +185,18 @@ class _Conservative:
         if not (self.lists.wanted and self.potential.training and batch.structures):
             return self.forward(batch, stress)
 
+        batch = completed(batch, self.potential.encoder.needs)
+        names = [name for name in (*TENSORS, "reverse", "triplets") if getattr(batch, name) is not None]
+
         def call(*inputs: Tensor) -> Sequence[Tensor]:
-            tensors: dict[str, Any] = dict(zip(TENSORS, inputs, strict=True))
+            tensors: dict[str, Any] = dict(zip(names, inputs, strict=True))
             with torch.enable_grad():  # of the energy, for forces and stress
                 predictions = self.forward(replace(batch, **tensors), stress)
             parts = ((p.energy, p.forces, p.stress) for p in predictions.values())
             return [x for part in parts for x in part if x is not None]
 
         places = tuple((t, s.start, s.stop, a.start, a.stop) for t, (s, a) in batch.slices.items())
-        inputs = [getattr(batch, name) for name in TENSORS]
+        inputs = [getattr(batch, name) for name in names]
         outputs = iter(self.lists((places, stress), self.potential, inputs, call))
         return {
             task: Prediction(next(outputs), next(outputs), next(outputs) if stress else None) for task in batch.slices

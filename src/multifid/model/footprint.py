@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from multifid.model.encoders.edge_messages import TILED, edges_of_tile
+from multifid.graphs.edges import TILED, edges_of_tile
+from multifid.graphs.graph import GraphNeeds
+from multifid.model.encoders import build_encoder
 from multifid.model.potential import ModelConfig, Potential
 from multifid.structures.batch import Batch, Targets
 
@@ -109,7 +111,8 @@ def footprint(
         return max(1, min(atoms, round(edges / max(edges_per_atom, 1 / atoms))))
 
     n, e = atoms, int(atoms * edges_per_atom)
-    tile = edges_of_tile(config.encoder.hidden)
+    with torch.device("meta"):
+        tile = edges_of_tile(build_encoder(config.encoder, config.cutoff).degrees[0])
     if processor:
         e = min(e, tile * (TILES_OF_AUTOGRAD if config.branch.forces == "conservative" else TILES))
         n = atoms_with(e)
@@ -150,7 +153,7 @@ def count(config: ModelConfig, size: Size, dtype: torch.dtype, processor: bool) 
         for p in potential.parameters():
             p.grad = torch.zeros_like(p)
         with _counting(potential) as counts:
-            batch = _batch(tasks, int(size.atoms), int(size.edges), dtype, shared)
+            batch = _batch(tasks, int(size.atoms), int(size.edges), dtype, shared, potential.encoder.needs)
             predictions = potential(batch)
             loss = sum(p.energy.abs().sum() + p.forces.abs().sum() for p in predictions.values())
             counts.phase = "backward"
@@ -181,7 +184,7 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _batch(tasks: list[str], atoms: int, edges: int, dtype: torch.dtype, shared: bool) -> Batch:
+def _batch(tasks: list[str], atoms: int, edges: int, dtype: torch.dtype, shared: bool, needs: GraphNeeds) -> Batch:
     """A batch of structures of equal size; `shared`: every task labels all of them, else each labels its part."""
     s = -(-atoms // PER_STRUCTURE)
     cuts = [0, s] if shared else [s * k // len(tasks) for k in range(len(tasks) + 1)]
@@ -195,6 +198,8 @@ def _batch(tasks: list[str], atoms: int, edges: int, dtype: torch.dtype, shared:
         )
         for task, (where, at) in slices.items()
     }
+
+    triplets = round(edges * max(edges / max(atoms, 1) - 1.0, 0.0))  # every edge meets all others of its sender but one
 
     def integers(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64)
@@ -211,6 +216,11 @@ def _batch(tasks: list[str], atoms: int, edges: int, dtype: torch.dtype, shared:
         shifts=torch.zeros(edges, 3, dtype=dtype),
         slices=slices,
         targets=targets,
+        reverse=integers(edges) if needs.reverse else None,
+        triplets=integers(2, triplets) if needs.triplets else None,
+        edge_slices={
+            t: slice(edges * a.start // max(atoms, 1), edges * a.stop // max(atoms, 1)) for t, (_, a) in slices.items()
+        },
     )
 
 

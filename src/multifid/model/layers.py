@@ -5,7 +5,6 @@ from the same numbers whatever else is built beside it and whatever the global r
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from multifid.structures.elements import MAX_Z
 
+TYPICAL_NEIGHBORS = 16.0  # sums over neighbours are divided by this constant, never by their number
 LARGEST_CHARGE = 15  # e: beyond, a structure is embedded as a neutral one
 LARGEST_SPIN = 31  # multiplicity: beyond, as a singlet
-
-
-@dataclass(slots=True)
-class NodeFeatures:
-    """What an encoder says of each atom."""
-
-    scalars: Tensor  # (N, H): unchanged by translation, rotation, reflection
-    vectors: Tensor  # (N, C, 3): turn with the structure
 
 
 class Linear(nn.Linear):

@@ -7,14 +7,17 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from multifid.graphs.graph import Graph, completed, graph_of
 from multifid.model.branch import Branch, BranchConfig
-from multifid.model.encoder import EncoderConfig, build_encoder
-from multifid.model.layers import NodeFeatures, draw_weights
+from multifid.model.contract import Features
+from multifid.model.encoders import DEFAULT, AnyEncoderConfig, all_encoders, build_encoder, why_unknown
+from multifid.model.layers import draw_weights
 from multifid.structures.batch import Batch, rows_times_matrices
 from multifid.structures.cells import FLAT
 
@@ -25,8 +28,27 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cutoff: float = Field(default=5.0, gt=0, description="Atoms closer than this exchange messages, angstrom.")
-    encoder: EncoderConfig = Field(default_factory=EncoderConfig, description="The shared encoder.")
+    encoder: AnyEncoderConfig = Field(
+        default={"name": DEFAULT}, validate_default=True, description="The shared encoder."
+    )
     branch: BranchConfig = Field(default_factory=BranchConfig, description="The branches, all of one shape.")
+
+    @field_validator("encoder", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = {"name": DEFAULT} | value
+        if value["name"] not in all_encoders():
+            raise ValueError(why_unknown(value["name"]))
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelConfig":
+        """Build both once without memory: what an encoder or a head refuses is refused when a config is read."""
+        with torch.device("meta"):
+            Branch(build_encoder(self.encoder, self.cutoff), self.branch, self.cutoff)
+        return self
 
 
 @dataclass(slots=True)
@@ -58,8 +80,7 @@ class Potential(nn.Module):
         # What surrounds the gradient that gives conservative forces, for those who hook into backward passes.
         self.inner_gradient: Callable[[], AbstractContextManager] = nullcontext
         self.encoder = build_encoder(config.encoder, config.cutoff)
-        width, vectors = self.encoder.hidden, self.encoder.vectors
-        self.branches = nn.ModuleDict({name: Branch(width, vectors, config.branch) for name in branches})
+        self.branches = nn.ModuleDict({n: Branch(self.encoder, config.branch, config.cutoff) for n in branches})
         draw_weights(self.encoder, generator_for(seed, "encoder"))
         for name, branch in self.branches.items():
             draw_weights(branch, generator_for(seed, f"branch {name}"))
@@ -75,17 +96,21 @@ class Potential(nn.Module):
     def forward(self, batch: Batch, stress: bool = False) -> dict[str, Prediction]:
         """The predictions of every task in `batch.slices`; with `stress` also stresses, if forces are conservative."""
         if self.config.branch.forces == "direct":
-            features = self.encoder(batch)
+            batch = completed(batch, self.encoder.needs)
+            graph = graph_of(batch)
+            features = self.encoder(graph)
             # A backward pass begins with what was computed last: gradients arrive in the order of the tasks.
-            heads = {task: self._branch(task, features, batch) for task in reversed(batch.slices)}
+            heads = {task: self._branch(task, features, batch, graph) for task in reversed(batch.slices)}
             return {task: Prediction(*heads[task], None) for task in batch.slices}
         return self._conservative(batch, stress)
 
-    def _branch(self, task: str, features: NodeFeatures, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _branch(self, task: str, features: Features, batch: Batch, graph: Graph) -> tuple[Tensor, Tensor]:
         structures, atoms = batch.slices[task]
-        mine = NodeFeatures(features.scalars[atoms], features.vectors[atoms])
+        branch = self.branches[self.branch_of[task]]
+        assert batch.edge_slices is not None
+        part = graph.part(structures, atoms, batch.edge_slices[task]) if branch.reads_edges else None
         first, last = structures.start, structures.stop
-        return self.branches[self.branch_of[task]](mine, batch.structure[atoms] - first, last - first)
+        return branch(features.part(atoms), batch.structure[atoms] - first, last - first, part)
 
     def _conservative(self, batch: Batch, stress: bool) -> dict[str, Prediction]:
         """Forces -dE/dx and stress dE/dstrain / volume, differentiable again while training."""
@@ -98,8 +123,10 @@ class Potential(nn.Module):
                 if stress
                 else replace(batch, positions=positions)
             )
-            features = self.encoder(strained)
-            energies = {task: self._branch(task, features, strained)[0] for task in batch.slices}
+            strained = completed(strained, self.encoder.needs)
+            graph = graph_of(strained)
+            features = self.encoder(graph)
+            energies = {task: self._branch(task, features, strained, graph)[0] for task in batch.slices}
             wanted = [positions, strain] if stress else [positions]
             predictions = {}
             rounds = _without_overlap(batch.slices)

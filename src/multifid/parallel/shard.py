@@ -30,7 +30,6 @@ One rank is a group of one: its piece is the whole, and nothing is done.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -81,12 +80,9 @@ class Shards:
         """Around the features: a gate for the gradient that comes back, and the zero that carries one."""
         if not (encoder.training and torch.is_grad_enabled()):
             return output
-        names = [field.name for field in fields(output)]
-        gated = Gate.apply(
-            lambda: self.before_encoder() if self._reducing else None, *(getattr(output, n) for n in names)
-        )
+        gated = Gate.apply(lambda: self.before_encoder() if self._reducing else None, *output.tensors())
         self._zero = sum((0.0 * tensor.sum() for tensor in gated), gated[0].new_zeros(()))
-        return replace(output, **dict(zip(names, gated, strict=True)))
+        return output.with_tensors(gated)
 
     def touch(self) -> Tensor:
         """Zero, made of all features of the last forward pass: its gradient goes through all layers."""

@@ -62,6 +62,9 @@ class Batch:
     slices: dict[str, tuple[slice, slice]] = field(default_factory=dict)  # task -> (structures, atoms)
     targets: dict[str, Targets] = field(default_factory=dict)
     labels: Labels | None = None  # the targets once more, as sums over them want them: see `laid_out`
+    reverse: Tensor | None = None  # (E,) int64, where an encoder needs it: see `graphs/graph.py`
+    triplets: Tensor | None = None  # (2, T) int64, likewise
+    edge_slices: dict[str, slice] | None = None  # of each task, for heads that read edges: see `completed`
 
     @property
     def structures(self) -> int:
@@ -82,7 +85,8 @@ class Batch:
         tensors = {name: move(getattr(self, name)) for name in TENSORS}
         targets = {t: Targets(move(y.energy), maybe(y.forces), maybe(y.stress)) for t, y in self.targets.items()}
         labels = None if self.labels is None else self.labels.moved(move)
-        return replace(self, targets=targets, labels=labels, **tensors)  # type: ignore[arg-type]
+        more = {"reverse": maybe(self.reverse), "triplets": maybe(self.triplets)}
+        return replace(self, targets=targets, labels=labels, **more, **tensors)  # type: ignore[arg-type]
 
 
 def laid_out(batch: Batch, number: Mapping[str, int]) -> Batch:

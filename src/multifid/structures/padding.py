@@ -52,6 +52,7 @@ def pad(batch: Batch, cutoff: float) -> Batch:
     size, size_of_atoms = size_for(len(structures) + more_structures), size_for(len(owner))
     owner = torch.cat([owner, owner.new_full((size_of_atoms - len(owner),), size - 1)])
     edges, shifts = _edges(batch, atoms, size_of_atoms)
+    reverse, triplets = _reverse_and_triplets(batch, edges.shape[1])
     return replace(
         batch,
         numbers=_filled(batch.numbers, atoms, size_of_atoms, 0),
@@ -63,6 +64,8 @@ def pad(batch: Batch, cutoff: float) -> Batch:
         structure=owner,
         edges=edges,
         shifts=shifts,
+        reverse=reverse,
+        triplets=triplets,
         slices={task: slices[_place(x)] for task, x in batch.slices.items()},
         targets={task: _without_labels(y, slices[_place(batch.slices[task])]) for task, y in batch.targets.items()},
     )
@@ -85,13 +88,24 @@ def _filled(x: Tensor, kept: Tensor, size: int, value: Tensor | float) -> Tensor
 
 def _edges(batch: Batch, atoms: Tensor, size_of_atoms: int) -> tuple[Tensor, Tensor]:
     """Edges and shifts; those that are filled in are spread over the padding atoms at the end."""
-    missing = size_for(batch.edges.shape[1]) - batch.edges.shape[1]
+    missing = size_for(batch.edges.shape[1] + (batch.triplets is not None)) - batch.edges.shape[1]
     last = int(atoms[-1]) + 1
     device = batch.edges.device  # they may have been made where the batch will be processed
     own = last + torch.arange(missing, device=device) * (size_of_atoms - last) // max(missing, 1)
     image = batch.shifts.new_tensor([1.0, 0.0, 0.0]).expand(missing, 3)
     edges = torch.cat([atoms.to(device)[batch.edges], torch.stack([own, own])], dim=1)
     return edges, torch.cat([batch.shifts, image])
+
+
+def _reverse_and_triplets(batch: Batch, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Those of a batch, where it has them, for so many edges: a padding edge is its own reverse, and joins itself."""
+    reverse, triplets = batch.reverse, batch.triplets
+    if reverse is not None:
+        reverse = torch.cat([reverse, torch.arange(len(reverse), size, device=reverse.device)])
+    if triplets is not None:
+        missing = size_for(triplets.shape[1]) - triplets.shape[1]
+        triplets = torch.cat([triplets, triplets.new_full((2, missing), size - 1)], dim=1)
+    return reverse, triplets
 
 
 def _without_labels(targets: Targets, place: tuple[slice, slice]) -> Targets:

@@ -12,7 +12,7 @@ from multifid.config import Config
 from multifid.data.loader import Source, edge_costs
 from multifid.data.order import Draw
 from multifid.model.branch import Branch
-from multifid.model.encoder import build_encoder
+from multifid.model.encoders import build_encoder
 from multifid.parallel.layout import GIB, Load, Memory
 from multifid.parallel.shard import elements, layers_of
 from multifid.train.soap import bases_of
@@ -105,7 +105,7 @@ def _modules(config: Config) -> tuple[nn.Module, nn.Module]:
     """Encoder and branch without memory."""
     with torch.device("meta"):
         encoder = build_encoder(config.model.encoder, config.model.cutoff)
-        return encoder, Branch(encoder.hidden, encoder.vectors, config.model.branch)
+        return encoder, Branch(encoder, config.model.branch, config.model.cutoff)
 
 
 def bytes_per_parameter(config: Config) -> int:

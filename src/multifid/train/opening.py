@@ -60,7 +60,8 @@ def _place(world: World) -> str:
 
 def _model(config: Config) -> str:
     encoder, branch = config.model.encoder, config.model.branch
-    size = f"{encoder.name}, layers {encoder.layers}, hidden {encoder.hidden}"
+    size = ", ".join(f"{key} {value}" for key, value in encoder if key != "name")
+    size = f"{encoder.name}, {size}" if size else encoder.name
     return f"{size}; branches {'-'.join(map(str, branch.hidden))}, {branch.forces} forces; cutoff {config.model.cutoff}"
 
 

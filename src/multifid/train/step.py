@@ -17,6 +17,7 @@ from torch import Tensor
 
 from multifid.data.loader import collate
 from multifid.evaluate.metrics import SIZE, Errors, error_sums
+from multifid.graphs.graph import completed
 from multifid.model.potential import Potential
 from multifid.parallel.gradients import Gradients
 from multifid.parallel.groups import Group
@@ -198,6 +199,7 @@ class Trainer:
         """A batch as a step wants it; the threads that prepare batches do it ahead, and then it is done."""
         if batch.labels is not None:
             return batch
+        batch = completed(batch, self.potential.encoder.needs)
         batch = pad(batch, self.potential.config.cutoff) if self.padded else batch
         batch = laid_out(batch, self.number).to(dtype=self._dtype)
         return batch if self.device.type == "cpu" else batch.moved(pinned)

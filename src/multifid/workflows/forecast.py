@@ -227,7 +227,7 @@ def _waits(
     part = subject.footprint.of_branches(rank.size)
     if not sharded:
         return small + exposed(machine, last, part, groups, (ranks, float(encoder)), BUCKET_BYTES)
-    layers = max(1, subject.model.encoder.layers)
+    layers = max(1, getattr(subject.model.encoder, "layers", 1))
     moved = collective(machine, ranks, encoder, rounds=_rounds(subject))
     hidden = machine.overlap * min(moved * (1 - 1 / layers), (forward + backward) * (1 - 1 / layers))
     return small + moved - hidden + exposed(machine, last, part, groups, (1, 0.0), BUCKET_BYTES)

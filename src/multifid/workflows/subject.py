@@ -17,7 +17,7 @@ from multifid.data.loader import Source, edge_costs
 from multifid.data.order import Draw
 from multifid.data.store import Store
 from multifid.model.branch import Branch
-from multifid.model.encoder import build_encoder
+from multifid.model.encoders import build_encoder
 from multifid.model.footprint import Footprint, Size, footprint
 from multifid.model.potential import ModelConfig
 from multifid.parallel.machines import Machine
@@ -143,7 +143,7 @@ def make_subject(
     """A run from plain numbers, without stores. near: about the atoms of a rank's batch.  processor: no accelerator."""
     with torch.device("meta"):
         encoder = build_encoder(model.encoder, model.cutoff)
-        branch = Branch(encoder.hidden, encoder.vectors, model.branch)
+        branch = Branch(encoder, model.branch, model.cutoff)
     beside = gathered(encoder, model.branch.forces == "conservative", max_edges is not None)
     atoms = sum(load.structures * load.atoms for load in tasks.values())
     edges = sum(load.structures * load.edges for load in tasks.values())

@@ -21,57 +21,96 @@ see more. With y_ij the quadratic harmonics of r_ij / sqrt(|r_ij|^2 + 1):
     phi_h      also of  the inner products of vectors and of tensors, and v T v
 """
 
-import torch
-from torch import Tensor, nn
+from typing import Any, Literal
 
-from multifid.model.encoders.edge_messages import EdgeWeights, aligned, messages, pad_columns, padded
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from multifid.graphs.edges import faster_form_of, over_edges
+from multifid.graphs.graph import Graph
+from multifid.model.contract import Encoder, EncoderConfig, Features
 from multifid.model.encoders.tensors import Invariants, along, bounded, harmonics
+from multifid.model.kernels import egnn as kernels
+from multifid.model.kernels.egnn import EdgeWeights, aligned, matmul_type, pad_columns, padded
 from multifid.model.layers import (
     MLP,
     SILU_GAIN,
+    TYPICAL_NEIGHBORS,
     LayerNorm,
     Linear,
     NodeEmbedding,
-    NodeFeatures,
     RadialBasis,
     call,
     envelope,
     sum_over,
 )
-from multifid.structures.batch import Batch, edge_vectors
-
-TYPICAL_NEIGHBORS = 16.0  # M
 
 
-class EGNN(nn.Module):
-    """Scalars of width `hidden` and `vectors` vector channels per atom (8 if not given) after `layers` layers."""
+class EGNN(Encoder):
+    """Scalars of width `hidden` and `vectors` vector channels per atom after `layers` layers."""
 
-    recompute = False  # keep nothing between the layers' ends for the backward pass
+    class Config(EncoderConfig):
+        name: Literal["egnn"] = "egnn"
+        layers: int = Field(default=4, ge=1, description="Rounds of message passing.")
+        hidden: int = Field(default=64, ge=1, description="Width of the scalar features and of the hidden layers.")
+        vectors: int = Field(default=8, ge=1, description="Vector channels per atom.")
+        tensors: int = Field(
+            default=0,
+            ge=0,
+            description="Channels of symmetric tensors per atom: with some, atoms and edges see the angles between "
+            "neighbours; 8 take about twice as long for a step, and learn more from few structures.",
+        )
+        radial: int = Field(default=8, ge=1, description="Radial basis functions of the distance.")
 
-    def __init__(self, layers: int, hidden: int, vectors: int | None, radial: int, cutoff: float, tensors: int = 0):
+        @field_validator("vectors", mode="before")
+        @classmethod
+        def _default(cls, value: Any) -> Any:
+            """Runs of the first release wrote down `null` for the default."""
+            return 8 if value is None else value
+
+    def __init__(self, config: Config, cutoff: float):
         super().__init__()
-        self.hidden = hidden
-        self.vectors = 8 if vectors is None else vectors
+        hidden, vectors, tensors, radial = config.hidden, config.vectors, config.tensors, config.radial
+        self.degrees = {0: hidden, 1: vectors}
+        self.readouts = config.layers - 1
         self.tensors = tensors
         self.cutoff = cutoff
         self.embedding = NodeEmbedding(hidden)
         self.radial = RadialBasis(radial, cutoff)
         self.layers = nn.ModuleList(
-            EGNNLayer(hidden, self.vectors, tensors, radial, cutoff, first=k == 0) for k in range(layers)
+            EGNNLayer(hidden, vectors, tensors, radial, cutoff, first=k == 0) for k in range(config.layers)
         )
         self.norm = LayerNorm(hidden)
 
-    def forward(self, batch: Batch) -> NodeFeatures:
-        h = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
-        v = batch.positions.new_zeros((len(h), self.vectors, 3))
-        i, j = batch.edges
-        r = edge_vectors(batch)
-        d = torch.linalg.vector_norm(r, dim=1)
+    def forward(self, graph: Graph) -> Features:
+        h = self.embedding(graph.numbers, graph.charge, graph.spin, graph.structure)
+        v = graph.vectors.new_zeros((graph.atoms, self.degrees[1], 3))
+        r, d = graph.vectors, graph.distances
         b, u = self.radial(d), envelope(d, self.cutoff)
         y = [harmonics(bounded(r))] if self.tensors else []
+        of_layers = []
         for layer in self.layers:
-            h, v = call(layer, self.recompute, h, v, i, j, r, b, u, *y)
-        return NodeFeatures(self.norm(h), v)
+            h, v = call(layer, self.recompute, h, v, graph.receivers, graph.senders, r, b, u, *y)
+            of_layers.append(h)
+        return Features(self.norm(h), v, layers=tuple(of_layers[:-1]))
+
+
+def edge_message(a: Tensor, c: Tensor, u: Tensor, f: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Messages times the envelope, (T, K), and the unscaled weights phi_x of edge vectors, (T, C).
+
+    a, c (T, K): the parts of the first map that depend on receiver and sender; u (T, 1): the envelope; f (T, P): the
+    part that depends on the pair.
+    """
+    kind = matmul_type(u)
+    w = EdgeWeights(*weights).to(kind)  # here, not before: gradients are added up over tiles in the weights' own type
+    n = silu(torch.addmm(w.message_bias, silu(torch.addmm((a + c).to(kind), f.to(kind), w.pair.t())), w.message.t()))
+    m = torch.sigmoid(torch.addmm(w.gate_bias, n, w.gate.t())) * n
+    return u * m, torch.addmm(w.weight_bias, silu(torch.addmm(w.move_bias, m, w.move.t())), w.weight.t())
+
+
+faster_form_of(edge_message)(kernels.messages)
 
 
 class EGNNLayer(nn.Module):
@@ -100,7 +139,7 @@ class EGNNLayer(nn.Module):
 
         With tensors also the harmonics y (E, 5).
         """
-        n, atoms, vectors = self.norm(h), len(h), v.shape[1]
+        n, atoms, vectors = self.norm(h), h.shape[0], v.shape[1]
         v_j, v_i = v.index_select(0, j), v.index_select(0, i)
         x = r[:, None, :] + v_j - v_i  # (E, C, 3)
         x2 = x.square().sum(dim=2)  # (E, C)
@@ -108,7 +147,19 @@ class EGNNLayer(nn.Module):
         of_receiver, of_sender = (pad_columns(x.to(u.dtype), width) for x in (self.receiver(n), self.sender(n)))
         angles = [] if self.angle is None else [along(v_i, r * self.per_area), along(v_j, r * self.per_area)]
         pair = torch.cat([x2 * self.per_area, b, *angles], dim=1)
-        m_sum, phi = messages(of_receiver, of_sender, pair, u, i, j, self.edge_weights(width))
+        m_sum, phi = over_edges(
+            edge_message,
+            i,
+            j,
+            atoms,
+            u,
+            width=width,
+            receivers=[of_receiver],
+            senders=[of_sender],
+            edges=[pair],
+            weights=self.edge_weights(width),
+            summed=(True, False),
+        )
 
         weight = u * phi[:, :vectors] * torch.rsqrt(x2 + 1.0)  # (E, C)
         v = v + sum_over(weight[:, :, None] * x, i, atoms) / TYPICAL_NEIGHBORS**0.5

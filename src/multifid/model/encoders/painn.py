@@ -13,56 +13,83 @@ takes |V v_i| and the bare product: the gradient of the one is undefined at zero
 with the square of v, which made forces of 1e7 scales out of untrained weights.
 """
 
+from typing import Any, Literal
+
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from multifid.model.encoders.painn_messages import messages
+from multifid.graphs.edges import faster_form_of, over_edges
+from multifid.graphs.graph import Graph
+from multifid.model.contract import Encoder, EncoderConfig, Features
+from multifid.model.kernels import painn as kernels
+from multifid.model.kernels.painn import filters
 from multifid.model.layers import (
     MLP,
+    TYPICAL_NEIGHBORS,
     LayerNorm,
     Linear,
     NodeEmbedding,
-    NodeFeatures,
     RadialBasis,
     call,
     envelope,
 )
-from multifid.structures.batch import Batch, edge_vectors
-
-TYPICAL_NEIGHBORS = 16.0  # M
 
 
-class PaiNN(nn.Module):
+class PaiNN(Encoder):
     """Scalars of width `hidden` and as many vector channels per atom after `layers` layers."""
 
-    recompute = False  # keep nothing between the layers' ends for the backward pass
+    class Config(EncoderConfig):
+        name: Literal["painn"] = "painn"
+        layers: int = Field(default=4, ge=1, description="Rounds of message passing.")
+        hidden: int = Field(default=64, ge=1, description="Width of the scalar features, and vector channels per atom.")
+        radial: int = Field(default=8, ge=1, description="Radial basis functions of the distance.")
 
-    def __init__(self, layers: int, hidden: int, vectors: int | None, radial: int, cutoff: float, tensors: int = 0):
+        @model_validator(mode="before")
+        @classmethod
+        def _without_former_keys(cls, values: Any) -> Any:
+            """Runs of the first release wrote down two keys of another encoder, with values that meant nothing here."""
+            former = {"tensors": (0,), "vectors": (None, values.get("hidden"))} if isinstance(values, dict) else {}
+            return {k: v for k, v in values.items() if v not in former.get(k, ())} if former else values
+
+    def __init__(self, config: Config, cutoff: float):
         super().__init__()
-        if vectors not in (None, hidden):
-            raise ValueError(
-                f"painn has as many vector channels as hidden units ({hidden}), got vectors: {vectors}; leave it out"
-            )
-        if tensors:
-            raise ValueError(f"painn has no tensors, got tensors: {tensors}; leave it out, or choose egnn")
-        self.hidden = self.vectors = hidden
+        hidden, radial = config.hidden, config.radial
+        self.degrees = {0: hidden, 1: hidden}
+        self.readouts = config.layers - 1
         self.cutoff = cutoff
         self.embedding = NodeEmbedding(hidden)
         self.radial = RadialBasis(radial, cutoff)
-        self.layers = nn.ModuleList(PaiNNLayer(hidden, radial) for _ in range(layers))
+        self.layers = nn.ModuleList(PaiNNLayer(hidden, radial) for _ in range(config.layers))
         self.norm = LayerNorm(hidden)
 
-    def forward(self, batch: Batch) -> NodeFeatures:
-        s = self.embedding(batch.numbers, batch.charge, batch.spin, batch.structure)
-        v = batch.positions.new_zeros((len(s), 3, self.vectors))
-        i, j = batch.edges
-        r = edge_vectors(batch)
-        d = torch.linalg.vector_norm(r, dim=1)
+    def forward(self, graph: Graph) -> Features:
+        s = self.embedding(graph.numbers, graph.charge, graph.spin, graph.structure)
+        v = graph.vectors.new_zeros((graph.atoms, 3, self.degrees[1]))
+        r, d = graph.vectors, graph.distances
         direction = r / d[:, None]
         basis, u = self.radial(d), envelope(d, self.cutoff)
+        of_layers = []
         for layer in self.layers:
-            s, v = call(layer, self.recompute, s, v, i, j, direction, basis, u)
-        return NodeFeatures(self.norm(s), v.transpose(1, 2).contiguous())
+            s, v = call(layer, self.recompute, s, v, graph.receivers, graph.senders, direction, basis, u)
+            of_layers.append(s)
+        return Features(self.norm(s), v.transpose(1, 2).contiguous(), layers=tuple(of_layers[:-1]))
+
+
+def edge_message(
+    phi: Tensor, v: Tensor, u: Tensor, direction: Tensor, basis: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor]:
+    """The scalar message of each edge and the three components of the vector one, (T, 4, H).
+
+    phi (T, 3, H) and v (T, 3, H): of the senders; envelope u (T, 1); direction (T, 3); basis (T, R); weight (3 H, R)
+    and bias (3 H,) of the filter.
+    """
+    a, b, c = (phi * filters(basis, u, weight, bias)).unbind(1)
+    moved = b[:, None] * v + c[:, None] * direction[:, :, None]
+    return (torch.cat([a[:, None], moved], dim=1).to(v.dtype),)
+
+
+faster_form_of(edge_message)(kernels.messages)
 
 
 class PaiNNLayer(nn.Module):
@@ -80,8 +107,18 @@ class PaiNNLayer(nn.Module):
         self, s: Tensor, v: Tensor, i: Tensor, j: Tensor, direction: Tensor, basis: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor]:
         """s (N, H), v (N, 3, H), receivers i and senders j (E,), direction (E, 3), basis (E, R), envelope u (E, 1)."""
-        phi = self.phi(self.norm(s)).view(len(s), 3, v.shape[2]).to(v.dtype)
-        message = messages(phi, v, direction, basis, u, i, j, self.filter.weight, self.filter.bias)
+        atoms, hidden = s.shape
+        (message,) = over_edges(
+            edge_message,
+            i,
+            j,
+            atoms,
+            u,
+            width=3 * hidden,
+            senders=[self.phi(self.norm(s)).view(atoms, 3, hidden).to(v.dtype), v],
+            edges=[direction, basis],
+            weights=[self.filter.weight, self.filter.bias],
+        )
         s = s + message[:, 0] / TYPICAL_NEIGHBORS
         v = v + message[:, 1:] / TYPICAL_NEIGHBORS**0.5
 

@@ -1,28 +1,23 @@
-"""What EGNN computes on edges, tile by tile, with its derivative.
+"""What EGNN computes on edges with its first derivative written out: the faster form of `egnn.edge_message`.
 
-Almost all arithmetic of the encoder is here. Edges are taken in tiles whose intermediate values stay in the
-processor's cache, matrix products have the row counts and widths that they run best at, and between forward and
-backward only three values per edge and hidden unit are kept (the inputs of the three SiLU; autograd would keep nine).
-The derivative is written out once; `tests/test_plain_form.py` holds it against autograd of the published form.
+Almost all arithmetic of the encoder is here. Matrix products have the row counts and widths that they run best at, and
+between forward and backward only three values per edge and hidden unit are kept (the inputs of the three SiLU; autograd
+would keep nine). `tests/test_plain_form.py` holds it against autograd of the published form.
 
 Second derivatives (forces that are minus the gradient of the energy, while training) are left to autograd, over the
-same forward expression: it merges the gradients of energy and forces before every matrix product.
+plain function: it merges the gradients of energy and forces before every matrix product.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, silu
 
+from multifid.graphs.edges import wide
+
 ALIGNMENT = 16  # widths are padded with zeros to a multiple: 866 runs at two thirds of the speed of 880
-TILE_EDGES = 1024  # at least so many edges in a tile: enough rows for a matrix product ...
-TILE_VALUES = 3 << 16  # ... and about so many values for each thread: 0.75 MiB in float32
-TILED = {"cpu"}  # kinds of devices with a cache to stay in
-UNTILED: ContextVar[bool] = ContextVar("UNTILED", default=False)
 
 
 class EdgeWeights(NamedTuple):
@@ -43,16 +38,6 @@ class EdgeWeights(NamedTuple):
         return EdgeWeights(*(x.to(kind) for x in self))
 
 
-@contextmanager
-def untiled() -> Iterator[None]:
-    """Edges in one piece: for a compiler, which decides itself what stays in the cache, and takes long over many."""
-    token = UNTILED.set(True)
-    try:
-        yield
-    finally:
-        UNTILED.reset(token)
-
-
 def aligned(width: int) -> int:
     return -(-width // ALIGNMENT) * ALIGNMENT
 
@@ -65,7 +50,7 @@ def padded(x: Tensor, rows: int, columns: int | None = None) -> Tensor:
 
 def pad_columns(x: Tensor, width: int) -> Tensor:
     """(N, H) -> (N, width)."""
-    return padded(x, len(x), width)
+    return padded(x, x.shape[0], width)
 
 
 def matmul_type(x: Tensor) -> torch.dtype:
@@ -77,51 +62,18 @@ def matmul_type(x: Tensor) -> torch.dtype:
 
 
 def messages(
-    a: Tensor, c: Tensor, f: Tensor, u: Tensor, i: Tensor, j: Tensor, weights: EdgeWeights
+    pieces: list[slice],
+    i: Tensor,
+    j: Tensor,
+    receivers: Sequence[Tensor],
+    senders: Sequence[Tensor],
+    edges: Sequence[Tensor],
+    weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Sums of messages per atom, (N, K) in u's type, and the unscaled weights phi_x of edge vectors, (E, C).
-
-    a, c (N, K): the parts of the first map that depend on receiver and sender; f (E, P): on the pair; u (E, 1): the
-    envelope; i, j (E,): receivers, ascending, and senders. All are of u's type, and products of matrices are taken in
-    autocast's.
-    """
+    """Sums of messages per atom, (N, K) in u's type, and the unscaled weights phi_x of edge vectors, (E, C)."""
+    (a,), (c,), (u, f) = receivers, senders, edges
     kind = matmul_type(u)
-    if torch.is_grad_enabled() and u.requires_grad:  # depends on positions: derivatives of derivatives may be wanted
-        sums = u.new_zeros(a.shape)
-        moves = []
-        for t in tiles(len(i), a):
-            m, move = tile(a, c, f[t], i[t], j[t], weights, kind)
-            sums.index_add_(0, i[t], u[t] * m)
-            moves.append(move)
-        return sums, torch.cat(moves)
-    return _Messages.apply(a.to(kind), c.to(kind), f.to(kind), u, i, j, *weights.to(kind))
-
-
-def tiles(edges: int, like: Tensor) -> list[slice]:
-    """The edges in pieces of nearly equal size; in one piece where there is no cache to stay in, and at least one."""
-    most = edges_of_tile(like.shape[1]) if like.device.type in TILED and not UNTILED.get() else edges
-    pieces = max(1, -(-edges // max(most, 1)))
-    return [slice(k * edges // pieces, (k + 1) * edges // pieces) for k in range(pieces)]
-
-
-def edges_of_tile(width: int) -> int:
-    """At most, for so many hidden units."""
-    return max(TILE_EDGES, TILE_VALUES * torch.get_num_threads() // width)
-
-
-def tile(
-    a: Tensor, c: Tensor, f: Tensor, i: Tensor, j: Tensor, w: EdgeWeights, kind: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Messages (T, K) and phi_x (T, C), in the type `kind`, as autograd differentiates them.
-
-    Atoms and weights are cast for each edge and each tile, not before: so their gradients are added up, over edges and
-    over tiles, in their own type.
-    """
-    first = (a.index_select(0, i) + c.index_select(0, j)).to(kind)
-    f, w = f.to(kind), w.to(kind)
-    n = silu(torch.addmm(w.message_bias, silu(torch.addmm(first, f, w.pair.t())), w.message.t()))
-    m = torch.sigmoid(torch.addmm(w.gate_bias, n, w.gate.t())) * n
-    return m, torch.addmm(w.weight_bias, silu(torch.addmm(w.move_bias, m, w.move.t())), w.weight.t())
+    return _Messages.apply(pieces, a.to(kind), c.to(kind), f.to(kind), u, i, j, *EdgeWeights(*weights).to(kind))
 
 
 def tile_forward(
@@ -141,16 +93,16 @@ class _Messages(torch.autograd.Function):
     """`messages` with its first derivative with respect to everything but u, i and j."""
 
     @staticmethod
-    def forward(ctx, a, c, f, u, i, j, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, pieces, a, c, f, u, i, j, *weights):  # type: ignore[no-untyped-def]
         w = EdgeWeights(*weights)
-        sums, move = u.new_zeros(a.shape), a.new_empty(len(i), len(w.weight_bias))
+        sums, move = u.new_zeros(a.shape), a.new_empty(i.shape[0], w.weight_bias.shape[0])
         kept = []
-        for t in tiles(len(i), a):
+        for t in pieces:
             m, move[t], *of_tile = tile_forward(a, c, f[t], i[t], j[t], w)
             sums.index_add_(0, i[t], u[t] * m)
             kept += of_tile if any(ctx.needs_input_grad) else []
         ctx.save_for_backward(f, u, i, j, *weights, *kept)
-        ctx.atoms = len(a)
+        ctx.pieces, ctx.atoms = pieces, a.shape[0]
         return sums, move
 
     @staticmethod
@@ -158,18 +110,18 @@ class _Messages(torch.autograd.Function):
     def backward(ctx, g_sums, g_move):  # type: ignore[no-untyped-def]
         f, u, i, j, *rest = ctx.saved_tensors
         w, kept = EdgeWeights(*rest[: len(EdgeWeights._fields)]), rest[len(EdgeWeights._fields) :]
-        wide = torch.float32 if w.pair.dtype in (torch.bfloat16, torch.float16) else w.pair.dtype
-        g_a, g_c = (torch.zeros(ctx.atoms, len(w.pair), dtype=wide, device=u.device) for _ in range(2))
+        total = wide(w.pair.dtype)
+        g_a, g_c = (torch.zeros(ctx.atoms, w.pair.shape[0], dtype=total, device=u.device) for _ in range(2))
         g_f = torch.empty_like(f)
-        g_w = EdgeWeights(*(torch.zeros_like(x, dtype=wide) for x in w))
-        for k, t in enumerate(tiles(len(i), g_sums)):
+        g_w = EdgeWeights(*(torch.zeros_like(x, dtype=total) for x in w))
+        for k, t in enumerate(ctx.pieces):
             g = tile_backward(g_sums, g_move[t], f[t], u[t], i[t], w, g_w, *kept[4 * k : 4 * k + 4])
             torch.mm(g, w.pair, out=g_f[t])
-            g = g.to(wide)
+            g = g.to(total)
             g_a.index_add_(0, i[t], g)
             g_c.index_add_(0, j[t], g)
         return (
-            g_a.to(w.pair.dtype), g_c.to(w.pair.dtype), g_f, None, None, None,
+            None, g_a.to(w.pair.dtype), g_c.to(w.pair.dtype), g_f, None, None, None,
             *(g.to(x.dtype) for g, x in zip(g_w, w, strict=True)),
         )  # fmt: skip
 

@@ -1,0 +1,206 @@
+"""Functions of edges over a graph: in tiles that stay in a processor's cache, or whole on an accelerator.
+
+    edges      |  tile 0  |  tile 1  |  tile 2  |        each tile: gather, compute, sum to the receivers
+
+What an encoder computes on an edge (numbers of both atoms, of the edge, and weights) is one function; `over_edges` runs
+it over all edges. On a CPU the values of a tile are in the cache when they are read again, and none are kept for the
+backward pass: it computes them again, tile by tile, which is cheaper than reading them from memory. Where edges depend
+on positions that are differentiated (forces as minus the gradient of the energy) second derivatives follow, and
+autograd keeps the values: computing them again would cost a pass and save nothing. On accelerators, or where a compiler
+decides (`untiled`), the function runs once over all edges.
+
+A function may have a faster form whose derivative is written out (`faster_form_of`); it is used where a first
+derivative suffices, and a test holds it to the function.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TILE_EDGES = 1024  # at least so many edges in a tile: enough rows for a matrix product ...
+TILE_VALUES = 3 << 16  # ... and about so many values for each thread: 0.75 MiB in float32
+TILED = {"cpu"}  # kinds of devices with a cache to stay in
+UNTILED: ContextVar[bool] = ContextVar("UNTILED", default=False)
+
+EdgeFunction = Callable[..., tuple[Tensor, ...]]
+FASTER: dict[EdgeFunction, Callable[..., tuple[Tensor, ...]]] = {}
+
+
+def faster_form_of(function: EdgeFunction) -> Callable[[Callable], Callable]:
+    """Registers a form of `over_edges(function, ...)` that is differentiable once.
+
+    It is called with the tiles, receivers i, senders j, and the tensors of receivers, senders, edges (the envelope
+    first), and weights.
+    """
+
+    def register(form: Callable) -> Callable:
+        FASTER[function] = form
+        return form
+
+    return register
+
+
+@contextmanager
+def untiled() -> Iterator[None]:
+    """Edges in one piece: for a compiler, which decides itself what stays in the cache, and takes long over many."""
+    token = UNTILED.set(True)
+    try:
+        yield
+    finally:
+        UNTILED.reset(token)
+
+
+def tiles(edges: int, width: int, device: torch.device) -> list[slice]:
+    """The edges in pieces of nearly equal size; in one piece where there is no cache to stay in, and at least one."""
+    most = edges_of_tile(width) if device.type in TILED and not UNTILED.get() else edges
+    pieces = max(1, -(-edges // max(most, 1)))
+    return [slice(k * edges // pieces, (k + 1) * edges // pieces) for k in range(pieces)]
+
+
+def edges_of_tile(width: int) -> int:
+    """At most, for functions whose widest values have so many numbers."""
+    return max(TILE_EDGES, TILE_VALUES * torch.get_num_threads() // max(width, 1))
+
+
+def over_edges(
+    function: EdgeFunction,
+    i: Tensor,
+    j: Tensor,
+    atoms: int,
+    envelope: Tensor,
+    *,
+    width: int,
+    receivers: Sequence[Tensor] = (),
+    senders: Sequence[Tensor] = (),
+    edges: Sequence[Tensor] = (),
+    weights: Sequence[Tensor] = (),
+    summed: Sequence[bool] = (True,),
+) -> tuple[Tensor, ...]:
+    """What a function of edges gives, summed to the receivers or edge by edge.
+
+    function: (values of receivers, of senders, envelope, values of edges, weights) -> a tensor (T, ...) for each entry
+    of `summed`, row by row. i, j: (E,) receivers, ascending, and senders. envelope: (E, 1), a function of the distance
+    alone. width: numbers of the widest value of an edge. receivers, senders: tensors (N, ...) of which each edge gets
+    the row of its atom; edges: (E, ...); weights: whole. summed: which outputs are summed over the edges of each
+    receiver, (N, ...), never in half precision, and which are given back for every edge, (E, ...).
+
+    Differentiable with respect to all tensors, twice where the envelope is differentiable.
+    """
+    tensors = [*receivers, *senders, envelope, *edges, *weights]
+    parts = _Parts(function, len(receivers), len(senders), 1 + len(edges), tuple(summed))
+    pieces = tiles(i.shape[0], width, i.device)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    # It depends on positions: derivatives of derivatives may be wanted, and for these autograd keeps the values.
+    twice = differentiable and envelope.requires_grad
+    if function in FASTER and not twice:
+        return FASTER[function](pieces, i, j, receivers, senders, (envelope, *edges), weights)
+    if differentiable and not twice and i.device.type in TILED:
+        return _OverEdges.apply(parts, pieces, i, j, atoms, *tensors)
+    return parts.total((parts.values(t, i, j, tensors) for t in pieces), pieces, i, atoms, in_place=not differentiable)
+
+
+class _Parts:
+    """Which of a list of tensors are of receivers, senders, edges, and weights; and what becomes of the outputs."""
+
+    def __init__(self, function: EdgeFunction, receivers: int, senders: int, edges: int, summed: tuple[bool, ...]):
+        self.function, self.summed = function, summed
+        self.bounds = (receivers, receivers + senders, receivers + senders + edges)
+
+    def gathered(self, t: slice, i: Tensor, j: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The rows of a tile's edges, and the weights."""
+        a, b, c = self.bounds
+        return [
+            *(x.index_select(0, i[t]) for x in tensors[:a]),
+            *(x.index_select(0, j[t]) for x in tensors[a:b]),
+            *(x[t] for x in tensors[b:c]),
+            *tensors[c:],
+        ]
+
+    def add(self, total: Tensor, k: int, t: slice, i: Tensor, j: Tensor, x: Tensor) -> None:
+        """Add to the gradient of the k-th tensor that of what a tile gathered of it."""
+        a, b, c = self.bounds
+        if k < b:
+            total.index_add_(0, (i if k < a else j)[t], x)
+        elif k < c:
+            total[t] = x
+        else:
+            total += x
+
+    def values(self, t: slice, i: Tensor, j: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        out = self.function(*self.gathered(t, i, j, tensors))
+        assert len(out) == len(self.summed), f"{len(out)} outputs for {len(self.summed)} entries of `summed`"
+        return out
+
+    def total(
+        self, values: Iterable[tuple[Tensor, ...]], pieces: list[slice], i: Tensor, atoms: int, in_place: bool
+    ) -> tuple[Tensor, ...]:
+        """The values of all tiles, summed to the receivers or laid end to end. in_place: no derivative is wanted."""
+        sums: list[Tensor | None] = [None] * len(self.summed)
+        rows: list[list[Tensor]] = [[] for _ in self.summed]
+        for t, of_tile in zip(pieces, values, strict=True):
+            for number, (x, is_summed) in enumerate(zip(of_tile, self.summed, strict=True)):
+                if not is_summed:
+                    rows[number].append(x)
+                    continue
+                total = sums[number]
+                if total is None:
+                    total = x.new_zeros((atoms, *x.shape[1:]), dtype=wide(x.dtype))
+                add = total.index_add_ if in_place else total.index_add
+                sums[number] = add(0, i[t], x.to(total.dtype))
+        return tuple(torch.cat(rows[n]) if x is None else x for n, x in enumerate(sums))
+
+
+class _OverEdges(torch.autograd.Function):
+    """`over_edges` in tiles: keeps its inputs only, and computes every tile again for its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parts: _Parts, pieces: list[slice], i: Tensor, j: Tensor, atoms: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.parts, ctx.pieces, ctx.autocast = parts, pieces, _autocast(i.device.type)
+        ctx.save_for_backward(i, j, *tensors)
+        return parts.total((parts.values(t, i, j, tensors) for t in pieces), pieces, i, atoms, in_place=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        i, j, *tensors = ctx.saved_tensors
+        parts = ctx.parts
+        wanted = [k for k in range(len(tensors)) if ctx.needs_input_grad[5 + k]]
+        sums: dict[int, Tensor] = {k: torch.zeros_like(tensors[k], dtype=wide(tensors[k].dtype)) for k in wanted}
+        for t in ctx.pieces:
+            inputs = [x.detach().requires_grad_(k in sums) for k, x in enumerate(parts.gathered(t, i, j, tensors))]
+            with torch.enable_grad(), _again(ctx.autocast):
+                outputs = parts.function(*inputs)
+            g = [g.index_select(0, i[t]) if s else g[t] for g, s in zip(gradients, parts.summed, strict=True)]
+            reached = [(x, y.to(x.dtype)) for x, y in zip(outputs, g, strict=True) if x.requires_grad]
+            found = torch.autograd.grad(
+                [x for x, _ in reached],
+                [inputs[k] for k in wanted],
+                [y for _, y in reached],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for k, x in zip(wanted, found, strict=True):
+                parts.add(sums[k], k, t, i, j, x.to(sums[k].dtype))
+        return (*[None] * 5, *(sums[k].to(x.dtype) if k in sums else None for k, x in enumerate(tensors)))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that values of a type are summed in: never half precision."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _autocast(kind: str) -> tuple[str, torch.dtype] | None:
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return kind, torch.get_autocast_dtype(kind)
+
+
+def _again(autocast: tuple[str, torch.dtype] | None) -> Any:
+    """The precision of the forward pass, in the backward pass."""
+    return nullcontext() if autocast is None else torch.autocast(autocast[0], autocast[1])

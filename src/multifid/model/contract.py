@@ -1,0 +1,95 @@
+"""The encoder contract: what an encoder is told, what it gives, and what heads may ask of it.
+
+An encoder is a module with a config of its own. It gets a graph and gives features of every atom:
+
+    class MyEncoder(Encoder):
+        class Config(EncoderConfig):
+            name: Literal["mine"] = "mine"
+            hidden: int = Field(64, ge=1, description="Width of the scalar features.")
+
+        def __init__(self, config: Config, cutoff: float):
+            super().__init__()
+            self.degrees = {0: config.hidden}
+            ...
+
+        def forward(self, graph: Graph) -> Features: ...
+
+* Features are unchanged by translation; those of degree l rotate as the spherical harmonics of that degree do, and take
+  the sign (-1)^l under inversion. They are continuous when a neighbour crosses the cutoff: messages carry `envelope`.
+* It is twice differentiable, also where atoms have no neighbours, and works on no atoms at all.
+* Weights live in the blocks of `model/layers.py`, which know how to draw them.
+* What is large stands in layers, in a `ModuleList`, which take and return tensors and are called once in a pass:
+  between them a sharded encoder is cut.
+
+Encoders of this package are the entries of `model/encoders/__init__.py`; those of other packages are found by the entry
+point group `multifid.encoders`. `model/suite.py` holds every encoder to this contract.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from multifid.graphs.graph import EDGES_ONLY, Graph, GraphNeeds
+
+
+class EncoderConfig(BaseModel):
+    """Options of an encoder. A subclass has `name: Literal["..."]` and its own fields, each with a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+
+
+@dataclass(slots=True)
+class Features:
+    """What an encoder says of each atom."""
+
+    scalars: Tensor  # (N, H)
+    vectors: Tensor | None = None  # (N, C, 3): x, y, z
+    higher: dict[int, Tensor] = field(default_factory=dict)  # degree l > 1 -> (N, C_l, 2 l + 1)
+    layers: tuple[Tensor, ...] = ()  # scalars (N, H) after each layer but the last, for readouts of every layer
+
+    def part(self, atoms: slice) -> "Features":
+        """Those of consecutive atoms."""
+        return Features(
+            self.scalars[atoms],
+            None if self.vectors is None else self.vectors[atoms],
+            {degree: x[atoms] for degree, x in self.higher.items()},
+            tuple(x[atoms] for x in self.layers),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order: scalars, vectors, higher degrees, layers."""
+        vectors = [] if self.vectors is None else [self.vectors]
+        return [self.scalars, *vectors, *(self.higher[degree] for degree in sorted(self.higher)), *self.layers]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Features":
+        """The same features with other tensors, in the order of `tensors`."""
+        rest = iter(tensors)
+        return Features(
+            next(rest),
+            None if self.vectors is None else next(rest),
+            {degree: next(rest) for degree in sorted(self.higher)},
+            tuple(next(rest) for _ in self.layers),
+        )
+
+
+class Encoder(nn.Module):
+    """Base of all encoders; see the head of this file."""
+
+    Config: ClassVar[type[EncoderConfig]]
+    needs: ClassVar[GraphNeeds] = EDGES_ONLY
+    degrees: dict[int, int]  # degree -> channels; scalars (0) always
+    readouts: int = 0  # entries of `Features.layers`
+    recompute: bool = False  # keep nothing between the layers' ends for the backward pass
+
+    @property
+    def depth(self) -> int:
+        """Layers: what stands in `ModuleList`s."""
+        return sum(len(child) for child in self.children() if isinstance(child, nn.ModuleList))
+
+    def forward(self, graph: Graph) -> Features:
+        raise NotImplementedError(f"{type(self).__name__} must say what its features are")

@@ -156,6 +156,19 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a trained run")],
+    out: Annotated[Path, typer.Option("--out", metavar="NAME.mfid", help="the model file")],
+    tasks: Annotated[str | None, typer.Option(help="only these tasks and their branches: A,B")] = None,
+    weights: Annotated[str, typer.Option(help="best (by validation) or last")] = "best",
+) -> None:
+    """One file that is the model, with a model card beside it; nothing in it is executed when it is loaded."""
+    from multifid.workflows.export import export as run_export
+
+    run_export(run, out, None if tasks is None else tasks.split(","), weights)
+
+
+@app.command()
 def stats(
     stores: Stores,
     figure: Annotated[Path | None, typer.Option(help="periodic-table heat map of element frequencies, as PNG")] = None,

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +70,11 @@ class Config(BaseModel):
         if self.train.optimizer == "soap" and self.parallel.shard_encoder:
             raise ValueError("train.optimizer: soap needs whole matrices; with parallel.shard_encoder take adamw")
         return self
+
+    @classmethod
+    def from_file(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Config":
+        """A config from YAML, with `key.key=value` overrides; ValueError names what is wrong."""
+        return load_config(Path(path), list(overrides))
 
     def branch_of(self) -> dict[str, str]:
         """The branch of every task."""

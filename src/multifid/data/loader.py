@@ -123,20 +123,7 @@ def collate(parts: list[tuple[Source, np.ndarray]], cutoff: float, lists: Lists 
             targets[task] = _targets(pack, pack.labels[name], source.references[task])
     whole = _concatenate(packs)
     edges, shifts = lists(whole, cutoff)
-    natoms = torch.from_numpy(whole.natoms.astype(np.int64))
-    return Batch(
-        numbers=torch.from_numpy(whole.numbers.astype(np.int64)),
-        positions=torch.from_numpy(whole.positions.astype(np.float64)),
-        cell=torch.from_numpy(whole.cell.astype(np.float64)),
-        charge=torch.from_numpy(whole.charge.astype(np.int64)),
-        spin=torch.from_numpy(whole.spin.astype(np.int64)),
-        natoms=natoms,
-        structure=torch.repeat_interleave(torch.arange(len(natoms)), natoms),
-        edges=edges,
-        shifts=shifts,
-        slices=slices,
-        targets=targets,
-    )
+    return Batch.from_packed(whole, edges, shifts, slices, targets)
 
 
 def _targets(pack: Packed, labels: PackedLabels, references: References) -> Targets:

@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 from multifid.graphs.edges import over_edges
 from multifid.graphs.graph import Graph
 from multifid.model.contract import Encoder, Features
-from multifid.model.layers import MLP, SILU_GAIN, TYPICAL_NEIGHBORS, Linear, RadialBasis, envelope, sum_over
+from multifid.model.layers import MLP, SILU_GAIN, TYPICAL_NEIGHBORS, Linear, RadialBasis, envelope
 
 FIRST_GUESS = 0.1  # size of the untrained predictions: small, so that training starts near the reference energies
 RADIAL = 8  # radial basis functions of a force head over edges
@@ -68,16 +68,12 @@ class Branch(nn.Module):
         """Whether a pass needs the graph."""
         return isinstance(self.forces, EdgeForces)
 
-    def forward(
-        self, features: Features, structure: Tensor, structures: int, graph: Graph | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Energies (S,), summed over the atoms of each structure, and direct forces (N, 3) or None.
+    def forward(self, features: Features, graph: Graph | None = None) -> tuple[Tensor, Tensor | None]:
+        """What each atom adds to the energy, (N,), and direct forces (N, 3) or None.
 
-        structure: (N,), the structure of each atom, counted from the first one of this branch. graph: of the same
-        atoms, for heads that read edges.
+        graph: of the same atoms, for heads that read edges.
         """
-        of_atoms = self._energy_of_atoms(features)
-        energy = sum_over(of_atoms, structure, structures)
+        energy = self._energy_of_atoms(features)
         if self.forces is None:
             return energy, None
         if self.reads_edges:

@@ -159,19 +159,16 @@ class _Branch:
     def __init__(self, branch: nn.Module, lists: Lists) -> None:
         self.branch, self.forward, self.lists = branch, branch.forward, lists
 
-    def __call__(
-        self, features: Features, structure: Tensor, structures: int, graph: Graph | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, features: Features, graph: Graph | None = None) -> tuple[Tensor, Tensor]:
         if not self.lists.wanted:
-            return self.forward(features, structure, structures, graph)
+            return self.forward(features, graph)
         of_graph = [] if graph is None else list(graph.tensors())
 
-        def call(structure: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+        def call(*tensors: Tensor) -> Sequence[Tensor]:
             edges = None if graph is None else Graph(*tensors[: len(of_graph)])
-            return self.forward(features.with_tensors(tensors[len(of_graph) :]), structure, structures, edges)
+            return self.forward(features.with_tensors(tensors[len(of_graph) :]), edges)
 
-        inputs = [structure, *of_graph, *features.tensors()]
-        energy, forces = self.lists(("branch", structures), self.branch, inputs, call)
+        energy, forces = self.lists("branch", self.branch, [*of_graph, *features.tensors()], call)
         return energy, forces
 
 

@@ -17,7 +17,7 @@ from multifid.graphs.graph import Graph, completed, graph_of
 from multifid.model.branch import Branch, BranchConfig
 from multifid.model.contract import Features
 from multifid.model.encoders import DEFAULT, AnyEncoderConfig, all_encoders, build_encoder, why_unknown
-from multifid.model.layers import draw_weights
+from multifid.model.layers import draw_weights, sum_over
 from multifid.structures.batch import Batch, rows_times_matrices
 from multifid.structures.cells import FLAT
 
@@ -58,6 +58,7 @@ class Prediction:
     energy: Tensor  # (S_t,) energy minus reference energies
     forces: Tensor  # (N_t, 3) per angstrom
     stress: Tensor | None  # (S_t, 3, 3) per angstrom^3, tension-positive; NaN where the cell has no volume
+    energies: Tensor | None = None  # (N_t,) what each atom adds; None from compiled passes
 
 
 class Potential(nn.Module):
@@ -101,16 +102,22 @@ class Potential(nn.Module):
             features = self.encoder(graph)
             # A backward pass begins with what was computed last: gradients arrive in the order of the tasks.
             heads = {task: self._branch(task, features, batch, graph) for task in reversed(batch.slices)}
-            return {task: Prediction(*heads[task], None) for task in batch.slices}
+            return {
+                task: Prediction(e, forces, None, of_atoms)
+                for task in batch.slices
+                for e, forces, of_atoms in [heads[task]]
+            }
         return self._conservative(batch, stress)
 
-    def _branch(self, task: str, features: Features, batch: Batch, graph: Graph) -> tuple[Tensor, Tensor]:
+    def _branch(self, task: str, features: Features, batch: Batch, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
+        """Energies (S_t,), direct forces or None, and energies of atoms (N_t,)."""
         structures, atoms = batch.slices[task]
         branch = self.branches[self.branch_of[task]]
         assert batch.edge_slices is not None
         part = graph.part(structures, atoms, batch.edge_slices[task]) if branch.reads_edges else None
+        of_atoms, forces = branch(features.part(atoms), part)
         first, last = structures.start, structures.stop
-        return branch(features.part(atoms), batch.structure[atoms] - first, last - first, part)
+        return sum_over(of_atoms, batch.structure[atoms] - first, last - first), forces, of_atoms
 
     def _conservative(self, batch: Batch, stress: bool) -> dict[str, Prediction]:
         """Forces -dE/dx and stress dE/dstrain / volume, differentiable again while training."""
@@ -126,7 +133,8 @@ class Potential(nn.Module):
             strained = completed(strained, self.encoder.needs)
             graph = graph_of(strained)
             features = self.encoder(graph)
-            energies = {task: self._branch(task, features, strained, graph)[0] for task in batch.slices}
+            heads = {task: self._branch(task, features, strained, graph) for task in batch.slices}
+            energies = {task: energy for task, (energy, _, _) in heads.items()}
             wanted = [positions, strain] if stress else [positions]
             predictions = {}
             rounds = _without_overlap(batch.slices)
@@ -146,7 +154,7 @@ class Potential(nn.Module):
                     structures, atoms = batch.slices[task]
                     energy = energies[task] if training else energies[task].detach()
                     sigma = _stress(slopes[1][structures], batch.cell[structures]) if stress else None
-                    predictions[task] = Prediction(energy, -slopes[0][atoms], sigma)
+                    predictions[task] = Prediction(energy, -slopes[0][atoms], sigma, heads[task][2].detach())
         return {task: predictions[task] for task in batch.slices}
 
 

@@ -1,7 +1,8 @@
-"""model.safetensors and model.json: a potential on disk, whatever it was trained with.
+"""A potential on disk, whatever it was trained with: a run's model.safetensors and model.json, or one model file.
 
 Tensor names are `encoder.*` and `branches.<branch>.*`; the description says how to build the potential again and what
-its branches know (tasks, elements, reference energies, scales).
+its branches know (tasks, elements, reference energies, scales). A model file is a safetensors file with the description
+and a checksum of the tensors in its header: it can hold some of the tasks only, and nothing in it is executed.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import multifid
 from multifid.model.potential import ModelConfig, Potential
@@ -33,13 +34,6 @@ def describe(
         "tasks": {t: {"branch": branch_of[t], **tasks[t]} for t in tasks},
         "trained": trained,
     }
-
-
-def save_weights(path: Path, potential: Potential) -> None:
-    """All weights under their names, committed by rename."""
-    part = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in potential.state_dict().items()}, part)
-    os.replace(part, path)
 
 
 def save_description(path: Path, description: Description) -> None:

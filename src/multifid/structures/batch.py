@@ -10,8 +10,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from multifid.structures.structure import Packed
 
 
 @dataclass(slots=True)
@@ -65,6 +68,35 @@ class Batch:
     reverse: Tensor | None = None  # (E,) int64, where an encoder needs it: see `graphs/graph.py`
     triplets: Tensor | None = None  # (2, T) int64, likewise
     edge_slices: dict[str, slice] | None = None  # of each task, for heads that read edges: see `completed`
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: Packed,
+        edges: Tensor,
+        shifts: Tensor,
+        slices: dict[str, tuple[slice, slice]],
+        targets: dict[str, Targets] | None = None,
+    ) -> "Batch":
+        """Packed structures as tensors, floats in float64, with edges (2, E) int64 and shifts (E, 3) of their lists."""
+
+        def tensor(x: np.ndarray, dtype: type) -> Tensor:
+            return torch.from_numpy(x.astype(dtype))
+
+        natoms = tensor(packed.natoms, np.int64)
+        return cls(
+            numbers=tensor(packed.numbers, np.int64),
+            positions=tensor(packed.positions, np.float64),
+            cell=tensor(packed.cell, np.float64),
+            charge=tensor(packed.charge, np.int64),
+            spin=tensor(packed.spin, np.int64),
+            natoms=natoms,
+            structure=torch.repeat_interleave(torch.arange(len(natoms)), natoms),
+            edges=edges,
+            shifts=shifts,
+            slices=slices,
+            targets=targets or {},
+        )
 
     @property
     def structures(self) -> int:

@@ -1,0 +1,264 @@
+"""A trained model as one thing that predicts: structures in, energies in eV, forces and stress out.
+
+    model = multifid.load("runs/demo")
+    out = model.predict(atoms, task="ani1x")       out.energy, out.forces, out.stress
+
+It joins what a run keeps apart: the potential, which works in scaled units without references, and what each branch
+knows of its task: reference energies, scale, elements. The task is always named where there are several: the answer of
+another branch looks like any other, and is wrong by thousands of eV.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multifid.graphs.graph import completed
+from multifid.model.model_file import load_model
+from multifid.model.potential import Potential, Prediction
+from multifid.model.saved import Description
+from multifid.structures.atoms import pack_atoms
+from multifid.structures.batch import Batch, edge_vectors
+from multifid.structures.elements import MAX_Z, SYMBOLS
+from multifid.structures.neighbors import neighbor_list
+from multifid.structures.structure import Packed
+
+EDGES = 50_000  # of a batch, unless the caller says otherwise
+NEAREST = 1e-3  # angstrom: atoms that are closer lie on each other
+PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass
+class Output:
+    """Predictions for S structures, in their order; numpy arrays in float64.
+
+    For a single structure forces, stress, energies and features are its arrays; for a list they are lists of arrays.
+    """
+
+    energy: np.ndarray  # (S,) eV, total: reference energies included
+    forces: Any  # (N, 3) eV/angstrom
+    stress: Any  # (3, 3) eV/angstrom^3, tension-positive; None for direct forces, NaN without a cell
+    energies: Any  # (N,) eV: what each atom adds to the total
+    features: Any = None  # (N, H), of the encoder, where they were asked for
+    task: str = ""
+
+
+@dataclass
+class Predictor:
+    """A trained model on one device, in one precision. Made by `multifid.load`."""
+
+    potential: Potential
+    description: Description
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.potential = self.potential.to(device=self.device, dtype=self.dtype).eval()
+        self.potential.requires_grad_(False)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks that it was trained on."""
+        return list(self.description["tasks"])
+
+    @property
+    def cutoff(self) -> float:
+        """angstrom"""
+        return float(self.description["cutoff"])
+
+    @property
+    def conservative(self) -> bool:
+        """Whether forces are minus the gradient of the energy; only then there is a stress."""
+        return self.potential.config.branch.forces == "conservative"
+
+    def elements(self, task: str | None = None) -> list[str]:
+        """The symbols of the elements that the branch of a task has seen in training."""
+        return [SYMBOLS[z] for z in sorted(self._references(self.task(task)))]
+
+    def task(self, name: str | None = None) -> str:
+        """The task of this name, or the only one. ValueError lists the tasks where the name says nothing."""
+        listed = ", ".join(self.tasks)
+        if name is None:
+            if len(self.tasks) == 1:
+                return self.tasks[0]
+            raise ValueError(
+                f"this model has several tasks: say which one answers, as task={self.tasks[0]!r}; it has {listed}"
+            )
+        if name not in self.tasks:
+            raise ValueError(f"this model has no task {name!r}; it has {listed}")
+        return name
+
+    def predict(
+        self,
+        structures: Any,
+        task: str | None = None,
+        *,
+        precision: str | None = None,
+        features: bool = False,
+        max_edges: int = EDGES,
+    ) -> Output:
+        """What the branch of a task says of one `ase.Atoms`, or of a list of them.
+
+        precision: fp32 or fp64; by default that of the model. features: those of the encoder too. max_edges: of a
+        batch; larger structures are taken alone. Charge and multiplicity are read from `info["charge"]` and
+        `info["spin"]`. ValueError for an element that the branch has never seen, and for structures that `pack_atoms`
+        or `refuse_coincident` refuse.
+        """
+        alone = not isinstance(structures, list | tuple)
+        given = [structures] if alone else list(structures)
+        name, model = self.task(task), self.in_precision(precision)
+        packed = pack_atoms(given)
+        model.refuse_unseen(packed, name)
+        parts = [
+            part
+            for first, last in _pieces(packed, model.cutoff, max_edges)
+            for part in model._of(_between(packed, first, last), name, first, features)
+        ]
+        energy = np.array([p[0] for p in parts], np.float64)
+        rest = [[p[k] for p in parts] for k in range(1, 5)]
+        forces, stress, energies, of_atoms = ((x[0] if alone else x) for x in rest) if parts else ([], [], [], [])
+        return Output(
+            energy, forces, stress if model.conservative else None, energies, of_atoms if features else None, name
+        )
+
+    def in_precision(self, precision: str | None) -> "Predictor":
+        """This model in another precision, a copy; itself where that is its own."""
+        if precision is None or PRECISIONS.get(precision) == self.dtype:
+            return self
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
+        config, branch_of = self.potential.config, self.potential.branch_of
+        copy = Potential(config, list(self.potential.branches), branch_of, seed=0)
+        copy.load_state_dict(self.potential.state_dict())
+        return Predictor(copy, self.description, self.device, PRECISIONS[precision])
+
+    def physical(self, prediction: Prediction, task: str) -> Prediction:
+        """A prediction of the potential in eV, float64, reference energies still subtracted."""
+        scale = self.description["tasks"][task]["scale"]
+        stress = None if prediction.stress is None else prediction.stress.double() * scale
+        return Prediction(
+            prediction.energy.double() * scale,
+            prediction.forces.double() * scale,
+            stress,
+            None if prediction.energies is None else prediction.energies.double() * scale,
+        )
+
+    def refuse_unseen(self, packed: Packed, task: str) -> None:
+        """ValueError where a structure has an element that the branch of the task has never seen."""
+        known = np.zeros(MAX_Z + 1, bool)
+        known[list(self._references(task))] = True
+        strange = np.flatnonzero(~known[packed.numbers])
+        if not len(strange):
+            return
+        structure = int(np.searchsorted(packed.offsets, strange[0], side="right") - 1)
+        names = ", ".join(SYMBOLS[z] for z in np.unique(packed.numbers[strange]))
+        able = [t for t in self.tasks if all(z in self._references(t) for z in np.unique(packed.numbers).tolist())]
+        hint = f"; tasks that know all of them: {', '.join(able)}" if able else ""
+        raise ValueError(
+            f"structure {structure}: task {task!r} has never seen {names}; "
+            f"it knows {', '.join(self.elements(task))}{hint}"
+        )
+
+    def _references(self, task: str) -> dict[int, float]:
+        return {int(z): float(e) for z, e in self.description["tasks"][task]["references"].items()}
+
+    def _of(
+        self, packed: Packed, task: str, first: int, features: bool
+    ) -> Iterator[tuple[float, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]]:
+        """(energy, forces, stress, energies, features) of each structure of a batch."""
+        batch = batch_of(packed, self.cutoff, task)
+        refuse_coincident(batch, first)
+        moved = completed(batch, self.potential.encoder.needs).to(self.device, self.dtype)
+        seen: list[Tensor] = []
+        hook = self.potential.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.scalars))
+        try:
+            with torch.no_grad():
+                found = self.physical(self.potential(moved, stress=self.conservative)[task], task)
+        finally:
+            hook.remove()
+        table, known = np.zeros(MAX_Z + 1), self._references(task)
+        table[list(known)] = list(known.values())
+        references = table[packed.numbers]
+        assert found.energies is not None
+        energies = found.energies.cpu().numpy() + references
+        forces = found.forces.cpu().numpy()
+        stress = None if found.stress is None else found.stress.cpu().numpy()
+        of_atoms = seen[0].detach().double().cpu().numpy() if features else None
+        aligned = found.energy.cpu().numpy()
+        for k, (a, b) in enumerate(zip(packed.offsets[:-1], packed.offsets[1:], strict=True)):
+            yield (
+                float(aligned[k] + references[a:b].sum()),
+                forces[a:b],
+                None if stress is None else stress[k],
+                energies[a:b],
+                None if of_atoms is None else of_atoms[a:b],
+            )
+
+
+def load(path: Path | str, device: str | torch.device | None = None, precision: str = "fp32") -> Predictor:
+    """A trained model: a run's directory or a model file. device: the CPU where nothing is said.
+
+    ValueError names what is missing or damaged. Nothing global is changed: no default type, no threads, no seed.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
+    potential, description = load_model(Path(path))
+    return Predictor(potential, description, torch.device(device or "cpu"), PRECISIONS[precision])
+
+
+def batch_of(packed: Packed, cutoff: float, task: str) -> Batch:
+    """Packed structures with their edges as one batch, all of them asked of one task; float64, on the host."""
+    edges, shifts = neighbor_list(packed, cutoff)
+    place = (slice(0, len(packed.natoms)), slice(0, len(packed.numbers)))
+    return Batch.from_packed(
+        packed, torch.from_numpy(edges.astype(np.int64)), torch.from_numpy(shifts.astype(np.float64)), {task: place}
+    )
+
+
+def refuse_coincident(batch: Batch, first: int) -> None:
+    """ValueError where two atoms, or an atom and its own image, lie on each other; `first`: number of the first one."""
+    lengths = torch.linalg.vector_norm(edge_vectors(batch), dim=1)
+    if not len(lengths) or float(lengths.min()) >= NEAREST:
+        return
+    edge = int(lengths.argmin())
+    i, j = batch.edges[:, edge].tolist()
+    structure = int(batch.structure[i])
+    start = int(batch.natoms[:structure].sum())
+    raise ValueError(
+        f"structure {first + structure}: atoms {i - start} and {j - start} are {lengths[edge]:.2g} angstrom apart"
+    )
+
+
+def _between(packed: Packed, first: int, last: int) -> Packed:
+    """Consecutive structures."""
+    structures, atoms = slice(first, last), slice(int(packed.offsets[first]), int(packed.offsets[last]))
+    return Packed(
+        packed.numbers[atoms],
+        packed.positions[atoms],
+        packed.natoms[structures],
+        packed.cell[structures],
+        packed.pbc[structures],
+        packed.charge[structures],
+        packed.spin[structures],
+    )
+
+
+def _pieces(packed: Packed, cutoff: float, max_edges: int) -> Iterator[tuple[int, int]]:
+    """Consecutive structures, in pieces of about at most so many edges, estimated from densities."""
+    volume = np.abs(np.linalg.det(packed.cell))
+    periodic = packed.pbc.any(axis=1) & (volume > 0)
+    density = np.where(periodic, packed.natoms / np.where(periodic, volume, 1.0), 0.1)
+    each = np.maximum(packed.natoms * density * 4 / 3 * np.pi * cutoff**3, 1.0)
+    each = np.where(periodic, each, np.minimum(each, packed.natoms * np.maximum(packed.natoms - 1, 1)))
+    first, total = 0, 0.0
+    for k, cost in enumerate(each.tolist()):
+        if k > first and total + cost > max_edges:
+            yield first, k
+            first, total = k, 0.0
+        total += cost
+    if first < len(each):
+        yield first, len(each)

@@ -1,0 +1,202 @@
+"""Using a trained model: predictions for atoms against the run's own path, laws of physics, and damaged files."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+
+from multifid.data.references import References
+from multifid.data.store import Store
+from multifid.evaluate.evaluate import data_of, evaluate_run
+from multifid.model.model_file import export_model, load_model, read_model_file
+from multifid.model.potential import ModelConfig, Potential
+from multifid.model.predictor import Predictor, load
+from multifid.workflows.export import export
+from test_train import config_of, start
+
+
+@pytest.fixture(scope="module", params=["direct", "conservative"])
+def run(request, stores, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return start(config_of(stores, folder / "run", model={"branch": {"hidden": [10], "forces": request.param}}))
+
+
+def atoms_of(store: Store, index: np.ndarray) -> tuple[list[Atoms], np.ndarray, list[np.ndarray]]:
+    packed = store.read(index, list(store.tasks))
+    ends = packed.offsets
+    labels = packed.labels[store.tasks[0]]
+    parts = [slice(a, b) for a, b in pairwise(ends)]
+    atoms = [Atoms(packed.numbers[p], packed.positions[p]) for p in parts]
+    return atoms, labels.energy, [labels.forces[p] for p in parts]
+
+
+def test_errors_of_predictions_for_atoms_are_those_of_evaluate(run, stores):
+    model = load(run)
+    for task, path in stores.items():
+        store = Store(path)
+        atoms, energy, forces = atoms_of(store, np.asarray(store.index("test")).astype(np.int64))
+        out = model.predict(atoms, task=task, max_edges=40)
+        row = evaluate_run(run, data_of(f"{task}={path}"))[0]
+        per_atom = np.abs(out.energy - energy) / [len(a) for a in atoms]
+        apart = np.abs(np.concatenate(out.forces) - np.concatenate(forces))
+        assert per_atom.mean() == pytest.approx(row["energy_mae"], rel=1e-5)
+        assert apart.mean() == pytest.approx(row["forces_mae"], rel=1e-5)
+
+
+def test_one_structure_is_one_of_many_and_atoms_add_up(run, stores):
+    model = load(run, precision="fp64")
+    atoms, *_ = atoms_of(Store(stores["apple"]), np.arange(5))
+    state = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
+    many = model.predict(atoms, task="apple", features=True)
+    for k, one in enumerate(atoms):
+        alone = model.predict(one, task="apple", features=True)
+        assert alone.energy.shape == (1,) and alone.forces.shape == (len(one), 3)
+        np.testing.assert_allclose(alone.energy[0], many.energy[k], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(alone.forces, many.forces[k], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(alone.features, many.features[k], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(alone.energies.sum(), alone.energy[0], rtol=0, atol=1e-9)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert (torch.get_default_dtype(), torch.get_num_threads()) == state[1:]
+    single = load(run).predict(atoms, task="apple")
+    np.testing.assert_allclose(single.energy, many.energy, rtol=0, atol=1e-4)
+    again = load(run).predict(atoms, task="apple", precision="fp64")
+    np.testing.assert_allclose(again.energy, many.energy, rtol=0, atol=1e-10)
+
+
+def test_nothing_and_a_single_atom_are_predicted(run):
+    model = load(run)
+    assert model.predict([], task="apple").energy.shape == (0,)
+    out = model.predict(Atoms("H"), task="apple")
+    assert np.isfinite(out.energy).all() and out.forces.shape == (1, 3) and not out.forces.any()
+    far = model.predict(Atoms("H", positions=[[1e6, 0, 0]]), task="apple")
+    assert far.energy == pytest.approx(out.energy)
+
+
+def planted() -> Predictor:
+    """An untrained conservative model of two tasks that knows Na and Cl, far from zero, in float64."""
+    config = ModelConfig(
+        cutoff=4.0, encoder={"hidden": 12, "layers": 2}, branch={"hidden": [8], "forces": "conservative"}
+    )
+    potential = Potential(config, ["a", "b"], {"a": "a", "b": "b"}, seed=3)
+    about = {"branch": "a", "references": {"11": -40.0, "17": -100.5}, "scale": 1.7, "elements": [11, 17]}
+    description = {"cutoff": 4.0, "tasks": {"a": about, "b": about | {"branch": "b", "references": {"11": -1.0}}}}
+    return Predictor(potential, description, dtype=torch.float64)
+
+
+def test_forces_and_stress_are_slopes_of_the_energy_of_a_crystal():
+    model, crystal = planted(), bulk("NaCl", "rocksalt", 5.2, cubic=True)
+    crystal.rattle(0.1, seed=1)
+    out, step = model.predict(crystal, task="a"), 1e-4
+    assert model.predict(crystal.repeat((2, 1, 1)), task="a").energy == pytest.approx(2 * out.energy, abs=1e-9)
+    for atom, axis in ((0, 0), (5, 2)):
+        ends = []
+        for sign in (1, -1):
+            moved = crystal.copy()
+            moved.positions[atom, axis] += sign * step
+            ends.append(model.predict(moved, task="a").energy[0])
+        assert out.forces[atom, axis] == pytest.approx(-(ends[0] - ends[1]) / (2 * step), abs=1e-6)
+    for a, b in ((0, 0), (1, 2)):
+        ends = []
+        for sign in (1, -1):
+            strain = np.eye(3)
+            strain[a, b] += sign * step / 2
+            strain[b, a] += sign * step / 2
+            strained = crystal.copy()
+            strained.set_cell(crystal.cell.array @ strain, scale_atoms=True)
+            ends.append(model.predict(strained, task="a").energy[0])
+        slope = (ends[0] - ends[1]) / (2 * step) / crystal.get_volume()
+        assert out.stress[a, b] == pytest.approx(slope, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("atoms", "task", "wrong"),
+    [
+        (Atoms("Na"), None, "several tasks: say which one answers.*a, b"),
+        (Atoms("Na"), "c", "no task 'c'; it has a, b"),
+        (Atoms("NaH", positions=[[0, 0, 0], [0, 0, 2]]), "a", "never seen H; it knows Na, Cl"),
+        (Atoms("NaCl", positions=[[0, 0, 0], [0, 0, 3]]), "b", "never seen Cl; it knows Na; tasks that know all.*: a"),
+        (Atoms("Na2", positions=[[0, 0, 0], [0, 0, 1e-5]]), "a", "atoms 0 and 1 are 1e-05 angstrom apart"),
+        (Atoms("Na", positions=[[0, np.nan, 0]]), "a", "position of atom 0 is .* must be finite"),
+        (Atoms("Na", cell=[3, 3, 0], pbc=True), "a", "periodic along abc, but the cell vectors there span nothing"),
+        (Atoms("X"), "a", "atomic number 0"),
+        (Atoms("Na", info={"charge": 0.5}), "a", r"info\['charge'\] is 0.5, it must be a whole number"),
+        (Atoms("Na", info={"spin": 300}), "a", r"info\['spin'\] is 300, it must be within 0..255"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_predicted_is_refused_with_the_reason(atoms, task, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        planted().predict([Atoms("Na"), atoms], task=task)
+
+
+def test_a_model_file_is_the_run_and_some_tasks_of_it(run, tmp_path, stores):
+    atoms, *_ = atoms_of(Store(stores["apple"]), np.arange(5))
+    export_model(run, tmp_path / "all.mfid")
+    export_model(run, tmp_path / "one.mfid", tasks=["apple"], weights="last")
+    whole, one = load(tmp_path / "all.mfid"), load(tmp_path / "one.mfid")
+    assert whole.tasks == ["apple", "berry", "cherry"] and one.tasks == ["apple"]
+    assert not any("berry" in name for name, _ in one.potential.named_parameters())
+    a, b = (model.predict(atoms, task="apple") for model in (load(run), whole))
+    assert np.array_equal(a.energy, b.energy) and all(map(np.array_equal, a.forces, b.forces))
+    assert np.isfinite(one.predict(atoms).energy).all(), "the only task need not be named"
+    with pytest.raises(FileExistsError, match="exists already"):
+        export_model(run, tmp_path / "all.mfid")
+    with pytest.raises(ValueError, match="no task pear; the model has apple, berry, cherry"):
+        export_model(run, tmp_path / "other.mfid", tasks=["pear"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all.mfid", "one.mfid"]
+
+
+def test_export_writes_a_model_and_its_card(run, tmp_path):
+    path = export(run, tmp_path / "fruit.mfid", ["apple", "cherry"])
+    card = (tmp_path / "fruit.md").read_text()
+    assert load(path).tasks == ["apple", "cherry"] and "| apple |" in card and "| berry |" not in card
+    assert 'multifid.load("fruit.mfid")' in card
+
+
+def test_the_package_is_imported_without_torch_and_offers_its_names():
+    code = "import multifid, sys; assert 'torch' not in sys.modules; print(multifid.load.__module__, dir(multifid))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "multifid.model.predictor" in done.stdout and "'Store'" in done.stdout
+
+
+def test_damaged_and_foreign_model_files_are_errors_that_say_what_to_do(run, tmp_path):
+    path = tmp_path / "m.mfid"
+    export_model(run, path)
+    good = path.read_bytes()
+    header = int.from_bytes(good[:8], "little")
+    flipped = bytearray(good)
+    flipped[-5] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"m\.mfid: damaged: the checksum of its tensors"):
+        read_model_file(path)
+    for size in (0, 7, header // 2, header + 20, len(good) - 1):
+        path.write_bytes(good[:size])
+        with pytest.raises(ValueError, match=r"m\.mfid: cannot be read as a model file"):
+            read_model_file(path)
+    about = json.loads(good[8 : 8 + header])
+    description = json.loads(about["__metadata__"]["description"])
+    about["__metadata__"]["description"] = json.dumps(description | {"schema": 99, "multifid": "9.0"})
+    text = json.dumps(about).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + good[8 + header :])
+    with pytest.raises(ValueError, match=r"schema 99, written by multifid 9\.0; this version reads 1"):
+        read_model_file(path)
+    with pytest.raises(ValueError, match="no model file of multifid; make one"):
+        read_model_file(run / "model.safetensors")
+    with pytest.raises(ValueError, match="not found"):
+        load_model(tmp_path / "nothing")
+
+
+def test_total_energies_are_references_plus_scaled_predictions(run, stores):
+    """The predictor's arithmetic against the store's own references."""
+    model, store = load(run, precision="fp64"), Store(stores["berry"])
+    atoms, *_ = atoms_of(store, np.arange(4))
+    packed = store.read(np.arange(4), list(store.tasks))
+    references = References.from_manifest(store.manifest["tasks"]["berry"])
+    out = model.predict(atoms, task="berry")
+    aligned = out.energy - references.total(packed.numbers, packed.natoms)
+    assert np.abs(aligned).max() < 100 < np.abs(references.total(packed.numbers, packed.natoms)).max() * 20

@@ -16,12 +16,12 @@ from multifid.train.run import save, train
 from multifid.train.step import Trainer
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-PHASES = [  # (where it is looked up, its name there), from construction to the end
+PHASES = [  # (where it is looked up, its name there), from the beginning to the end
+    (multifid.train.run, "load_checkpoint"),
     (multifid.train.build, "Potential"),
     (multifid.train.build, "start_from"),
     (multifid.train.build, "Gradients"),
     (multifid.train.build, "MovingAverage"),
-    (multifid.train.run, "load_checkpoint"),
     (multifid.train.run, "restore"),
     (Trainer, "step"),
     (Trainer, "validate"),

@@ -21,7 +21,7 @@ MIB = 2**20
 NOISE = 10 * MIB  # the interpreter, libraries, the batch and its activations
 TRANSIENT = BUCKET_BYTES  # buffers of a reduction, a tensor on its way to a file; the design allows two buckets
 # Copies of the parameters that may live during each phase of a run: weights, gradients, average, moments.
-COPIES = {"Potential": 1, "start_from": 1, "Gradients": 2, "adamw": 2, "MovingAverage": 3, "load_checkpoint": 3}
+COPIES = {"load_checkpoint": 0, "Potential": 1, "start_from": 1, "Gradients": 2, "adamw": 2, "MovingAverage": 3}
 PHASES = [*COPIES, "restore", "step", "validate", "save", "finish"]
 
 pytestmark = pytest.mark.skipif(not can_measure(), reason="the kernel does not give the peak of a process (no Linux?)")

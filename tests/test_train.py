@@ -64,6 +64,8 @@ def final_state(run: Path) -> tuple[dict, dict]:
     state, files, complaints = load_checkpoint(run)
     assert complaints == []
     state["position"].pop("seconds")
+    for about in state["data"].values():
+        about.pop("store")  # where the data lie
     state.pop("files")
     return state, files
 

@@ -5,9 +5,9 @@ The only file of this room that knows torch.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,10 +46,15 @@ class Source:
     store: Store
     tasks: dict[str, str]  # task -> label set of the store
     references: dict[str, References]  # task -> reference energies
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # task -> what a run that goes on has of the manifest
 
     @property
     def label_sets(self) -> list[str]:
         return list(dict.fromkeys(self.tasks.values()))
+
+    def about(self, task: str) -> dict[str, Any]:
+        """What the manifest says of a task's labels (scale, level of theory, ...), or said when the run began."""
+        return dict(self.kept.get(task) or self.store.manifest["tasks"][self.tasks[task]])
 
     def elements(self, task: str) -> list[int]:
         """What a branch of the task sees in training: the elements of its energies; where it has none, of the split."""

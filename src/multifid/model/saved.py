@@ -10,8 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import multifid
@@ -71,24 +69,3 @@ def load_potential(run: Path, weights: str = "model.safetensors") -> tuple[Poten
     except RuntimeError as error:
         raise ValueError(f"{run / weights}: does not fit {run / 'model.json'} ({error})") from error
     return potential.eval(), description
-
-
-def start_from(potential: Potential, run: Path) -> list[str]:
-    """Copy the weights of another run into a potential: the encoder, and what its branches have in common by name.
-
-    Returns the names of the parameters that keep their fresh weights. ValueError if the encoders differ.
-    """
-    path = run / "model.safetensors"
-    if not path.exists():
-        raise ValueError(f"init: {path} not found; is {run} the directory of a trained run?")
-    fresh = []
-    with torch.no_grad(), safe_open(path, "pt", backend="pread") as given:  # only what lives here is read
-        names = set(given.keys())
-        for name, parameter in potential.state_dict().items():
-            if name in names and tuple(given.get_slice(name).get_shape()) == parameter.shape:
-                parameter.copy_(given.get_tensor(name))
-            elif name.startswith("encoder."):
-                raise ValueError(f"init: the encoder of {run} is another: {name} is {tuple(parameter.shape)} here")
-            else:
-                fresh.append(name)
-    return fresh

@@ -12,8 +12,8 @@ import torch
 from multifid.config import Config
 from multifid.data.loader import Source
 from multifid.model.compiled import compile_training
+from multifid.model.inherit import start_from
 from multifid.model.potential import Potential
-from multifid.model.saved import start_from
 from multifid.parallel.gradients import Gradients, Part
 from multifid.parallel.groups import World
 from multifid.parallel.shard import Shards, shard
@@ -22,15 +22,23 @@ from multifid.train.step import ENCODER, Task, Trainer, part_of_branch
 
 
 def build(
-    config: Config, sources: list[Source], placement: Mapping[str, Sequence[int]], per_epoch: int, world: World
+    config: Config,
+    sources: list[Source],
+    placement: Mapping[str, Sequence[int]],
+    per_epoch: int,
+    world: World,
+    begins: bool = True,
 ) -> Trainer:
-    """The trainer of this rank, with the branches of the tasks that the placement (task -> ranks) gives it."""
+    """The trainer of this rank, with the branches of the tasks that the placement (task -> ranks) gives it.
+
+    begins: whether the run does; one that goes on has its weights from a checkpoint, and needs no `init` any more.
+    """
     t, branch_of = config.train, config.branch_of()
     torch.manual_seed(config.seed)  # nothing here draws from the global generator; what may one day is a function of it
     groups = world.groups(holders(branch_of, placement))
     mine = [branch for branch, group in groups.items() if world.rank in group.ranks]
     potential = Potential(config.model, mine, {k: b for k, b in branch_of.items() if b in mine}, config.seed)
-    if config.init is not None:
+    if config.init is not None and begins:
         start_from(potential, Path(config.init))
     potential.to(dtype=torch.float64 if t.precision == "fp64" else torch.float32).train()
     shards = apply_shards(potential, config, world)
@@ -87,7 +95,7 @@ def holders(branch_of: Mapping[str, str], placement: Mapping[str, Sequence[int]]
 
 def task_scales(config: Config, sources: list[Source]) -> dict[str, float]:
     """What divides the residuals of each task; one pooled scale where all tasks share a branch."""
-    about = {t: s.store.manifest["tasks"][name] for s in sources for t, name in s.tasks.items()}
+    about = {task: source.about(task) for source in sources for task in source.tasks}
     if config.objective.scale == "none":
         return dict.fromkeys(about, 1.0)
     own = {t: float(a["scale"]) for t, a in about.items()}

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from multifid.parallel.devices import use
 from multifid.parallel.groups import World, alone
-from multifid.train.tensor_file import TensorFile
+from multifid.train.tensor_file import TensorFiles
 
 State = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -134,15 +134,11 @@ class Saver:
         return self.world.store.get(key)
 
 
-def load_checkpoint(
-    run: Path, world: World | None = None, parts: Collection[str] | None = None
-) -> tuple[State, dict[str, Mapping[str, Tensor]], list[str]] | None:
+def load_checkpoint(run: Path, world: World | None = None) -> tuple[State, TensorFiles, list[str]] | None:
     """The newest whole checkpoint: (state, tensors by file, what was wrong with newer ones); None if there is none.
 
-    Tensors are read when they are looked up.
-
-    Every rank verifies its share of the files, and all take the same checkpoint. parts: files to read (those that
-    exist of them); None: all. ValueError if there are checkpoints, but none is whole.
+    Files are opened, and tensors read, when they are looked up. Every rank verifies its share of the files, and all
+    take the same checkpoint. ValueError if there are checkpoints, but none is whole.
     """
     world = world or alone()
     complaints: list[str] = []
@@ -153,9 +149,7 @@ def load_checkpoint(
         if bad:
             complaints += bad
             continue
-        stems = [Path(n).stem for n in state["files"]]
-        files = {s: TensorFile(folder / f"{s}.safetensors") for s in stems if parts is None or s in parts}
-        return state, dict(files), complaints
+        return state, TensorFiles(folder, [Path(name).stem for name in state["files"]]), complaints
     if complaints:
         raise ValueError("no checkpoint of the run is whole:\n  " + "\n  ".join(complaints))
     return None

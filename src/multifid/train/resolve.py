@@ -1,6 +1,7 @@
 """Opening a run: the config is resolved once, at the first start, and later starts must say the same."""
 
 import os
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ from multifid.train.costs import loads, memory
 from multifid.train.settings import NEUTRAL
 
 DEFAULT_BATCH = 32
+STORE = re.compile(r"tasks\.[^.]+\.store")  # of a task that the run has
 # What may change, beside the tasks themselves, where tasks join or leave a run.
 WITH_TASKS = (
     "tasks.",
@@ -37,8 +39,8 @@ def open_run(config: Config, ranks: int) -> tuple[Config, Path]:
     """The resolved config and the directory of a run, new or to be gone on with. Writes nothing.
 
     ValueError with the differences where the directory holds a run of another config. Keys that change neither the
-    mathematics nor the order of data (`NEUTRAL`, the layout) may differ, and the new ones count; `train.change_tasks`
-    lets the tasks differ.
+    mathematics nor the order of data (`NEUTRAL`, the layout, where the stores lie) may differ, and the new ones count;
+    `train.change_tasks` lets the tasks differ.
     """
     run = Path(config.run)
     path = run / "config.yaml"
@@ -82,6 +84,8 @@ def _compare(config: Config, held: Config) -> list[str]:
 
 def _may_change(difference: str, change_tasks: bool) -> bool:
     key = difference.split(":")[0]
+    if STORE.fullmatch(key):  # data may be moved: what a store holds is compared (`identity`), not where it lies
+        return True
     if key.startswith("parallel.") or key in {f"train.{k}" for k in NEUTRAL}:
         return True
     return change_tasks and difference.startswith(WITH_TASKS)

@@ -25,6 +25,7 @@ from rich.markup import escape
 
 from multifid.config import Config
 from multifid.data.loader import ahead, open_sources
+from multifid.model.inherit import inherited
 from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
 from multifid.parallel.devices import use
@@ -33,6 +34,7 @@ from multifid.train.build import build
 from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.train.counts import announced
 from multifid.train.feed import Feed, Step, lists_of, make_draws, near, total_steps
+from multifid.train.identity import Kept, kept_of, own_data
 from multifid.train.journal import Journal
 from multifid.train.length import Length, length_of
 from multifid.train.lines import Lines
@@ -91,6 +93,7 @@ def train(
             run = open_all(config, world, log, clock)
             atlast.callback(close, run)
             with stop_on_sigterm() as stop:
+                keep_beginning(run)
                 loop(run, stop)
             finish(run)
         except Exception as error:  # the caller prints it
@@ -113,6 +116,18 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
             find_boards(config.train.tensorboard, config.train.wandb)
         config, folder = open_run(config, world.size)
         sources = open_sources(config.tasks, config.train.verify)
+    with world.together():
+        found = load_checkpoint(folder, world)
+    with world.together():
+        kept: Kept = {}
+        if found is not None:
+            sources, kept, said = own_data(folder, config, sources, found[0])
+            for line in [*(f"{bad}; going back to the checkpoint before it" for bad in found[2]), *said]:
+                log.print(f"[yellow]{escape(line)}[/yellow]")
+        elif config.init is not None:
+            elements = {z for source in sources for task in source.tasks for z in source.elements(task)}
+            for line in inherited(Path(config.init), config.model, set(config.branch_of().values()), elements):
+                log.print(escape(line))
         draws = make_draws(config, sources)
         lists = lists_of(config, world.device)
         trial = needs_trial(config, world.size)
@@ -127,15 +142,12 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
         sources = near(sources, placement, Path(config.train.stage), world)
     feed = Feed(config, sources, draws, placement, world.rank, lists)
     with world.together():
-        trainer = build(config, sources, placement, feed.epoch_steps, world)
+        trainer = build(config, sources, placement, feed.epoch_steps, world, begins=found is None)
         position, state = Position(Totals([t.name for t in trainer.tasks], trainer.device)), None
-        found = load_checkpoint(folder, world, [part.name for part in trainer.gradients.parts])
         if found is not None:
-            state, files, complaints = found
-            for complaint in complaints:
-                log.print(f"[yellow]{escape(complaint)}; going back to the checkpoint before it[/yellow]")
+            state, files, _ = found
             position = restore(trainer, state, files)
-            feed = Feed(config, sources, go_on(draws, state), placement, world.rank, lists)
+            feed = Feed(config, sources, go_on(draws, state, kept), placement, world.rank, lists)
         length = length_at(config, feed, position, trainer, state)
         log.open(folder, position.step)
         recorders = open_recorders(config, folder, position.step, log, world.device) if world.first else []
@@ -265,8 +277,15 @@ def save(run: Run, better: bool) -> None:
     state = state_of(run.trainer, run.position, run.feed.draws)
     if run.length.minutes is not None:
         state["length"] = run.length.state(run.position)
+    state["data"] = kept_of(run.config, run.feed.sources, run.feed.draws)
     state["layout"] = {task: list(ranks) for task, ranks in run.feed.placement.items()}
     run.saver.save(run.position.step, tensors_of(run.trainer), names, state, write_best if better else None)
+
+
+def keep_beginning(run: Run) -> None:
+    """What `init` gave is kept before the first step: from then on nobody asks for the other run again."""
+    if run.config.init is not None and run.position.step == 0 and not folder_of(run.folder, 0).exists():
+        save(run, better=False)
 
 
 def finish(run: Run) -> None:
@@ -321,8 +340,8 @@ def describe_model(run: Run) -> dict[str, Any]:
     scales = {t.name: t.scale for t in run.trainer.tasks}
     tasks = {}
     for source in run.feed.sources:
-        for task, label_set in source.tasks.items():
-            about = source.store.manifest["tasks"][label_set]
+        for task in source.tasks:
+            about = source.about(task)
             tasks[task] = {
                 "elements": source.elements(task),
                 "references": {str(z): e for z, e in source.references[task].energies.items()},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multifid.data.order import Draw
 from multifid.train.checkpoint import Tensors, rng_state, set_rng_state
+from multifid.train.identity import Kept, in_kept_order
 from multifid.train.optimizer import moments, set_moments, updates_of
 from multifid.train.record import finite
 from multifid.train.step import ENCODER, Norms, Totals, Trainer, part_of_branch
@@ -139,12 +140,12 @@ def restore(trainer: Trainer, state: dict[str, Any], files: Mapping[str, Mapping
     return Position(totals, step=state["step"], **p)
 
 
-def go_on(draws: list[Draw], state: dict[str, Any]) -> list[Draw]:
+def go_on(draws: list[Draw], state: dict[str, Any], kept: Kept) -> list[Draw]:
     """The draws at a checkpoint: as they were, or, where the tasks or their rates are others now, begun there.
 
-    Either way every task goes on at its next place.
+    Either way every task goes on at its next place, in the order that it began with.
     """
-    held = state["draws"]
+    draws, held = in_kept_order(draws, kept), state["draws"]
     now = {task: str(draw.rate) for draw in draws for task in draw.tasks}
     if now == {task: rate for task, (rate, _, _) in held.items()}:
         return [replace(d, base=held[d.tasks[0]][1], since=held[d.tasks[0]][2]) for d in draws]

@@ -7,7 +7,7 @@ mapped keeps all pages of its file.
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,27 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file.keys())
+
+
+class TensorFiles(Mapping[str, TensorFile]):
+    """The files of a folder by their stems, each opened when it is asked for."""
+
+    def __init__(self, folder: Path, stems: Collection[str]) -> None:
+        self.folder, self._stems = folder, frozenset(stems)
+        self._open: dict[str, TensorFile] = {}
+
+    def __getitem__(self, stem: str) -> TensorFile:
+        if stem not in self._stems:
+            raise KeyError(stem)
+        if stem not in self._open:
+            self._open[stem] = TensorFile(self.folder / f"{stem}.safetensors")
+        return self._open[stem]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._stems))
+
+    def __len__(self) -> int:
+        return len(self._stems)
 
 
 def consolidate(folder: Path, path: Path) -> None:

@@ -29,7 +29,7 @@ def crystal(structure: Any) -> Crystal:
         ordered = sum(map(len, species)) == len(species) == [kind["occu"] for kind in kinds].count(1)
         symbols = [kind["element"] for kind in kinds]
         matrix = lattice["matrix"]
-        positions = [site.get("xyz") for site in sites]
+        positions: Any = [site.get("xyz") for site in sites]
         if None in positions:  # as_dict(verbosity=0) writes fractional coordinates only
             fractional = vectors([site["abc"] for site in sites], len(sites), "positions")
             positions = times(fractional, array(matrix, "cell"))

@@ -192,7 +192,7 @@ def test_a_stress_far_from_all_others_is_an_outlier_that_prepare_reports(tmp_pat
     store = prepare("extxyz", [tmp_path / "a.xyz"], tmp_path / "store", progress=False)
     (found,) = outliers(store)
     assert (found.kind, found.count, found.worst[0].structure) == ("stress", 1, 41)
-    told = store.manifest["tasks"]["extxyz"]["outliers"]["stress"]
+    told = store.manifest["outliers"]["extxyz"]["stress"]
     assert told["count"] == 1 and told["worst"][0]["source"] == "a.xyz: 41" and 49 < told["worst"][0]["value"] < 51
     console = Console(record=True, width=120)
     assert check([store.path], console)

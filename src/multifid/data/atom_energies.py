@@ -12,6 +12,7 @@ from multifid.structures.structure import Packed
 
 ENOUGH = 20  # structures
 VARIED = 0.1  # standard deviation of the logarithm of the numbers of atoms, at least
+DESCRIBED = 0.2  # of the energies: what a good description leaves at most
 BINDING, SPREAD = 5.0, 10.0  # eV: what an atom gains where it is bound, about; the prior of the fit below
 NOISE = 1.0  # eV/atom: what is not a sum over elements
 ABSURD = 25.0  # eV from BINDING: no bond is so strong
@@ -23,7 +24,7 @@ def extensive(packed: Packed, energy: np.ndarray) -> float:
 
     Both are fitted by energies of the elements: E = sum_Z n_Z e_Z, and E = sum_Z n_Z/N e_Z. The ratio of what is left,
     each in eV per structure of the mean size: far below 1 for totals, far above for energies per atom. NaN where the
-    structures are few or all of about one size.
+    structures are few or all of about one size, or where a mean over atoms does not describe them either.
     """
     known = np.isfinite(energy)
     natoms = packed.natoms[known].astype(np.float64)
@@ -36,8 +37,11 @@ def extensive(packed: Packed, energy: np.ndarray) -> float:
         solution = np.linalg.lstsq(fractions, values, rcond=1e-10)[0]
         return float(np.sqrt(np.mean((values - fractions @ solution) ** 2)))
 
-    per_atom = left(energy[known])
-    return left(energy[known] / natoms) * float(natoms.mean()) / per_atom if per_atom > 0 else np.nan
+    per_atom, size = left(energy[known]), float(np.sqrt(np.mean(energy[known] ** 2)))
+    if not per_atom > 0:
+        return np.nan
+    ratio = left(energy[known] / natoms) * float(natoms.mean()) / per_atom
+    return ratio if ratio < 1 or per_atom < DESCRIBED * size else np.nan
 
 
 @dataclass(frozen=True, slots=True)

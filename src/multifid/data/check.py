@@ -76,13 +76,18 @@ def runs(count: int) -> list[tuple[int, int]]:
     return [(start, start + RUN) for start in starts.tolist()]
 
 
-def _checked(read: Read, count: int, levels: dict[str, str], isolated: dict[str, dict[int, float]]) -> Checked:
+def sampled(read: Read, count: int) -> Packed:
+    """A sample of a store of `count` structures: runs of consecutive ones, about ATOMS atoms together at most."""
     parts = []
     for start, stop in runs(count):
         part = read(start, stop)
         kept = max(1, int(np.searchsorted(np.cumsum(part.natoms), 2 * ATOMS // RUNS, side="right")))
         parts.append(take(part, np.arange(min(kept, len(part.natoms)))))
-    sample = join(parts)
+    return join(parts)
+
+
+def _checked(read: Read, count: int, levels: dict[str, str], isolated: dict[str, dict[int, float]]) -> Checked:
+    sample = sampled(read, count)
     chosen = np.unique(np.linspace(0, len(sample.natoms) - 1, GEOMETRIES).astype(np.int64))
     measured = measure(sample, take(sample, chosen))
     found = doubts_of(sample, measured)

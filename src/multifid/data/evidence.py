@@ -38,6 +38,7 @@ CROWD = 10  # atoms in the cube of the cutoff, at most: in nanometres it would h
 BONDED = 1.3  # times the shortest bonds of a kind: longer ones are breaking, and soft
 LAGS = (1, 2, 3)  # frames that come so soon after another are compared with it
 NEAR = 1.2  # angstrom: no atom has moved further between two frames that are compared (0.6, taken for bohr)
+STILL = 1e-3  # angstrom: an atom has moved further, or the cell was strained by a hundredth of it: less is rounding
 STRAIN = 0.1  # nor has the cell been strained more
 ENOUGH = 20  # observations that make a measurement
 
@@ -210,20 +211,22 @@ def _step(
     atoms = [slice(packed.offsets[s], packed.offsets[s + 1]) for s in (a, b)]
     x, y = (packed.positions[part].astype(np.float64) for part in atoms)
     f, g = (forces[part].astype(np.float64) for part in atoms)
-    by_stress = 0.0
+    by_stress = strained = 0.0
     if not packed.pbc[a].any():
         x, y, turn = _superposed(x, y)
         moved, g = y - x, g @ turn
     elif packed.pbc[a].all():
         moved, strain, volume = _deformed(x, y, packed.cell[a], packed.cell[b])
-        if np.abs(strain).max() > STRAIN or (np.abs(strain).max() > 1e-6 and stress is None):
+        strained = float(np.abs(strain).max())
+        if strained > STRAIN or (strained > 1e-6 and stress is None):
             return None
         if stress is not None:
             by_stress = float(volume * np.sum((stress[a] + stress[b]) / 2 * strain))
     else:
         return None
     by_forces = float(-np.sum((f + g) / 2 * moved))
-    if np.abs(moved).max() > NEAR or not np.isfinite(by_forces + by_stress):
+    furthest = float(np.abs(moved).max())
+    if furthest > NEAR or max(furthest, 100 * strained) < STILL or not np.isfinite(by_forces + by_stress):
         return None
     return float(energy[b] - energy[a]), by_forces, by_stress
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from multifid.data.check import join, read_fields, runs
+from multifid.data.check import read_fields, sampled
 from multifid.data.references import References
 from multifid.data.store import Store
 from multifid.data.survey import Each, Fields, one_by_one
 from multifid.structures.structure import Packed, PackedLabels
 
-CHUNK = 4096  # structures read at once
+CHUNK = 4096, 1 << 18  # structures and atoms read at once, at most
 STRETCH = 1 << 16  # structures that one process looks at
 FAR = 20.0  # robust standard deviations from the median: an outlier
 SMALLEST = {"energy": 0.05, "forces": 10.0, "stress": 1.0}  # eV/atom, eV/angstrom, eV/angstrom^3: below it, none at all
@@ -79,7 +79,8 @@ def outliers(store: Store) -> list[Outliers]:
     def read(start: int, stop: int) -> Packed:
         return store.read(np.arange(start, stop))
 
-    found = _look(read, 0, store.structures, references, _typical(read, store.structures, references))
+    natoms = store.field("natoms")
+    found = _look(read, natoms, 0, references, _typical(read, store.structures, references))
     return [one for one in found if one.count]
 
 
@@ -110,7 +111,7 @@ def values_of(kind: str, packed: Packed, labels: PackedLabels, references: Refer
 
 def _typical(read: Read, count: int, references: Mapping[str, References]) -> list[Outliers]:
     """For each task and kind of label that a sample has: what is usual, and no outlier yet."""
-    sample = join([read(*run) for run in runs(count)])
+    sample = sampled(read, count)
     found = []
     for task, own in references.items():
         for kind in SMALLEST:
@@ -124,13 +125,19 @@ def _typical(read: Read, count: int, references: Mapping[str, References]) -> li
 
 
 def _look(
-    read: Read, start: int, stop: int, references: Mapping[str, References], typical: Sequence[Outliers]
+    read: Read, natoms: np.ndarray, first: int, references: Mapping[str, References], typical: Sequence[Outliers]
 ) -> list[Outliers]:
+    """natoms: of the structures that are looked at, from `first` on."""
     found = [Outliers(one.task, one.kind, one.median, one.deviation) for one in typical]
-    for first in range(start, stop, CHUNK):
-        packed = read(first, min(first + CHUNK, stop))
+    ends, start = np.cumsum(natoms, dtype=np.int64), 0
+    while start < len(natoms):
+        before = int(ends[start - 1]) if start else 0
+        most = int(np.searchsorted(ends, before + CHUNK[1], side="right"))
+        stop = max(start + 1, min(start + CHUNK[0], most))
+        packed = read(first + start, first + stop)
         for one in found:
-            one.look(first, values_of(one.kind, packed, packed.labels[one.task], references[one.task]))
+            one.look(first + start, values_of(one.kind, packed, packed.labels[one.task], references[one.task]))
+        start = stop
     return found
 
 
@@ -138,4 +145,5 @@ def _look_at(
     fields: Fields, start: int, stop: int, references: dict[str, References], typical: list[Outliers]
 ) -> list[Outliers]:
     tasks = list(references)
-    return _look(lambda a, b: read_fields(fields, a, b, tasks), start, stop, references, typical)
+    natoms = fields["natoms"][start:stop]
+    return _look(lambda a, b: read_fields(fields, a, b, tasks), natoms, start, references, typical)

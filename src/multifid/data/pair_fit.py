@@ -28,6 +28,7 @@ PAIRS = 20  # of elements that have a potential of their own, at most; of kinds 
 ATOMS = 5000  # that are fitted to, at most (about)
 STRAY = 20.0  # times the median: longer forces are left out
 RIDGE = 1e-4  # of the diagonal of the normal equations
+EXACT = 1e-5  # of the largest: positions are rounded to float32
 SAME = 0.01  # relative difference of the volumes of two structures whose energies are compared
 
 _KIND = np.full(119, 2)  # a metal
@@ -94,12 +95,14 @@ def pairwise(packed: Packed, near: Neighbors, forces: np.ndarray) -> Pairwise | 
 def energy_ratio(packed: Packed, energy: np.ndarray, fit: Pairwise) -> Measured:
     """Differences of energies between structures of one composition and volume / those of the fit."""
     pairs, here, fitted = _alike(packed, fit.chosen), energy[fit.chosen], fit.energy
-    return _ratio(np.diff(here[pairs], axis=1).ravel(), np.diff(fitted[pairs], axis=1).ravel())
+    least = EXACT * float(np.abs(fitted).max(initial=0.0))
+    return _ratio(np.diff(here[pairs], axis=1).ravel(), np.diff(fitted[pairs], axis=1).ravel(), least)
 
 
 def stress_ratio(stress: np.ndarray, fit: Pairwise) -> Measured:
     """Deviators of stresses (structures, 3, 3) / those of the fit."""
-    return _ratio(_deviator(stress[fit.chosen]).ravel(), _deviator(fit.stress).ravel())
+    least = EXACT * float(np.nanmax(np.abs(fit.stress), initial=0.0))
+    return _ratio(_deviator(stress[fit.chosen]).ravel(), _deviator(fit.stress).ravel(), least)
 
 
 def deviator_size(stress: np.ndarray) -> np.ndarray:
@@ -119,9 +122,10 @@ def _alike(packed: Packed, chosen: np.ndarray) -> np.ndarray:
     return np.stack([a[same], b[same]], 1)
 
 
-def _ratio(label: np.ndarray, fitted: np.ndarray) -> Measured:
-    """Of the larger half: small values drown in what the fit does not know."""
+def _ratio(label: np.ndarray, fitted: np.ndarray, least: float) -> Measured:
+    """Of the larger half: small values drown in what the fit does not know, and those below `least` in rounding."""
     known = np.isfinite(label) & np.isfinite(fitted)
+    known[known] = np.abs(fitted[known]) > least
     label, fitted = label[known], fitted[known]
     if not len(label):
         return Measured()

@@ -151,7 +151,7 @@ def _finish(
         }
         for name, labels in label_sets.items()
     }
-    _add_outliers(tasks, fields, files, intake.structures_of_file, pool)
+    outliers = _outliers(tasks, fields, files, intake.structures_of_file, pool)
     writer.commit(
         split,
         {
@@ -163,15 +163,16 @@ def _finish(
             "dropped_labels": dict(sorted(intake.dropped.items())),
             **({"assumed": dict(sorted(intake.assumed.items()))} if intake.assumed else {}),
             "measured": checked.to_manifest(),
+            **({"outliers": outliers} if outliers else {}),
             **({"doubts": doubts} if doubts else {}),
         },
     )
 
 
-def _add_outliers(
+def _outliers(
     tasks: dict[str, dict[str, Any]], fields: dict[str, Rows], files: list[Input], counts: list[int], pool: Workers
-) -> None:
-    """To each task that has labels far from all others: which, by kind. counts: structures of each file."""
+) -> dict[str, dict[str, Any]]:
+    """Labels far from all others, by task and kind. counts: structures of each file."""
     ends = np.cumsum(counts)
 
     def place(structure: int) -> str:
@@ -180,8 +181,10 @@ def _add_outliers(
         return f"{files[int(np.searchsorted(ends, structure, side='right'))].name}: {source}"
 
     references = {name: References.from_manifest(about) for name, about in tasks.items()}
+    told: dict[str, dict[str, Any]] = {}
     for found in outliers_of_fields(fields, references, pool.each):
-        tasks[found.task].setdefault("outliers", {})[found.kind] = found.to_manifest(place)
+        told.setdefault(found.task, {})[found.kind] = found.to_manifest(place)
+    return told
 
 
 def _question(format: str, files: list[Input], options: Any, limit: int | None) -> dict[str, Any]:

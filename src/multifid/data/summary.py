@@ -41,8 +41,8 @@ def summary(store: Store) -> Table:
             table.add_row(what.replace("_", " "), f"{count:,}: {reason}" + (f" (first: {first})" if first else ""))
     for what, line in told(manifest.get("measured", {})).items():
         table.add_row(f"measured, {what}", line)
-    for name, task in manifest["tasks"].items():
-        for kind, found in task.get("outliers", {}).items():
+    for name, kinds in manifest.get("outliers", {}).items():
+        for kind, found in kinds.items():
             table.add_row(f"outliers, {name}", _outliers(kind, found))
     for doubt in manifest.get("doubts", []):
         table.add_row("doubtful, but trusted", doubt)

@@ -10,7 +10,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,tensorboard,test,check]'
 	touch $@
 
-.PHONY: demo test test-full bench bench-short check format clean
+.PHONY: demo test test-full bench bench-short lint check format clean
 
 demo: demo/elements.png      ## five small sources, stores, and the paper's two tables, in demo/
 	$(MULTIFID) study configs/demo.yaml
@@ -39,11 +39,14 @@ demo/stores/alexandria: | $(FILES)
 demo/elements.png: $(STORES)
 	$(MULTIFID) stats $(STORES) --figure $@
 
-test: $(VENV)/installed      ## the test suite: a representative of every setting
-	$(BIN)/python -m pytest -m "not full"
+# Two tests at a time; those that start several processes themselves one after the other.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-full: $(VENV)/installed ## the full product of settings: encoders, optimizers, precisions, forces, placements
-	$(BIN)/python -m pytest
+test: $(VENV)/installed      ## the test suite: a representative of every setting
+	$(PYTEST) -m "not full"
+
+test-full: $(VENV)/installed ## all other settings: encoders x optimizers x precisions x forces x placements
+	$(PYTEST) -m full
 
 MOLECULES ?= demo/stores/ani1x
 CRYSTALS  ?= demo/stores/mptrj
@@ -60,11 +63,12 @@ format: $(VENV)/installed
 	$(BIN)/ruff format src tests
 	$(BIN)/ruff check --fix src tests
 
-check: $(VENV)/installed     ## format, lint, types, tests
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+lint: $(VENV)/installed      ## format, lint, types
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+check: lint test             ## what a change must pass
 
 clean:
 	rm -rf $(VENV) demo

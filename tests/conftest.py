@@ -1,8 +1,10 @@
 """Small stores with planted labels, shared by the tests of what trains and evaluates."""
 
 import os
+import time
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded: threads of several processes would fight for two cores
+# Before torch is loaded: threads of several processes would fight for two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
@@ -13,6 +15,21 @@ import numpy as np
 import pytest
 
 from multifid.data.prepare import prepare
+
+
+def measured_effort(work):
+    """What a function returns, and its processor time in units of adding up three million integers in plain Python.
+
+    A ratio on the same machine: no machine is too slow for a bound on it.
+    """
+
+    def seconds(function):
+        started = time.process_time()
+        return function(), time.process_time() - started
+
+    yardstick = min(seconds(lambda: sum(range(3_000_000)))[1] for _ in range(3))
+    result, spent = seconds(work)
+    return result, spent / yardstick
 
 
 def pair_energy_forces(numbers, positions, depth):
@@ -55,6 +72,16 @@ def write_molecules(path: Path, count: int, depth: float, offset: float, seed: i
             )
             for s, p, f in zip(symbols, positions, forces, strict=True):
                 file.write(" ".join([s, *(f"{x:.17g}" for x in (*p, *f))]) + "\n")
+
+
+# What starts several processes itself, or watches clocks and memory, runs in one worker, one after the other.
+ALONE = ("test_two_hosts.py", "test_memory.py", "test_scaling.py", "test_workers.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()) or item.path.name in ALONE:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture(scope="session")

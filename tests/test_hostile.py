@@ -8,7 +8,6 @@ import lzma
 import os
 import pickle
 import subprocess
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ from multifid.data.store import Store
 from multifid.structures.neighbors import neighbor_list
 
 WATER = np.array([[0, 0, 0], [0, 0.76, 0.59], [0, -0.76, 0.59]])
-SECONDS = 10.0  # 5 s from reaching the place, on a machine that does other things too
 
 
 def frames(count: int = 24, extra: str = "") -> str:
@@ -166,8 +164,7 @@ CHECKED = {"qm7x", "alexandria"}  # xz and bz2 carry checksums of what is in the
 
 
 def made(format: str, path: Path, out: Path, **more) -> Store | str:
-    """The store, or the message of the error; any other exception, or too long a time, is a failure."""
-    start = time.monotonic()
+    """The store, or the message of the error; any other exception is a failure (and a hang, by the suite's timeout)."""
     try:
         result = prepare(format, [path], out, trust_units=True, progress=False, **more)
     except (ValueError, OSError) as error:
@@ -175,7 +172,6 @@ def made(format: str, path: Path, out: Path, **more) -> Store | str:
         result = str(error)
         assert not out.exists()
         assert not [p.name for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")], "half a store is left"
-    assert time.monotonic() - start < SECONDS
     return result
 
 

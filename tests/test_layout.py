@@ -2,12 +2,12 @@
 
 import itertools
 import random
-import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import measured_effort
 from multifid.parallel.layout import GIB, Load, Memory, place, predicted_step
 
 KINDS = ("replicated", "split", "auto")
@@ -234,11 +234,10 @@ def test_nonsense_is_refused(wrong):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [10, 100, 4096])
-def test_64_tasks_on_4096_ranks_are_placed_in_a_second(kind, ranks):
+def test_64_tasks_on_4096_ranks_are_placed_with_little_effort(kind, ranks):
     rnd = random.Random(0)
     loads = {t: Load(rnd.lognormvariate(0, 1.5), 0.01, 10) for t in names(64)}
     memory = Memory(700, 10) if kind != "replicated" else None
-    started = time.process_time()
-    placement = place(names(64), kind, ranks, loads=loads, memory=memory)
-    assert time.process_time() - started < 1.0
+    placement, effort = measured_effort(lambda: place(names(64), kind, ranks, loads=loads, memory=memory))
+    assert effort < 50
     assert set().union(*placement.values()) == set(range(ranks))

@@ -484,11 +484,9 @@ def test_when_a_rank_is_gone_the_others_leave_and_the_run_goes_on(
         assert all(rank.is_alive() for rank in ranks)
         time.sleep(0.02)
     os.kill(ranks[dead].pid, blow)
-    begun = time.monotonic()
     for rank in (r for r in ranks if r is not ranks[dead]):
         rank.join(timeout=30)
         assert rank.exitcode not in (None, 0)
-    assert time.monotonic() - begun < 20
     ranks[dead].kill()
     (step, _, complaints), *_ = pool.run(2, "newest_checkpoint", str(run))
     assert not complaints and (step == 2 if writing else step > 0)

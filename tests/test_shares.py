@@ -2,13 +2,13 @@
 
 import itertools
 import random
-import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import measured_effort
 from multifid.parallel.layout import Load, place
 from multifid.parallel.shares import shares
 
@@ -128,9 +128,8 @@ def test_small_structures_of_one_task_fill_the_gaps_that_large_ones_of_another_l
 
 def test_many_structures_that_cost_nothing_do_not_take_long():
     costs = np.concatenate([np.full(1919, 5.0), np.zeros(100_000)])
-    started = time.process_time()
-    shares({"a": costs}, {"a": range(1920)})
-    assert time.process_time() - started < 2.0
+    _, effort = measured_effort(lambda: shares({"a": costs}, {"a": range(1920)}))
+    assert effort < 20
 
 
 @pytest.mark.parametrize("kind", ["replicated", "split", "auto"])
@@ -138,9 +137,8 @@ def test_a_step_of_245760_structures_on_1920_ranks_is_cut_quickly_and_evenly(kin
     rng = np.random.default_rng(0)
     costs = {f"t{i}": rng.lognormal(5 + i / 2, 1.0, 1920 * 128 // 5) for i in range(5)}
     placement = place(list(costs), kind, 1920, loads={t: Load(float(c.sum())) for t, c in costs.items()})
-    started = time.process_time()
-    owners = shares(costs, placement)
-    assert time.process_time() - started < 0.5  # 0.04 s on one core; the rest is for slow machines
+    owners, effort = measured_effort(lambda: shares(costs, placement))
+    assert effort < 5
     longest = max(loads_of(costs, owners, 1920))
     assert longest <= 1.001 * divisible_optimum(costs, placement)
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -217,10 +216,9 @@ def test_a_rank_that_fails_or_falls_silent_is_noticed(fake, tmp_path, monkeypatc
     other.join()
     assert other.exitcode == 1
     monkeypatch.setattr(unfinished, "SILENCE", 0.5)
-    began = time.monotonic()
     with pytest.raises(TimeoutError, match="rank 1 has been silent"):
         fake.run("silent", rank=0, size=2)
-    assert time.monotonic() - began < 30 and (tmp_path / ".silent.parts").is_dir()
+    assert (tmp_path / ".silent.parts").is_dir()
 
 
 def test_workers_must_be_some(fake):

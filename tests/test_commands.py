@@ -1,0 +1,154 @@
+"""Every command and every Python block of README.md and docs/ is run as it stands, on small files of the same names.
+
+What a page calls by a name (published files, stores, configs) lies under that name in a folder of its own, tens of
+structures in place of millions; lengths of runs and of measurements are shortened. A page that names a file that is not
+there, an option that no longer exists, or a step in the wrong order fails here.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from multifid.data.prepare import prepare
+from test_hostile import FORMATS, write_ani1x
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(sh|python)\n(.*?)```", re.DOTALL)
+
+# Pages in the order in which a reader needs them: files become stores before they are trained on.
+ORDER = ["README.md", "results.md"]
+SHARED = ROOT.parent / "shared" / "data"
+
+SHORTER = {
+    r"train\.steps=\d+": "train.steps=2",
+    r"train\.epoch_steps=\d+": "train.epoch_steps=2",
+    r"train\.minutes=\S+": "train.minutes=0.02",
+    r"--copies \d+": "--copies 2 --repeat 1",
+    r"--seconds \d+": "--seconds 1 --pairs 1 --hidden 8 --head 8",
+    r"--tasks 16": "--tasks 4",
+    r"--batch 128 --ranks 5 8": "--batch 8 --ranks 5 8 --steps 2",
+    r"--nproc-per-node [0-9]+": "--nproc-per-node 2",
+    r"--ranks 1,2,4": "--ranks 1,2 --epoch-steps 2",
+    r"--here": "--here --epoch-steps 2",
+    r"^srun -n \d+ ": "torchrun --nproc-per-node 2 -m ",
+    r"warm neighbors full": "warm neighbors --rounds 1",
+    r"pytest tests/test_memory.py -s": "pytest tests/test_memory.py --collect-only",
+    r"STORE\.\.\.": "data/pack/ani1x data/pack/mptrj",
+    r"\bSTORE\b": "data/pack/ani1x",
+    r"\bFOLDER\b": "reading",
+    r"(benchmarks/placements\.py .*)": r"\1 --tables tables.md --figure figure.png",
+    r"(benchmarks/accuracy\.py .*)": r"\1 --seeds 0",
+}
+
+
+def commands(page: Path) -> list[str]:
+    """The shell commands of a page, one each, as typed; comments and continued lines removed."""
+    found = []
+    for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "sh":
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [text for line in lines if (text := line.partition("  #")[0].strip()) and not text.startswith("#")]
+    return found
+
+
+def shortened(command: str) -> str:
+    for long, short in SHORTER.items():
+        command = re.sub(long, short, command)
+    return command
+
+
+def small(values: dict) -> dict:
+    """A config of the same tasks and kind, a second long."""
+    model, train = values["model"], values["train"]
+    model["encoder"] |= {"hidden": 8, "layers": 1}
+    model["branch"] |= {"hidden": [8]}
+    train |= {"steps": 2, "epoch_steps": 2, "log_every": 1}
+    for task in values["tasks"].values():
+        if "per_step" in task:
+            task["per_step"] = 2
+    if "study" in values:
+        values["study"] |= {"seeds": [0], "processes": 1}
+    return values
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Where a reader stands: the project's folder, the published file that README.md prepares, and other stores."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_ani1x(folder / "ani1x-release.h5")
+    for part in ("benchmarks", "docs", "tests", "pyproject.toml"):
+        (folder / part).symlink_to(ROOT / part)
+    (folder / "configs").mkdir()
+    for path in (ROOT / "configs").glob("*.yaml"):
+        (folder / "configs" / path.name).write_text(yaml.safe_dump(small(yaml.safe_load(path.read_text()))))
+    mine = {
+        "run": "runs/config",
+        "tasks": {"ani1x": {"store": "data/ani1x"}, "mptrj": {"store": "data/mptrj"}},
+        "model": {"cutoff": 4.0, "encoder": {}, "branch": {}},
+        "train": {"batch": 2},
+    }
+    (folder / "CONFIG.yaml").write_text(yaml.safe_dump(small(mine)))
+    for name, (file, write) in FORMATS.items():
+        if name in ("qm7x", "transition1x", "mptrj", "alexandria"):
+            (folder / name).mkdir()
+            write(folder / name / file)
+            prepare(name, [folder / name / file], folder / "data" / name, trust_units=True, progress=False)
+    return folder
+
+
+def run(folder: Path, command: str) -> str:
+    """What a command prints; AssertionError with all of it where it fails."""
+    words = shlex.split(command)
+    environment = dict(os.environ)
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        key, _, value = words.pop(0).partition("=")
+        environment[key] = value
+    launchers = {
+        "multifid": [sys.executable, "-m", "multifid"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+        "python": [sys.executable],
+    }
+    words[:1] = launchers.get(words[0], words[:1])
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def run_page(folder: Path, page: Path) -> None:
+    for command in commands(page):
+        if command.startswith(("make ", "git ", "cd ", "source ", "pip ")):
+            assert not command.startswith("make ") or f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
+            continue
+        run(folder, shortened(command))
+
+
+def test_commands_and_python_of_the_readme_run(folder):
+    run_page(folder, PAGES[0])
+    blocks = [code for language, code in BLOCK.findall(PAGES[0].read_text(encoding="utf-8")) if language == "python"]
+    assert blocks
+    for k, code in enumerate(blocks):
+        (folder / "runs" / "first").exists() or shutil.copytree(folder / "runs" / "paper", folder / "runs" / "first")
+        (folder / f"block{k}.py").write_text(code)
+        assert run(folder, f"python block{k}.py").strip()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not SHARED.exists(), reason="the published samples that the pages name are not beside the project")
+def test_commands_of_the_docs_run(folder):
+    for path in SHARED.rglob("*"):
+        if path.is_file() and not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    for page in sorted(PAGES[1:], key=lambda p: (ORDER.index(p.name) if p.name in ORDER else len(ORDER), p.name)):
+        run_page(folder, page)
+
+
+def test_every_page_is_read():
+    assert sum(len(commands(page)) for page in PAGES) > 20

@@ -21,7 +21,7 @@ from multifid.train.settings import TrainConfig
 class StudyConfig(BaseModel):
     """The `study` section: how the comparison is run (only `multifid study` reads it)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     seeds: list[int] = Field([0], min_length=1, description="one comparison for each")
     processes: int = Field(1, gt=0, description="models that train side by side, each with its share of the threads")
@@ -30,7 +30,7 @@ class StudyConfig(BaseModel):
 class Config(BaseModel):
     """Everything that a run is told."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     run: str = Field(description="directory that the run writes into")
     seed: int = Field(0, ge=0, description="of the weights and of the order of data")
@@ -58,6 +58,10 @@ class Config(BaseModel):
             raise ValueError("objective.stress > 0 needs model.branch.forces: conservative (only they give a stress)")
         if self.train.batch is not None and self.train.local_batch is not None:
             raise ValueError("train.batch and train.local_batch say the same thing twice: give one of them")
+        if (self.train.batch or 1) < 1 and any(task.per_step is None for task in self.tasks.values()):
+            raise ValueError(
+                f"train.batch: {self.train.batch:g} is the mean number of structures per task and step, at least 1"
+            )
         if self.train.compile and self.parallel.shard_encoder:
             raise ValueError("train.compile needs whole layers; with parallel.shard_encoder set it to false")
         if self.train.compile and self.train.recompute:

@@ -31,12 +31,12 @@ MOLECULAR_DENSITY = 0.09  # atoms per cubic angstrom in a molecule, hydrogen inc
 class TaskConfig(BaseModel):
     """One task: a store, its weight in the objective, and which labels of the store it learns."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     store: str = Field(description="directory of the prepared store")
     weight: float = Field(1.0, gt=0.0, description="w_t of the objective, used as given")
     labels: str | None = Field(None, description="label set of the store; may be left out where it has only one")
-    per_step: float | None = Field(None, gt=0.0, description="structures of this task per step, in place of its share")
+    per_step: float | None = Field(None, ge=1.0, description="structures of this task per step, in place of its share")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Source:
         """What a branch of the task sees in training: the elements of its energies; where it has none, of the split."""
         unseen = self.store.manifest["splits"].get("unseen_elements", [])
         return sorted(self.references[task].energies or set(self.store.elements) - set(unseen))
+
+
+Piece = list[tuple[Source, np.ndarray]]  # structures of several sources, by their indices in the stores
 
 
 def open_sources(tasks: dict[str, TaskConfig], verify: str = "touch") -> list[Source]:
@@ -109,7 +112,7 @@ def host_lists(packed: Packed, cutoff: float) -> tuple[torch.Tensor, torch.Tenso
     return torch.from_numpy(edges.astype(np.int64)), torch.from_numpy(shifts.astype(np.float64))
 
 
-def collate(parts: list[tuple[Source, np.ndarray]], cutoff: float, lists: Lists = host_lists) -> Batch:
+def collate(parts: Piece, cutoff: float, lists: Lists = host_lists) -> Batch:
     """Structures of several sources, laid end to end, with their edges and aligned labels, as one batch.
 
     parts: (source, indices into its store), in the order in which they are laid. Labels: float64 tensors in eV,
@@ -232,12 +235,10 @@ def most_pieces(costs: np.ndarray, owners: np.ndarray, most: float | None) -> in
     return max(pieces, 1)
 
 
-def micro_batches(
-    parts: list[tuple[Source, np.ndarray]], cutoff: float, max_edges: int | None, lists: Lists = host_lists
-) -> list[Batch]:
-    """The structures of a step as one batch, or as several of at most about `max_edges` edges each."""
+def pieces(parts: Piece, cutoff: float, max_edges: int | None) -> list[Piece]:
+    """The structures of a step as one piece, or as several of at most about `max_edges` edges each, in their order."""
     if max_edges is None:
-        return [collate(parts, cutoff, lists)]
+        return [parts]
     costs = np.concatenate([np.zeros(0), *(edge_costs(s, i, cutoff) for s, i in parts)])
     ends = np.cumsum([len(i) for _, i in parts])
     out = []
@@ -248,7 +249,7 @@ def micro_batches(
             chosen = indices[max(piece.start - begin, 0) : max(piece.stop - begin, 0)]
             if len(chosen):
                 inside.append((source, chosen))
-        out.append(collate(inside, cutoff, lists))
+        out.append(inside)
     return out
 
 

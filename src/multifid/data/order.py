@@ -38,7 +38,7 @@ _ROUNDS = 8  # even, so that the two halves end where they began
 class SamplingConfig(BaseModel):
     """How the structures of a step are divided among the tasks, and in which order they come."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     exponent: float = Field(0.0, ge=0.0, description="share of a task ~ size^exponent; 0: equal shares, 1: by size")
     order: Literal["random", "blocks"] = Field(

@@ -23,7 +23,7 @@ RADIAL = 8  # radial basis functions of a force head over edges
 class BranchConfig(BaseModel):
     """What every branch is made of."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     hidden: list[PositiveInt] = Field(
         default=[64, 64, 64], description="Widths of the fully connected layers of each head."

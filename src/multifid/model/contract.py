@@ -38,7 +38,7 @@ from multifid.graphs.graph import EDGES_ONLY, Graph, GraphNeeds
 class EncoderConfig(BaseModel):
     """Options of an encoder. A subclass has `name: Literal["..."]` and its own fields, each with a description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
 

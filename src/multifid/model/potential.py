@@ -25,7 +25,7 @@ from multifid.structures.cells import FLAT
 class ModelConfig(BaseModel):
     """The shape of the model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     cutoff: float = Field(default=5.0, gt=0, description="Atoms closer than this exchange messages, angstrom.")
     encoder: AnyEncoderConfig = Field(

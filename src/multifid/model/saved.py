@@ -44,7 +44,7 @@ def load_description(run: Path) -> Description:
     """model.json of a run. ValueError where it is missing or of another schema."""
     path = run / "model.json"
     if not path.exists():
-        raise ValueError(f"{path}: not found; is {run} the directory of a trained run?")
+        raise ValueError(f"{path}: not found; {_why_no_model(run)}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -54,12 +54,20 @@ def load_description(run: Path) -> Description:
     return description
 
 
+def _why_no_model(run: Path) -> str:
+    if (run / "config.yaml").exists():
+        return "the run has no model yet: it has one from its first finite validation value on (see its train.log)"
+    return f"is {run} the directory of a trained run?"
+
+
 def load_potential(run: Path, weights: str = "model.safetensors") -> tuple[Potential, Description]:
     """The potential of a run, in evaluation mode on the CPU, and its description."""
     description = load_description(run)
     branch_of = {t: about["branch"] for t, about in description["tasks"].items()}
     config = ModelConfig.model_validate(description["architecture"])
     potential = Potential(config, description["branches"], branch_of, seed=0)
+    if not (run / weights).exists():
+        raise ValueError(f"{run / weights}: not found; {_why_no_model(run)}")
     try:
         tensors = load_file(run / weights)
     except Exception as error:  # safetensors raises its own class, OSError or ValueError, by kind of damage

@@ -134,11 +134,11 @@ class World:
             self._apart = DeviceMesh.from_group(dist.new_group(list(self.group.ranks)), self.device.type)
         return self._apart
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's value on every rank, as JSON brings it over. Called on all ranks, in the same order."""
+    def share(self, value: Any, rank: int = 0) -> Any:
+        """One rank's value on every rank, as JSON brings it over. Called on all ranks, in the same order."""
         key = f"shared/{self._shared}"
         self._shared += 1
-        if self.first:
+        if self.rank == rank:
             self.store.set(key, json.dumps(value))
         while not self.store.check([key]):  # a blocking call would hold the store against the threads that use it
             time.sleep(POLL)

@@ -30,7 +30,7 @@ GIB = 2**30
 class ParallelConfig(BaseModel):
     """Where the branches live."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     placement: Placement = Field("auto", description="which ranks hold which branches; a map: task to ranks")
     allow_idle: bool = Field(False, description="accept a map that leaves ranks without a branch, and so without work")

@@ -12,6 +12,7 @@ ranks' key-value store, that they are done. No collective is needed, so the trai
 """
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -115,7 +116,8 @@ class Saver:
         listed = {f"{name}.safetensors": json.loads(self._heard(f"{key}/{name}")) for name in names}
         if before_commit is not None:
             before_commit(part)
-        (part / "state.json").write_text(json.dumps({**state, "step": step, "files": listed}, indent=1), "utf-8")
+        text = json.dumps(_written({**state, "step": step, "files": listed}), indent=1, allow_nan=False)
+        (part / "state.json").write_text(text, encoding="utf-8")
         _sync(part / "state.json")
         _sync(part)
         if final.exists():  # the same step, written again after a resume: the same bits
@@ -123,7 +125,7 @@ class Saver:
         os.rename(part, final)
         _sync(final.parent)
         killed = final.parent.glob(".step-*.part")  # in the midst of a checkpoint; one is written at a time
-        for old in [*_newest_first(self.run)[self.keep :], *killed]:
+        for old in [*newest_first(self.run)[self.keep :], *killed]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _heard(self, key: str) -> bytes:
@@ -142,7 +144,7 @@ def load_checkpoint(run: Path, world: World | None = None) -> tuple[State, Tenso
     """
     world = world or alone()
     complaints: list[str] = []
-    for name in world.share([path.name for path in _newest_first(run)]):
+    for name in world.share([path.name for path in newest_first(run)]):
         folder = run / "checkpoints" / name
         state = world.share(_read_state(folder) if world.first else None)
         bad = [state] if isinstance(state, str) else _damaged(folder, state, world)
@@ -164,10 +166,23 @@ def _read_state(folder: Path) -> State | str:
     """The state of a checkpoint, or what is wrong with it."""
     path = folder / "state.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(path.read_text(encoding="utf-8"), object_hook=_read)
         return state if isinstance(state["files"], dict) else f"{path}: `files` must be a table"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path}: not a readable checkpoint state ({error})"
+
+
+def _written(value: Any) -> Any:
+    """A value as JSON can hold it: a number that is not finite becomes {"float": "nan"} and the like; see `_read`."""
+    if isinstance(value, dict):
+        return {key: _written(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_written(inner) for inner in value]
+    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(value: dict[str, Any]) -> Any:
+    return float(value["float"]) if value.keys() == {"float"} else value
 
 
 def _damaged(folder: Path, state: State, world: World) -> list[str]:
@@ -186,7 +201,8 @@ def _damaged(folder: Path, state: State, world: World) -> list[str]:
     ]
 
 
-def _newest_first(run: Path) -> list[Path]:
+def newest_first(run: Path) -> list[Path]:
+    """The checkpoints of a run."""
     return sorted((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 

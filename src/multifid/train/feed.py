@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from multifid.config import Config
-from multifid.data.loader import Lists, Source, edge_costs, host_lists, micro_batches, most_pieces
+from multifid.data.loader import Lists, Piece, Source, collate, edge_costs, host_lists, most_pieces, pieces
 from multifid.data.order import Draw, Order, rates
 from multifid.data.readahead import ReadAhead
 from multifid.data.stage import stage, staged_path
@@ -69,28 +69,29 @@ class Feed:
 
     def step(self, step: int) -> Step:
         """What this rank processes in a step, and what all ranks know of it."""
-        chosen, identities = [], b""
-        for source, draw, ahead in zip(self.sources, self.draws, self._ahead, strict=True):
-            places = draw.places(step)
-            ahead(places[0])
-            indices = source.store.pick("train", draw.order(*places))
-            chosen.append(indices)
+        for draw, ahead in zip(self.draws, self._ahead, strict=True):
+            ahead(draw.places(step)[0])
+        chosen, identities = self._chosen(step), b""
+        for draw, indices in zip(self.draws, chosen, strict=True):
             identities += draw.name.encode() + indices.astype("<i8").tobytes()
-        mine, rounds = self._mine(chosen)
-        parts = [(s, i) for s, i in zip(self.sources, mine, strict=True) if len(i)]
-        return Step(
-            self._batches(parts, self.config.train.max_edges), identities, Known(self._known_counts(chosen), rounds)
-        )
+        mine, rounds = self._pieces(chosen)
+        batches = [self.batch(piece) for piece in mine]
+        return Step(batches, identities, Known(self._known_counts(chosen), rounds))
 
     def split(self, split: str) -> Iterator[Batch]:
-        """This rank's part of a whole split, store after store, in batches of about a training step's edges.
+        """This rank's part of a whole split, store after store, in batches of about a training step's edges."""
+        return map(self.batch, self.pieces_of_split(split))
 
-        Cut piece by piece, so that memory does not grow with the split.
-        """
+    def pieces_of_step(self, step: int) -> list[Piece]:
+        """Which structures the batches of this rank hold in a step."""
+        return self._pieces(self._chosen(step))[0]
+
+    def pieces_of_split(self, split: str) -> Iterator[Piece]:
+        """Which structures the batches of this rank hold of a split; memory does not grow with the split."""
         sizes = [source.store.size(split) for source in self.sources]
-        pieces = max(1, -(-sum(sizes) // AT_ONCE))
-        for k in range(pieces):
-            bounds = [(k * n // pieces, (k + 1) * n // pieces) for n in sizes]
+        parts = max(1, -(-sum(sizes) // AT_ONCE))
+        for k in range(parts):
+            bounds = [(k * n // parts, (k + 1) * n // parts) for n in sizes]
             chosen = [s.store.pick(split, slice(*b)) for s, b in zip(self.sources, bounds, strict=True)]
             for source, index in zip(self.sources, self._mine(chosen)[0], strict=True):
                 if not len(index):
@@ -98,10 +99,23 @@ class Feed:
                 costs = edge_costs(source, index, self.config.model.cutoff)
                 batch = max(1.0, float(self.config.train.batch or 1))
                 most = self.config.train.max_edges or max(float(costs.mean()) * batch, 1.0)
-                yield from self._batches([(source, index)], int(most))
+                yield from pieces([(source, index)], self.config.model.cutoff, int(most))
 
-    def _batches(self, parts: list[tuple[Source, np.ndarray]], max_edges: int | None) -> list[Batch]:
-        return micro_batches(parts, self.config.model.cutoff, max_edges, self.lists)
+    def batch(self, piece: Piece) -> Batch:
+        return collate(piece, self.config.model.cutoff, self.lists)
+
+    def _chosen(self, step: int) -> list[np.ndarray]:
+        """The structures of a step: of each source, by their indices in its store."""
+        return [
+            source.store.pick("train", draw.order(*draw.places(step)))
+            for source, draw in zip(self.sources, self.draws, strict=True)
+        ]
+
+    def _pieces(self, chosen: list[np.ndarray]) -> tuple[list[Piece], int]:
+        """This rank's part of the structures of a step in micro-batches, and how many of these a rank has at most."""
+        mine, rounds = self._mine(chosen)
+        parts = [(s, i) for s, i in zip(self.sources, mine, strict=True) if len(i)]
+        return pieces(parts, self.config.model.cutoff, self.config.train.max_edges), rounds
 
     def _mine(self, chosen: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
         """Of the structures of each source those that this rank processes, in their order; the most micro-batches."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from multifid.model.potential import Prediction
@@ -23,13 +23,21 @@ from multifid.structures.batch import Labels, Rows, components
 class ObjectiveConfig(BaseModel):
     """What is minimised."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     loss: Literal["l1", "mse", "huber", "l2norm"] = Field("l1", description="of the scaled residuals")
     energy: float = Field(1.0, ge=0.0, description="lambda_E, weight of the energy per atom")
     forces: float = Field(1.0, ge=0.0, description="lambda_F, weight of the force components")
     stress: float = Field(0.0, ge=0.0, description="lambda_S, weight of the stress (needs branch.forces: conservative)")
     scale: Literal["task", "none"] = Field("task", description="task: residuals in units of each task's force RMS")
+
+    @model_validator(mode="after")
+    def _something(self) -> "ObjectiveConfig":
+        if not self.energy + self.forces + self.stress:
+            raise ValueError(
+                "energy, forces and stress are all 0, so there is nothing to learn: give one of them weight"
+            )
+        return self
 
 
 Loss = Callable[[Tensor], Tensor]  # residuals (n, components) -> the loss of each row (n,)
@@ -87,15 +95,26 @@ def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: 
     Divided by the global (S, A, V) and weighted, they are the batch's part of the objective.
     predicted: as by `in_rows`, in scaled units; scales (tasks,) eV/angstrom.
     """
-    loss, out = LOSSES[config.loss], []
-    for kind in KINDS:
-        rows, weight = getattr(labels, kind), getattr(config, kind)
+    out = []
+    for kind, losses in loss_rows(config, predicted, labels, scales).items():
         sums = scales.new_zeros(len(scales), dtype=torch.float64)
-        if kind in predicted and weight > 0.0:
-            residual = _residual(predicted[kind], rows, scales, labels.natoms if kind == "energy" else None)
-            sums = sums.index_add(0, rows.owner, weight * loss(residual).to(torch.float64))
+        if losses is not None:
+            sums = sums.index_add(0, getattr(labels, kind).owner, getattr(config, kind) * losses.to(torch.float64))
         out.append(sums)
     return torch.stack(out, dim=1)
+
+
+def loss_rows(
+    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: Labels, scales: Tensor
+) -> dict[str, Tensor | None]:
+    """The loss of each row of labels (n,), by kind, before its weight; None where it has none, or is not predicted."""
+    out: dict[str, Tensor | None] = {}
+    for kind in KINDS:
+        out[kind] = None
+        if kind in predicted and getattr(config, kind) > 0.0:
+            natoms = labels.natoms if kind == "energy" else None
+            out[kind] = LOSSES[config.loss](_residual(predicted[kind], getattr(labels, kind), scales, natoms))
+    return out
 
 
 def _residual(predicted: Tensor, rows: Rows, scales: Tensor, natoms: Tensor | None) -> Tensor:

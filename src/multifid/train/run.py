@@ -47,6 +47,8 @@ from multifid.train.state import Position, go_on, part_of_branch, restore, state
 from multifid.train.step import ENCODER, Norms, Totals, Trainer
 from multifid.train.tensor_file import consolidate
 from multifid.train.trial import measured
+from multifid.train.unlabelled import missing_labels
+from multifid.train.watch import Watch
 
 __all__ = ["make_draws", "total_steps", "train"]
 TOLD = 0.05  # a number of steps that differs by more than this part from the one before is told
@@ -68,6 +70,7 @@ class Run:
     log: Log  # on the console and in RUN/train.log; silent but on rank 0
     recorders: list[Recorder]  # of what is said at log steps and validations; on rank 0
     clock: Callable[[], float]  # seconds
+    watch: Watch
     said: Moment | None = None  # last
 
 
@@ -82,7 +85,8 @@ def train(
     joined: the ranks, where the caller has joined them already.
 
     The same on every rank of a launch by torchrun or srun. Raises SystemExit(143) after SIGTERM on any rank, when the
-    step is finished and everything saved; FloatingPointError when the gradient was not finite several steps in a row.
+    step is finished and everything saved; FloatingPointError when the gradient was not finite several steps in a row,
+    or no validation value of the whole run: on rank 0, with what began it, and SystemExit(1) on the others.
     clock: seconds from any beginning.
     """
     ranks = groups.world(config.train.device, config.parallel.silence) if joined is None else nullcontext(joined)
@@ -131,6 +135,7 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
         draws = make_draws(config, sources)
         lists = lists_of(config, world.device)
         trial = needs_trial(config, world.size)
+        lacking = missing_labels(config.objective, sources) if world.first else []
     costs = measured(config, sources, draws, world) if trial else None
     with world.together():
         placement = placement_of(config, sources, draws, world.size, costs)
@@ -152,10 +157,13 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
         log.open(folder, position.step)
         recorders = open_recorders(config, folder, position.step, log, world.device) if world.first else []
     saver, pace = Saver(folder, world, config.train.keep), Pace(position, length.pace.validated)
-    run = Run(config, folder, world, feed, trainer, position, length, saver, pace, log, recorders, clock)
+    watch = Watch(folder, world, trainer, feed, position, saver, log, config.train.nonfinite)
+    run = Run(config, folder, world, feed, trainer, position, length, saver, pace, log, recorders, clock, watch)
     if world.first:
         log.print(f"[bold]{escape(heading(str(folder), position.step))}[/bold]", highlight=False)
         log.record(opening(config, sources, draws, placement, world, length_in_words(run)))
+        for text in lacking:
+            log.print(f"[yellow]{escape(text)}[/yellow]")
         run.recorders.append(Bar(log.console, lambda: (position.step, length.known)))
     return run
 
@@ -207,14 +215,8 @@ def loop(run: Run, stop: list[int]) -> None:
         position.step += 1
         position.seen = xxhash.xxh3_64_hexdigest(bytes.fromhex(position.seen) + identities)
         position.seconds = run.clock() - began
-        if trainer.skipped_in_a_row > t.nonfinite:
-            run.world.fail(
-                FloatingPointError(
-                    f"step {position.step}: the gradient was not finite {trainer.skipped_in_a_row} times in a row; "
-                    f"lower train.lr or look at the labels. The last checkpoint in {run.folder} is whole."
-                )
-            )
         run.saver.check()
+        run.watch.step()
         if position.step == length.next:
             fix_length(run, began)
         if position.step % t.log_every == 0:
@@ -250,6 +252,7 @@ def end_epoch(run: Run, began: float) -> bool:
     trainer, position = run.trainer, run.position
     totals = trainer.validate(run.feed.split("validation"))
     value = sum(task.weight * totals.objective(task) for task in trainer.tasks)
+    run.watch.validation(totals, value)
     trainer.schedule.validated(value)
     position.epochs_without_better += 1
     better = value < position.best
@@ -291,6 +294,7 @@ def keep_beginning(run: Run) -> None:
 def finish(run: Run) -> None:
     """Write the last model beside the best one and say where both are."""
     run.saver.wait()
+    run.watch.end()
     if not run.world.first:
         return
     position = run.position

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class TrainConfig(BaseModel):
     """The `train` section."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     lr: float = Field(1.0e-3, gt=0.0, description="highest learning rate of the optimizer")
     weight_decay: float = Field(0.01, ge=0.0, description="decoupled decay of matrices; biases are not decayed")
@@ -81,7 +81,7 @@ class TrainConfig(BaseModel):
         None, description="project of Weights & Biases that the run reports to; needs `pip install multifid[wandb]`"
     )
     nonfinite: int = Field(
-        5, gt=0, description="updates skipped in a row for a non-finite gradient before the run stops"
+        5, gt=0, description="updates skipped in a row, for a loss or gradient that is not finite, before the run stops"
     )
 
     @model_validator(mode="after")

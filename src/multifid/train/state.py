@@ -32,6 +32,7 @@ class Position:
     best_step: int = 0
     epochs_without_better: int = 0
     ended: bool = False  # by early stopping
+    trouble: str = ""  # what began it where the last validation value is not finite
     paused: float = 0.0  # of `seconds`, in validations of this start
     pause: float | None = None  # seconds of the last validation
 
@@ -97,6 +98,7 @@ def state_of(trainer: Trainer, position: Position, draws: list[Draw]) -> dict[st
             "best_step": position.best_step,
             "epochs_without_better": position.epochs_without_better,
             "ended": position.ended,
+            "trouble": position.trouble,
             "totals": dict(zip(names, position.totals.as_tensor().tolist(), strict=True)),
         },
         "places": {task: draw.places(position.step)[0] for draw in draws for task in draw.tasks},
@@ -136,7 +138,7 @@ def restore(trainer: Trainer, state: dict[str, Any], files: Mapping[str, Mapping
     totals.add_tensor(torch.stack(rows))
     p["best"] = math.inf if p["best"] is None else p["best"]
     if set(held) != set(names):  # another objective: what was best, and whether it got better, means nothing now
-        p |= {"best": math.inf, "epochs_without_better": 0, "ended": False}
+        p |= {"best": math.inf, "epochs_without_better": 0, "ended": False, "trouble": ""}
     return Position(totals, step=state["step"], **p)
 
 

@@ -7,7 +7,7 @@ told to stop. All ranks decide the same from the same bits.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 
@@ -25,7 +25,7 @@ from multifid.parallel.reduce import sum_together
 from multifid.structures.batch import Batch, Labels, laid_out
 from multifid.structures.padding import pad
 from multifid.train.counts import Counts, Known
-from multifid.train.loss import ObjectiveConfig, in_rows, label_counts, loss_sums, objective
+from multifid.train.loss import KINDS, ObjectiveConfig, in_rows, label_counts, loss_sums, objective
 from multifid.train.optimizer import MovingAverage, Named, Schedule, update
 from multifid.train.outcome import Outcome
 
@@ -63,6 +63,10 @@ class Totals:
         """The task's part of the objective over everything added, before its weight. Waits for the device."""
         row = self.sums[self.tasks.index(task.name)][None]
         return float(objective(row[:, :3], row[:, 3:6], row.new_ones(1)))
+
+    def labels(self, objective: ObjectiveConfig) -> float:
+        """How many labels were added, of the kinds that have weight. Waits for the device."""
+        return float(sum(self.sums[:, 3 + k].sum() for k, kind in enumerate(KINDS) if getattr(objective, kind) > 0))
 
     def errors(self, task: str) -> Errors:
         """The errors of a task over everything added."""
@@ -157,9 +161,9 @@ class Trainer:
         counts: of this step, as by `counts`; None: all ranks are asked now. stop: this rank was told to; when all know
         of it, which on an accelerator is one step later, `stopped` is set on all of them.
 
-        An update whose gradient is not finite is skipped: weights, moments, averages and schedule stay as they were,
-        and the position in the data advances. An accelerator decides that by itself; the host hears of it at the next
-        step, or from `settle`, and never waits for a step that it has just begun.
+        An update whose gradient or loss is not finite is skipped: weights, moments, averages and schedule stay as they
+        were, and the position in the data advances. An accelerator decides that by itself; the host hears of it at the
+        next step, or from `settle`, and never waits for a step that it has just begun.
         """
         self.begins("bookkeeping")
         micro_batches = [self.ready(batch) for batch in micro_batches]
@@ -187,9 +191,11 @@ class Trainer:
         totals.add_tensor(report["totals"])
         self.begins("optimizer")
         self.settle()
-        self._update(report["squares"])
-        miscounted = (report["totals"][:, 3:6] != whole).any()
-        self.pending = Outcome(report["squares"], report["stop"], miscounted)
+        losses, counted = report["totals"][:, :3], report["totals"][:, 3:6]
+        # The slope of |x| is 0 at NaN, so that a loss may be NaN and its gradient finite.
+        squares = report["squares"] + 0.0 * losses.sum()
+        self._update(squares)
+        self.pending = Outcome(squares, report["stop"], (counted != whole).any())
         outcome = self.pending
         if self.at_once:
             self.settle()
@@ -243,16 +249,21 @@ class Trainer:
 
     def _sums(self, batch: Batch, totals: Totals) -> Tensor:
         """Loss sums (tasks, 3) of a batch that is ready; they and the errors are added to the totals."""
-        batch = batch.to(self.device, self._dtype)
+        batch, predicted = self.predicted(batch)
         labels = batch.labels
-        assert labels is not None, "only batches that are ready are counted"
-        with self._autocast():
-            predictions = self.potential(batch, stress=self.objective.stress > 0)
-        predicted = in_rows(predictions, labels)
+        assert labels is not None
         sums = loss_sums(self.objective, predicted, labels, self.scales)
         errors = error_sums(self._physical(predicted, labels), labels, len(self.tasks))
         totals.add(sums, label_counts(labels, len(self.tasks)), errors)
         return sums
+
+    def predicted(self, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
+        """A batch that is ready, on the device, and what the potential says of its rows of labels, in scaled units."""
+        batch = batch.to(self.device, self._dtype)
+        assert batch.labels is not None, "only batches that are ready have their labels in rows"
+        with self._autocast():
+            predictions = self.potential(batch, stress=self.objective.stress > 0)
+        return batch, in_rows(predictions, batch.labels)
 
     def _backward(self, batch: Batch, counts: Tensor, totals: Totals, last: bool) -> None:
         """Back-propagate this batch's share of the objective: its sums over the counts of the whole step."""
@@ -275,27 +286,37 @@ class Trainer:
 
         batches: this rank's part; how many there are may differ between ranks. The sums are those of all ranks.
         """
-        self.settle()
         here = Totals([t.name for t in self.tasks], self.device)
-        if self.average is not None:
-            self.average.swap()
-        self.potential.eval()
-        try:
-            with torch.no_grad():
-                for batch in batches if self.gradients.shards is None else self._in_rounds(batches):
-                    self._sums(self.ready(batch), here)
-        finally:
-            self.potential.train()
-            if self.gradients.shards is not None:
-                self.gradients.shards.scatter()
-            if self.average is not None:
-                self.average.swap()
+        with self.looking(averaged=True):
+            for batch in self.in_rounds(batches):
+                self._sums(self.ready(batch), here)
         totals = Totals(here.tasks, self.device)
         totals.add_tensor(self.world.sum_(here.as_tensor()))
         return totals
 
-    def _in_rounds(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, and then nothing until no rank has any left: all ranks make the same number of passes."""
+    @contextmanager
+    def looking(self, averaged: bool) -> Iterator[None]:
+        """Nothing is trained inside; with `averaged` weights, where there are some. Called on all ranks."""
+        self.settle()
+        average = self.average if averaged else None
+        if average is not None:
+            average.swap()
+        self.potential.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.potential.train()
+            if self.gradients.shards is not None:
+                self.gradients.shards.scatter()
+            if average is not None:
+                average.swap()
+
+    def in_rounds(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; where all ranks must make the same number of passes, then nothing until no rank has any left."""
+        if self.gradients.shards is None:
+            yield from batches
+            return
         for batch in chain(batches, repeat(None)):
             if not self.world.sum_(torch.tensor(float(batch is not None))):
                 return

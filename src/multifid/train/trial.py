@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from multifid.config import Config
-from multifid.data.loader import Source, edge_costs, micro_batches
+from multifid.data.loader import Source, collate, edge_costs, pieces
 from multifid.data.order import Draw
 from multifid.parallel.groups import World
 from multifid.parallel.layout import Load
@@ -42,7 +42,10 @@ def measured(config: Config, sources: list[Source], draws: list[Draw], world: Wo
     cost = {}
     for source, draw in zip(sources, draws, strict=True):
         chosen = trial(source, max(1, round(float(draw.rate) / world.size)), world.rank)
-        batches = micro_batches([(source, chosen)], config.model.cutoff, config.train.max_edges)
+        batches = [
+            collate(piece, config.model.cutoff)
+            for piece in pieces([(source, chosen)], config.model.cutoff, config.train.max_edges)
+        ]
         seconds = _seconds(trainer, batches, world) - empty
         edges = world.group.sum_(torch.tensor(edge_costs(source, chosen, config.model.cutoff).sum())) / world.size
         times = float(draw.rate) * mean_edges(source, config.model.cutoff) / max(float(edges), 1.0)

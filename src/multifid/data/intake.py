@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from multifid.data.inputs import Input
-from multifid.data.parts import Assignment, Found, Piece, found_in, is_done, place_piece, read_part
+from multifid.data.parts import Assignment, Found, Piece, add_notes, found_in, is_done, place_piece, read_part
 from multifid.data.placing import Place
 from multifid.data.readers import LabelSet, Part
 from multifid.data.unfinished import Unfinished
@@ -118,6 +118,7 @@ class Intake:
         self.isolated: dict[str, dict[int, float]] = {}  # task -> Z -> eV
         self.dropped: dict[str, int] = {}  # labels that are not numbers, by reason
         self.examples: dict[str, str] = {}  # reason of a skip -> the first record: file and place
+        self.notes: dict[str, dict[str, int]] = {}  # how records were read: topic -> text -> how many
         self.assumed: dict[str, int] = {}  # what sources do not state, and what is taken for it -> structures
 
     def take(self, files: list[Input], plan: list[tuple[int, Part]], unfinished: Unfinished, pool: Workers) -> None:
@@ -150,6 +151,7 @@ class Intake:
             if (known := energies.setdefault(number, energy)) != energy:
                 both = f"{known} and {energy} eV"
                 raise ValueError(f"{file.path}: the isolated atom Z={number} has two energies: {both}")
+        add_notes(self.notes, found.notes)
         for total, part in ((self.dropped, found.dropped), (self.assumed, found.assumed)):
             for what, count in part.items():
                 total[what] = total.get(what, 0) + count

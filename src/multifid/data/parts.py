@@ -21,13 +21,15 @@ from safetensors.numpy import load, save
 
 from multifid.data.block import Block, join, pack, tasks_of
 from multifid.data.placing import Columns, Contents, Place, contents_of, place, place_skipped, renamed, skipped_line
-from multifid.data.readers import IsolatedAtom, Part, Skip
+from multifid.data.readers import IsolatedAtom, Part, Record, Skip
 from multifid.data.validate import assumed, malformed, screen
 from multifid.structures.structure import Structure
 
 AT_ONCE = 1024, 1 << 16  # structures and atoms that are laid into columns together, at most
 PIECE = 1 << 24  # bytes of columns of a piece
 MOST_REASONS = 100  # of skips in a part: they name what a file holds, and a hostile one holds anything
+TOLD = 100  # texts of one topic that are kept
+DROPPED = "dropped"  # the topic of labels that a structure should have and that cannot be used
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,17 @@ class Found:
     dropped: dict[str, int] = field(default_factory=dict)
     assumed: dict[str, int] = field(default_factory=dict)  # charges and multiplicities that the source does not state
     examples: dict[str, str] = field(default_factory=dict)  # reason of a skip -> the first record
+    notes: dict[str, dict[str, int]] = field(default_factory=dict)  # what structures tell: topic -> text -> how many
     pieces: list["Piece"] = field(default_factory=list)
+
+
+def add_notes(known: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> None:
+    """Count more of them: topic -> text -> how many. What exceeds TOLD texts of a topic is counted as others."""
+    for topic, texts in more.items():
+        own = known.setdefault(topic, {})
+        for text, count in texts.items():
+            kept = text if text in own or len(own) < TOLD else "others"
+            own[kept] = own.get(kept, 0) + count
 
 
 def read_part(module: ModuleType, options: Any, work: Assignment, report: Callable[[float, int], None]) -> None:
@@ -129,6 +141,7 @@ class _Pieces:
         self.atoms = 0
         self.blocks: list[Block] = []
         self.skips: list[tuple[str, str]] = []
+        self.told: Counter[tuple[tuple[str, str], ...]] = Counter()
         self.bytes = 0
 
     @property
@@ -139,7 +152,7 @@ class _Pieces:
             self._flush()
         return limit is not None and self.found.structures >= limit
 
-    def take(self, record: Structure | Skip | IsolatedAtom | Block) -> None:
+    def take(self, record: Record) -> None:
         match record:
             case Block():
                 self._flush()
@@ -153,12 +166,16 @@ class _Pieces:
                 reason = malformed(record)
                 self.records.append(record if reason is None else Skip(reason, record.source_id))
                 self.atoms += len(record.numbers) if reason is None else 0
+                self.told[record.told] += 1
+                if len(self.told) > TOLD:
+                    self._count_told()
         if len(self.records) >= AT_ONCE[0] or self.atoms >= AT_ONCE[1]:
             self._flush()
 
     def finish(self) -> None:
         self._flush()
         self._write()
+        self._count_told()
         done = self.work.out.with_name(f"{self.work.out.name}.json")
         pieces = [(piece.bytes, piece.xxh3, asdict(piece.contents)) for piece in self.found.pieces]
         told = {name: getattr(self.found, name) for name in Found.__slots__} | {"pieces": pieces}
@@ -207,6 +224,15 @@ class _Pieces:
             self.found.examples.setdefault(reason, where)
             self.skips.append((where, reason))
         self.bytes += sum(len(where) + len(reason) + 100 for _, (where, reason) in skips)
+
+    def _count_told(self) -> None:
+        for told, count in self.told.items():
+            for topic, text in told:
+                if topic == DROPPED:
+                    self.found.dropped[text] = self.found.dropped.get(text, 0) + count
+                else:
+                    add_notes(self.found.notes, {topic: {text: count}})
+        self.told.clear()
 
     def _name(self, task: str) -> None:
         if task not in self.found.tasks:

@@ -29,7 +29,7 @@ from multifid.data.readers import reader
 from multifid.data.references import References
 from multifid.data.split import Divided, NothingLeft, divide, fitted, set_unseen_aside
 from multifid.data.store import Store
-from multifid.data.summary import summary
+from multifid.data.summary import not_taken, summary
 from multifid.data.survey import sample_edges, survey_task
 from multifid.data.unfinished import Unfinished
 from multifid.data.workers import Call, Workers
@@ -119,7 +119,10 @@ def prepare(
     unfinished.remove()
     store = Store(out)
     if progress and talk:
-        Console().print(summary(store))
+        console = Console()
+        console.print(summary(store))
+        for line in not_taken(store):  # unbroken, so that its options can be copied
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     return store
 
 
@@ -164,6 +167,9 @@ def _finish(
             **({"assumed": dict(sorted(intake.assumed.items()))} if intake.assumed else {}),
             "measured": checked.to_manifest(),
             **({"outliers": outliers} if outliers else {}),
+            **(
+                {"notes": {k: dict(sorted(v.items())) for k, v in sorted(intake.notes.items())}} if intake.notes else {}
+            ),
             **({"doubts": doubts} if doubts else {}),
         },
     )

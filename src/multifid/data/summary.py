@@ -6,6 +6,7 @@ from multifid.data.store import Store
 from multifid.structures.elements import SYMBOLS
 from multifid.structures.structure import SPLITS
 
+NOT_TAKEN = "not taken"  # topic of the manifest's notes
 SHOWN = 10  # reference energies that are listed one by one
 GPA = 160.21766208  # 1 eV/angstrom^3
 SPREAD = 0.8  # ratios that are spread more say little
@@ -44,6 +45,9 @@ def summary(store: Store) -> Table:
     for name, kinds in manifest.get("outliers", {}).items():
         for kind, found in kinds.items():
             table.add_row(f"outliers, {name}", _outliers(kind, found))
+    for topic, texts in manifest.get("notes", {}).items():
+        if topic != NOT_TAKEN:
+            table.add_row(topic, ", ".join(f"{text} ({count:,})" for text, count in texts.items()))
     for doubt in manifest.get("doubts", []):
         table.add_row("doubtful, but trusted", doubt)
     edges = manifest["edges_per_atom"]
@@ -71,6 +75,12 @@ def _outliers(kind: str, found: dict) -> str:
         f"{found['count']:,}: {kind} far from the median of {factor * found['median']:.3g} {unit} "
         f"(worst: {factor * worst['value']:.4g}, {worst['source']}; multifid check lists them)"
     )
+
+
+def not_taken(store: Store) -> list[str]:
+    """What looks like labels in the files and is not in the store, a line each: with the options that take it."""
+    told = store.manifest.get("notes", {}).get(NOT_TAKEN, {})
+    return [f"not taken, in {count:,} structures: {text}" for text, count in told.items()]
 
 
 def _fitted_on(store: Store) -> str:

@@ -1,5 +1,8 @@
 """Atomic numbers and symbols."""
 
+from collections import Counter
+
+import numpy as np
 from ase.data import chemical_symbols
 
 SYMBOLS: tuple[str, ...] = tuple(chemical_symbols[:119])  # SYMBOLS[Z]; SYMBOLS[0] is no element
@@ -19,9 +22,7 @@ def no_element(given: str | int) -> str:
 
 def formula(numbers) -> str:
     """The formula in Hill order (C, H, then alphabetical), as `C2H6O1` with every count written."""
-    counts: dict[str, int] = {}
-    for z in numbers:
-        counts[SYMBOLS[int(z)]] = counts.get(SYMBOLS[int(z)], 0) + 1
+    counts = {SYMBOLS[z]: count for z, count in Counter(np.asarray(numbers).tolist()).items()}
     first = [s for s in ("C", "H") if "C" in counts and s in counts]
     rest = sorted(s for s in counts if s not in first)
     return "".join(f"{s}{counts[s]}" for s in (*first, *rest))

@@ -25,6 +25,8 @@ def summary(store: Store) -> Table:
     """A table of two columns: counts, splits, labels and reference energies of each task, what was skipped and why."""
     manifest = store.manifest
     table = Table(title=str(store.path), show_header=False, title_justify="left")
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     table.add_row("structures, atoms", f"{store.structures:,}, {store.atoms:,}")
     table.add_row("elements", " ".join(SYMBOLS[z] for z in store.elements))
     splits = manifest["splits"]

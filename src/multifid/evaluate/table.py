@@ -12,8 +12,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
+from rich.markup import escape
 
+from multifid.evaluate.fitted import FittedTable
 from multifid.evaluate.matrix import (
     BASELINE,
     GEOMETRIC_MEAN,
@@ -34,6 +35,7 @@ _TITLES = {
     "stress": "Table 3. Stress MAE, by component",
 }
 _NONE = "–"
+UNSEEN, NONFINITE = "†", "‡"  # signs behind a number
 
 
 def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
@@ -128,19 +130,24 @@ def ratios(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Estimate | None
     return out
 
 
-def rich_table(rows: Sequence[Row], quantity: str) -> Table:
+def rich_table(rows: Sequence[Row], quantity: str) -> FittedTable:
     """One table for the terminal, in meV/atom, meV/angstrom or meV/angstrom^3, with its footnotes."""
-    m, signs = matrix(rows, quantity), _signs(rows)
-    table = Table(title=f"{quantity.capitalize()} MAE (m{UNITS[quantity]})", caption_justify="left")
-    table.caption = "\n".join(_footnotes(rows))
-    table.add_column("model", no_wrap=True)
-    for column in m.columns:
-        table.add_column(column, justify="right")
-    decimals = _decimals(m, 1000.0)
-    for model in m.models:
-        cells = [_cell(m, model, c, signs, decimals, bold=("[bold]", "[/bold]"), factor=1000.0) for c in m.columns]
-        table.add_row(model, *cells)
-    return table
+    m, signs, decimals = matrix(rows, quantity), _signs(rows), _decimals(matrix(rows, quantity), 1000.0)
+
+    def cells(model: str) -> list[str]:
+        return [_cell(m, model, c, signs, decimals, bold=("[bold]", "[/bold]"), factor=1000.0) for c in m.columns]
+
+    unseen = [f"{UNSEEN} {_how(rows)} structures of elements that are new to the model."]
+    return FittedTable(
+        title=f"{quantity.capitalize()} MAE (m{UNITS[quantity]})",
+        names=["model"],
+        numbers=m.columns,
+        rows=[[escape(model), *cells(model)] for model in m.models],
+        notes=[
+            escape(note)
+            for note in [*_over(rows), *(unseen if _counted(rows, "unseen_structures") else []), *_nonfinite(rows)]
+        ],
+    )
 
 
 def _markdown_matrix(m: Matrix, signs: dict[tuple[str, str], str]) -> str:
@@ -194,28 +201,39 @@ def _decimals(m: Matrix, factor: float = 1.0) -> int:
 
 
 def _footnotes(rows: Sequence[Row]) -> list[str]:
+    """Of the tables in files: what the errors are over, and which structures a model did not know or answer."""
+    unseen = _counted(rows, "unseen_structures")
+    listed = ", ".join(
+        f"{model} on {data} {n} of {_counts(rows, data)['structures']}" for (model, data), n in unseen.items()
+    )
+    told = f"{UNSEEN} {_how(rows)} structures that hold an element the model has not seen in training: {listed}."
+    return [*_over(rows), *([told] if unseen else []), *_nonfinite(rows)]
+
+
+def _over(rows: Sequence[Row]) -> list[str]:
+    """What the errors are over."""
     datasets = _datasets(rows)
     seeds = max((sum(r["model"] == row["model"] and r["data"] == row["data"] for r in rows) for row in rows), default=0)
     counted = ", ".join(f"{d} {_counts(rows, d)['structures']}" for d in datasets)
     notes = [f"Split {', '.join(sorted({str(r['split']) for r in rows}))}; structures: {counted}."]
-    if seeds > 1:
-        notes.append(f"Mean ± sample standard deviation over up to {seeds} seeds.")
-    unseen, nonfinite = _counted(rows, "unseen_structures"), _counted(rows, "nonfinite_structures")
-    if unseen:
-        listed = ", ".join(
-            f"{model} on {data} {n} of {_counts(rows, data)['structures']}" for (model, data), n in unseen.items()
-        )
-        left_out = all(row.get("unseen") == "excluded" for row in rows if row.get("unseen_structures"))
-        how = "Without" if left_out else "With"
-        notes.append(f"† {how} structures that hold an element the model has not seen in training: {listed}.")
-    if nonfinite:
-        first = {(row["model"], row["data"]): row["nonfinite"] for row in rows if row.get("nonfinite")}
-        listed = "; ".join(
-            f"{model} on {data} {n} of {_counts(rows, data)['structures']}, first {_named(first.get((model, data)))}"
-            for (model, data), n in nonfinite.items()
-        )
-        notes.append(f"‡ Without structures whose prediction is not finite: {listed}.")
-    return notes
+    return [*notes, f"Mean ± sample standard deviation over up to {seeds} seeds."] if seeds > 1 else notes
+
+
+def _how(rows: Sequence[Row]) -> str:
+    """Whether structures of elements that a model has not seen enter its errors."""
+    left_out = all(row.get("unseen") == "excluded" for row in rows if row.get("unseen_structures"))
+    return "Without" if left_out else "With"
+
+
+def _nonfinite(rows: Sequence[Row]) -> list[str]:
+    """Predictions that are no numbers, and the first structure of each."""
+    nonfinite = _counted(rows, "nonfinite_structures")
+    first = {(row["model"], row["data"]): row["nonfinite"] for row in rows if row.get("nonfinite")}
+    listed = "; ".join(
+        f"{model} on {data} {n} of {_counts(rows, data)['structures']}, first {_named(first.get((model, data)))}"
+        for (model, data), n in nonfinite.items()
+    )
+    return [f"{NONFINITE} Without structures whose prediction is not finite: {listed}."] if nonfinite else []
 
 
 def _named(structures: Sequence[dict] | None) -> str:
@@ -239,9 +257,9 @@ def _counted(rows: Sequence[Row], key: str) -> dict[tuple[str, str], int]:
 
 def _signs(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
     """What stands behind the number of a model on a dataset; the footnotes say what the signs mean."""
-    signs = dict.fromkeys(_counted(rows, "unseen_structures"), " †")
+    signs = dict.fromkeys(_counted(rows, "unseen_structures"), f" {UNSEEN}")
     for place in _counted(rows, "nonfinite_structures"):
-        signs[place] = f"{signs.get(place, ' ')}‡"
+        signs[place] = f"{signs.get(place, ' ')}{NONFINITE}"
     return signs
 
 

@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from multifid.data.check import check_store
 from multifid.data.leakage import Leaks, leaks
 from multifid.data.outliers import Outliers, outliers
 from multifid.data.store import Store
 from multifid.data.summary import GPA, told
+from multifid.evaluate.fitted import FittedTable
 
 UNITS = {"energy": (1000.0, "meV/atom"), "forces": (1000.0, "meV/angstrom"), "stress": (GPA, "GPa")}
 
@@ -48,22 +47,17 @@ def check(paths: Sequence[Path], console: Console | None = None) -> bool:
     return believed
 
 
-def _table(store: Store, found: Outliers) -> Table:
+def _table(store: Store, found: Outliers) -> FittedTable:
     factor, unit = UNITS[found.kind]
-    table = Table(
-        title=f"  outliers, {found.kind} of {found.task}: {found.count:,} structures far from the median of "
-        f"{factor * found.median:.3g} {unit} (robust deviation {factor * found.deviation:.3g})",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("structure", justify="right")
-    table.add_column(unit, justify="right")
-    table.add_column("deviations", justify="right")
-    table.add_column("source", overflow="fold")
+    rows = []
     for one in sorted(found.worst, reverse=True):
         where = f"{store.source_file(one.structure)}: {store.source_id(one.structure)}"
-        table.add_row(f"{one.structure:,}", f"{factor * one.value:.0f}", f"{one.deviations:.0f}", escape(where))
-    return table
+        rows.append([f"{one.structure:,}", f"{factor * one.value:.0f}", f"{one.deviations:.0f}", escape(where)])
+    title = (
+        f"  outliers, {found.kind} of {found.task}: {found.count:,} structures far from the median of "
+        f"{factor * found.median:.3g} {unit} (robust deviation {factor * found.deviation:.3g})"
+    )
+    return FittedTable(title, ["structure"], [unit, "deviations"], rows, "source")
 
 
 def _print_leaks(found: Leaks, stores: Sequence[Store], console: Console) -> None:

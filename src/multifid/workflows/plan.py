@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from multifid.config import Config
 from multifid.data.loader import open_sources
+from multifid.evaluate.fitted import FittedTable
 from multifid.parallel.layout import GIB, place, ranges
 from multifid.parallel.machines import Machine, read_machine
 from multifid.train.costs import loads, memory
@@ -180,8 +179,8 @@ def as_dict(made: Plan) -> dict[str, Any]:
     }
 
 
-def tables(made: Plan) -> list[Table]:
-    """Narrow tables: no number may be cut in a terminal of 80 columns."""
+def tables(made: Plan) -> list[FittedTable]:
+    """What a rank holds, how long a step takes, where the branches live, what an epoch is."""
     names = list(made.forecasts)
     return [
         memory_model(made.subject),
@@ -195,10 +194,12 @@ def tables(made: Plan) -> list[Table]:
             ("", "forward", "back-\nward", "reduc-\ntions", "waiting", "opti-\nmizer", "sum", "MB sent"),
             [_timed(made, name) for name in names],
         ),
-        _table(
+        FittedTable(
             "Where the branches live",
-            ("tasks", "ranks (replicated: all)"),
+            ("tasks",),
+            (),
             [row for name in names if name in ("split", "auto", "config") for row in where(name, made.forecasts[name])],
+            text="ranks (replicated: all)",
         ),
         _table(
             f"An epoch, {made.epoch_steps} step{'s' * (made.epoch_steps > 1)}",
@@ -208,7 +209,7 @@ def tables(made: Plan) -> list[Table]:
     ]
 
 
-def memory_model(subject: Subject) -> Table:
+def memory_model(subject: Subject) -> FittedTable:
     """The paper's comparison: every branch on a rank, or one."""
     width, heads = subject.width, len(set(subject.branch_of.values()))
     shared, head = subject.encoder.count, subject.branch.count
@@ -229,10 +230,9 @@ def memory_model(subject: Subject) -> Table:
         row("P_s + P_h", shared + head),
     ]
     title = "Memory model, GiB"
-    table = _table(title, ("", "numbers", "weights", "gradients", "moments", "average", "sum"), rows)
     per = subject.footprint.coefficients["activations"]
-    table.caption = f"activations: {per[4] / 1024:.1f} KiB an edge, {(per[2] + per[3]) / 1024:.1f} KiB an atom"
-    return table
+    note = f"activations: {per[4] / 1024:.1f} KiB an edge, {(per[2] + per[3]) / 1024:.1f} KiB an atom"
+    return _table(title, ("", "numbers", "weights", "gradients", "moments", "average", "sum"), rows, note)
 
 
 def remarks(made: Plan) -> list[str]:
@@ -300,14 +300,5 @@ def _ms(seconds: float) -> str:
     return "0" if value == 0 else f"{value:.{max(0, 2 - int(math.log10(max(value, 1e-2))))}f}"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    for k, column in enumerate(columns):
-        table.add_column(
-            column,
-            justify="left" if k == 0 or title.startswith("Where") else "right",
-            no_wrap=k == 0 and len(columns) > 3,
-        )
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str | None = None) -> FittedTable:
+    return FittedTable(title, columns[:1], columns[1:], rows, notes=[] if note is None else [note])

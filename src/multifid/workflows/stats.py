@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from multifid.data.statistics import Range, StoreStatistics, statistics
 from multifid.data.store import Store
+from multifid.evaluate.fitted import FittedTable
 from multifid.structures.elements import SYMBOLS
 from multifid.structures.structure import SPLITS
 
@@ -35,8 +35,8 @@ def stats(stores: Sequence[Path], figure: Path | None = None, console: Console |
     return found
 
 
-def tables(stores: Sequence[StoreStatistics]) -> list[Table]:
-    """Several narrow tables in place of one wide one: no number may be cut in a terminal of 80 columns."""
+def tables(stores: Sequence[StoreStatistics]) -> list[FittedTable]:
+    """Several narrow tables in place of one wide one."""
     tasks = [(s, name) for s in stores for name in s.tasks]
     return [
         _table("Stores", ("store",), ("structures", *SPLITS, "atoms"), map(_holdings, stores)),
@@ -48,7 +48,7 @@ def tables(stores: Sequence[StoreStatistics]) -> list[Table]:
                 "Å³ per atom\nmin / mean / max",
                 "periodic",
                 "charged",
-                "spin ≠ 1",
+                "spin\u00a0≠\u00a01",
             ),
             map(_geometry, stores),
         ),
@@ -72,18 +72,12 @@ def tables(stores: Sequence[StoreStatistics]) -> list[Table]:
 
 def _table(
     title: str, names: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]], last: str | None = None
-) -> Table:
-    """Names to the left, numbers to the right and never wrapped, then one column of text that may wrap."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for number in numbers:
-        table.add_column(number, justify="right", no_wrap=True)
-    if last is not None:
-        table.add_column(last, overflow="fold", ratio=1)
-    for row in rows:
-        table.add_row(*row)
-    return table
+) -> FittedTable:
+    """Names, numbers, then one column of text. Where all tasks are named like their stores, they are named once."""
+    cells = [[escape(cell) for cell in row] for row in rows]
+    if len(names) == 2 and all(row[0] == row[1] for row in cells):
+        names, cells = names[1:], [row[1:] for row in cells]
+    return FittedTable(title, names, numbers, cells, last)
 
 
 def _holdings(s: StoreStatistics) -> list[str]:

@@ -17,12 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from multifid.config import Config
 from multifid.data.loader import open_sources
+from multifid.evaluate.fitted import FittedTable
 from multifid.parallel import groups
 from multifid.parallel.machines import MACHINES, Machine, write_machine
 from multifid.train.feed import make_draws
@@ -128,35 +127,32 @@ def _case(config: Config, measured: Measured, processor: bool) -> Case:
     return Case(measured, subject.times(measured.edges / told), placement)  # a few steps do not hold mean structures
 
 
-def _measured_table(measured: Sequence[Measured], told: Sequence[float]) -> Table:
-    table = Table(title="Measured here, ms a step", box=box.SIMPLE, title_justify="left")
-    for column in ("", "ranks", "batch", *PHASES, "sum", "forecast"):
-        table.add_column(SHORT.get(column, column), justify="left" if not column else "right")
+def _measured_table(measured: Sequence[Measured], told: Sequence[float]) -> FittedTable:
+    rows = []
     for m, t in zip(measured, told, strict=True):
         parts = [f"{m.phases[p] * 1e3:.1f}" for p in PHASES]
         mark = "" if used(m.point) else f" ({t / m.step - 1:+.0%})"
         name = f"{m.point.mode} {m.point.placement}"
-        table.add_row(
-            name, str(m.point.ranks), f"{m.point.batch:g}", *parts, f"{m.step * 1e3:.1f}", f"{t * 1e3:.1f}{mark}"
+        rows.append(
+            [name, str(m.point.ranks), f"{m.point.batch:g}", *parts, f"{m.step * 1e3:.1f}", f"{t * 1e3:.1f}{mark}"]
         )
-    table.caption = "forecasts with a deviation are of points that the machine was not fitted to"
-    return table
+    heads = [SHORT.get(column, column) for column in ("ranks", "batch", *PHASES, "sum", "forecast")]
+    note = "forecasts with a deviation are of points that the machine was not fitted to"
+    return FittedTable("Measured here, ms a step", [""], heads, rows, notes=[note])
 
 
-def _forecast_table(machine: Machine, predicted: Sequence[Predicted]) -> Table:
-    numbers = rank_numbers(machine)
-    table = Table(title=f"Forecast on {machine.name}, ms a step", box=box.SIMPLE, title_justify="left")
-    for column in ("", *map(str, numbers), "efficiency"):
-        table.add_column(column, justify="left" if not column else "right")
+def _forecast_table(machine: Machine, predicted: Sequence[Predicted]) -> FittedTable:
+    numbers, rows = rank_numbers(machine), []
     mine = [p for p in predicted if p.machine == machine.name]
     for mode, placement, balanced in dict.fromkeys((p.mode, p.placement, p.balanced) for p in mine):
         times = [p.forecast.seconds for p in mine if (p.mode, p.placement, p.balanced) == (mode, placement, balanced)]
         label = f"{mode} {placement}" + ("" if balanced else ", not balanced")
-        table.add_row(label, *(f"{t * 1e3:.3g}" for t in times), f"{efficiency(mode, numbers, times):.2f}")
+        rows.append([label, *(f"{t * 1e3:.3g}" for t in times), f"{efficiency(mode, numbers, times):.2f}"])
     faster = shortest(mine)
     for mode in ("weak", "strong"):
-        table.add_row(f"{mode}: faster", *(faster[machine.name, mode, n] for n in numbers), "")
-    return table
+        rows.append([f"{mode}: faster", *(faster[machine.name, mode, n] for n in numbers), ""])
+    heads = [*map(str, numbers), "efficiency"]
+    return FittedTable(f"Forecast on {machine.name}, ms a step", [""], heads, rows)
 
 
 def efficiency(mode: str, ranks: Sequence[int], seconds: Sequence[float]) -> float:

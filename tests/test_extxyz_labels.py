@@ -273,3 +273,14 @@ def test_prepare_keeps_in_the_manifest_what_was_read_and_what_was_not(tmp_path, 
         "units": {"energy in eV": 8},
     }
     assert "--option forces_key=dft2_forces" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_used_the_error_lists_what_is_there_and_the_options(tmp_path):
+    (tmp_path / "in.xyz").write_text(frame("E_x=-3.5 xtb_energy=-4", "grads", "xtb_forces") * 3)
+    with pytest.raises(ValueError, match=r"3: no label") as caught:
+        prepare("extxyz", [tmp_path / "in.xyz"], tmp_path / "out", progress=False)
+    lines = str(caught.value).splitlines()
+    assert "  column grads = 1.5 1.25 -1" in lines and "  E_x = -3.5" in lines
+    assert "  column xtb_forces = 2.5 2.25 -2   (--option forces_key=xtb_forces)" in lines
+    assert "  xtb_energy = -4   (--option energy_key=xtb_energy)" in lines
+    assert "energy_key" in lines[-1] and "stress_unit" in lines[-1] and "multifid formats extxyz" in lines[-1]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from multifid.data.prepare import prepare
-from multifid.data.readers import packed
+from multifid.data.readers import packed, reader
 from multifid.data.readers.packed import zstd
 from multifid.data.store import Store
 from multifid.structures.neighbors import neighbor_list
@@ -496,3 +496,12 @@ def test_a_full_disk_and_a_read_only_target_are_errors_that_leave_nothing(tmp_pa
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(OSError, match=r"[Rr]ead-only"):
             prepare("extxyz", [tmp_path / "in.xyz"], disk / "other", trust_units=True, progress=False)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_says_what_its_first_record_holds(format, tmp_path):
+    name, write = FORMATS[format]
+    write(tmp_path / name)
+    lines = reader(format).holds(tmp_path / name)
+    assert (format == "qm7x") == (lines == [])  # packed HDF5 would have to be unpacked first
+    assert any(word in line for line in lines for word in ("energy", "ePBE0")) or format == "qm7x"

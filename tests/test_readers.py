@@ -573,9 +573,26 @@ def test_alexandria_stress_is_read_in_the_convention_it_is_written_in(tmp_path):
     path = write(tmp_path / "told.json", trajectory(step()))
     np.testing.assert_array_equal(only(records(alexandria, path, stress="ase")).labels["alexandria"].stress, KBAR)
     assert only(records(alexandria, path, stress="none")).labels["alexandria"].stress is None
-    assert skips(records(alexandria, write(tmp_path / "psi.json", trajectory(step(stress_unit="psi"))))) == {
-        "agm001/0/0": "stress in an unknown unit"
-    }
+    for unit in ("psi", "GPa"):  # neither says what its sign means
+        path = write(tmp_path / "odd.json", trajectory(step(stress_unit=unit)))
+        assert skips(records(alexandria, path)) == {"agm001/0/0": "stress in an unknown unit"}
+    told = only(records(alexandria, path, stress_sign="compression")).labels["alexandria"].stress
+    np.testing.assert_allclose(told, 10 * TENSION, rtol=1e-7)
+
+
+def test_unit_and_sign_of_stress_are_options_where_there_is_stress_and_refused_elsewhere(tmp_path):
+    path = write(tmp_path / "m.json", {"mp-1265": {"mp-7-0-3": frame()}})
+    told = only(records(mptrj, path, stress_unit="GPa", stress_sign="tension")).labels["mptrj"].stress
+    np.testing.assert_allclose(told, -10 * TENSION, rtol=1e-7)
+    path = write(tmp_path / "a.json", trajectory(step()))
+    for options, expected in ({"stress_sign": "tension"}, -TENSION), ({"stress_unit": "GPa"}, 10 * TENSION):
+        found = only(records(alexandria, path, **options)).labels["alexandria"].stress
+        np.testing.assert_allclose(found, expected, rtol=1e-7)
+    with pytest.raises(ValueError, match="stress=none leaves stress_unit"):
+        alexandria.Options(stress="none", stress_unit="GPa")
+    for reader in (qm7x, transition1x):
+        with pytest.raises(ValueError, match=r"Extra inputs are not permitted|stress_unit"):
+            reader.Options(stress_unit="GPa")
 
 
 def test_alexandria_bad_steps_are_skipped_with_an_id_and_never_stored(tmp_path):
@@ -677,6 +694,20 @@ def test_aselmdb_reads_both_encodings(tmp_path, encode):
     np.testing.assert_array_equal(labels.forces, FORCE)
     np.testing.assert_array_equal(labels.stress, voigt_6_to_full_3x3_stress(VOIGT))
     assert (structure.charge, structure.spin, structure.source_id) == (-1, 3, "1")
+
+
+def test_aselmdb_units_are_options(tmp_path):
+    path = write_lmdb(tmp_path / "a.aselmdb", {"1": row()})
+    atomic = {"energy_unit": "hartree", "length_unit": "bohr", "stress_unit": "GPa", "stress_sign": "compression"}
+    plain, told = only(records(aselmdb, path)), only(records(aselmdb, path, **atomic))
+    energy, length = ase.units.Hartree, ase.units.Bohr  # ASE's constants, not ours
+    for name, factor in ("positions", length), ("cell", length):
+        np.testing.assert_allclose(getattr(told, name), getattr(plain, name) * factor, rtol=1e-7)
+    labels, own = told.labels["aselmdb"], plain.labels["aselmdb"]
+    np.testing.assert_allclose(labels.energy, own.energy * energy, rtol=1e-7)
+    np.testing.assert_allclose(labels.forces, np.array(own.forces) * energy / length, rtol=1e-7)
+    np.testing.assert_allclose(labels.stress, -own.stress * ase.units.GPa, rtol=1e-7)
+    assert only(records(aselmdb, path, force_unit="eV/nm")).labels["aselmdb"].forces[0][1] == pytest.approx(0.01)
 
 
 def test_aselmdb_other_keys_are_no_rows_and_deleted_rows_are_skipped(tmp_path):

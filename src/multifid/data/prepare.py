@@ -100,7 +100,8 @@ def prepare(
                 intake.take(files, plan, unfinished, pool)
                 if writer.structures == 0:
                     named = ", ".join(str(f.path) for f in files)
-                    raise ValueError(f"{named}: no structure can be used\n{intake.skips()}")
+                    there = _holdings(format, files[0])
+                    raise ValueError(f"{named}: no structure can be used\n{intake.skips()}{there}")
                 asked = {"format": format, "options": {**chosen.model_dump(mode="json"), "limit": limit}}
 
                 def divided(fields: dict[str, Rows]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -191,6 +192,20 @@ def _outliers(
     for found in outliers_of_fields(fields, references, pool.each):
         told.setdefault(found.task, {})[found.kind] = found.to_manifest(place)
     return told
+
+
+def _holdings(format: str, file: Input) -> str:
+    """What the first record of a file holds, and the options that say which of it is what."""
+    module = reader(format)
+    try:
+        lines: list[str] = getattr(module, "holds", lambda path: [])(file.path)
+    except (ValueError, OSError, KeyError, RuntimeError):  # a damaged file; the reasons of the skips say more
+        lines = []
+    listed = "".join(f"\n  {line}" for line in lines)
+    options = ", ".join(module.Options.model_fields) or "none"
+    return (f"\nthe first record of {file.name} holds:{listed}" if lines else "") + (
+        f"\noptions of {format}: {options} (`multifid formats {format}` explains them)"
+    )
 
 
 def _question(format: str, files: list[Input], options: Any, limit: int | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ Beside the two, a reader's module says what prepare writes into the manifest:
     ENDINGS   of the names of files of the format, lower case: which files of a directory are read
     RELATIVE  what makes structures relatives (they share a split): "formula", "material", ...
     Options   pydantic model of what the user may choose, each field with a description
+    holds     function(path): names and examples of values of the first record, for the error where none can be used
 """
 
 from collections.abc import Callable, Iterator, Sequence

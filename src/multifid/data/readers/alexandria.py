@@ -18,20 +18,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip
 from multifid.data.readers.crystal_json import crystal
+from multifid.data.readers.holdings import listed
 from multifid.data.readers.json_file import elements, first_key, json_parts, pairs
 from multifid.data.readers.packed import endings
 from multifid.data.readers.records import (
+    KBAR,
     BadRecord,
     number,
-    stress_of_vasp,
     stress_tensor,
     structure_or_skip,
     vectors,
 )
+from multifid.data.readers.units import STRESS, StressOptions, factor
 from multifid.structures.structure import Labels, Structure
 
 TASK = "alexandria"
@@ -40,16 +42,21 @@ RELATIVE = "material"
 ENDINGS = endings(".json")
 
 
-class Options(BaseModel):
+class Options(StressOptions):
     """What to read of Alexandria."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     stress: Literal["auto", "vasp", "ase", "none"] = Field(
         "auto",
         description="convention of the file's stress: vasp (kbar, compression positive), ase (eV/angstrom^3, tension"
-        " positive), auto (by unit or form of each record), none (stress is not read)",
+        " positive), auto (by unit or form of each record), none (stress is not read); stress_unit and stress_sign"
+        " override it",
     )
+
+    @model_validator(mode="after")
+    def _no_stress_has_no_unit(self) -> "Options":
+        if self.stress == "none" and (self.stress_unit or self.stress_sign):
+            raise ValueError("stress=none leaves stress_unit and stress_sign without effect: give one or the other")
+        return self
 
 
 def parts(path: Path, options: Options) -> list[Part]:
@@ -76,6 +83,19 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
         for mat_id, calculations in pairs(path, progress, part):
             yield from _trajectories(mat_id, calculations, options)
     progress(1.0)
+
+
+def holds(path: Path) -> list[str]:
+    """Keys of the first entry or step."""
+    if first_key(path)[0] == "entries":
+        return next((listed(entry) for _, entry in elements(path, lambda f: None) if isinstance(entry, dict)), [])
+    for _, calculations in pairs(path, lambda fraction: None):
+        for calculation in calculations if isinstance(calculations, list) else ():
+            steps = calculation.get("steps") if isinstance(calculation, dict) else None
+            if isinstance(steps, list) and steps and isinstance(steps[0], dict):
+                return listed(steps[0])
+            return listed(calculation) if isinstance(calculation, dict) else []
+    return []
 
 
 def _entry(entry: Any, place: int, options: Options) -> Record:
@@ -148,17 +168,31 @@ def _site_forces(structure: Any) -> list | None:
 
 def _stress(values: Any, unit: Any, options: Options) -> np.ndarray | None:
     """(3, 3) eV/angstrom^3, tension-positive, from either convention (see the module)."""
-    if options.stress == "none":
+    if options.stress == "none" or (tensor := stress_tensor(values)) is None:
         return None
-    tensor = stress_tensor(values)
-    if options.stress != "auto":
-        vasp = options.stress == "vasp"
-    elif unit is None:
-        vasp = tensor is not None and len(values) != 6
-    elif str(unit).lower().startswith("ev/a"):
-        vasp = False
-    elif str(unit).lower() in ("kb", "kbar"):
-        vasp = True
-    else:
+    size, tension = KBAR, False  # as VASP writes it
+    if options.stress == "ase" or (options.stress == "auto" and unit is None and len(values) == 6):
+        size, tension = 1.0, True
+    elif options.stress == "auto" and unit is not None:
+        size, tension = _declared(str(unit), options)
+    return tensor * options.stress_factor(size, tension)
+
+
+def _declared(unit: str, options: Options) -> tuple[float, bool]:
+    """What the `stress_unit` beside a stress says: how many eV/angstrom^3 one is, and whether tension is positive.
+
+    Units other than VASP's and ASE's say nothing of the sign: it must be told by `stress_sign`.
+    """
+    text = unit.split("(")[0].strip()
+    if text.lower().startswith("ev/a"):
+        return 1.0, True
+    if text.lower() in ("kb", "kbar"):
+        return KBAR, False
+    if options.stress_sign is None:
         raise BadRecord("stress in an unknown unit")
-    return stress_of_vasp(tensor) if vasp else tensor
+    if options.stress_unit is not None:
+        return 1.0, True
+    try:
+        return factor(text, STRESS), True
+    except ValueError:
+        raise BadRecord("stress in an unknown unit") from None

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from multifid.data.block import Block, relative_hash
 from multifid.data.fields import NO_SPLIT
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, cut
-from multifid.data.readers.molecule_hdf5 import HARTREE, dataset, datasets_of, groups, opened
+from multifid.data.readers.molecule_hdf5 import HARTREE, dataset, datasets_of, first_record, groups, opened
 from multifid.data.readers.records import BadRecord
 from multifid.structures.elements import MAX_Z, formula
 
@@ -71,6 +71,9 @@ class Options(BaseModel):
         if not value or len(set(value)) != len(value):
             raise ValueError("fidelities must be a list of different names, at least one")
         return value
+
+
+holds = first_record
 
 
 def parts(path: Path, options: Options) -> list[Part]:

@@ -26,6 +26,7 @@ from pydantic import Field
 
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.data.readers.charges import ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
+from multifid.data.readers.holdings import listed
 from multifid.data.readers.records import (
     BadRecord,
     array,
@@ -36,6 +37,7 @@ from multifid.data.readers.records import (
     structure_or_skip,
     vectors,
 )
+from multifid.data.readers.units import UnitOptions
 from multifid.structures.elements import formula
 from multifid.structures.structure import Labels, Structure
 
@@ -54,7 +56,7 @@ LARGEST_ROW = 1 << 25  # bytes of JSON; the largest published rows are below 2^2
 MATERIAL = re.compile(r"(agm\d+|mp-\d+|mvc-\d+|wbm-\d+-\d+)(?:_|$)")
 
 
-class Options(ChargeOptions):
+class Options(ChargeOptions, UnitOptions):
     """What to read of an ASE database."""
 
     dataset: Literal["aselmdb", "omat24", "salex", "omol25", "oc20"] = Field(
@@ -94,6 +96,16 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
         if not keys and stop == entries:
             raise ValueError(f"{path}: not an ASE database: no key is the number of a row")
     progress(1.0)
+
+
+def holds(path: Path) -> list[str]:
+    """Keys of the first row."""
+    with _rows(path) as (cursor, _, _):
+        for key in cursor.iternext(values=False):
+            if key.isdigit():
+                row = _json(cursor.value())
+                return listed(row) if isinstance(row, dict) else []
+    return []
 
 
 @contextmanager
@@ -158,19 +170,21 @@ def _structure(value: bytes, where: str, options: Options) -> Structure:
     numbers = atomic_numbers(_array(row["numbers"], "atomic numbers"))
     forces, stress = row.get("forces"), row.get("stress")
     cell, pbc = periodicity(_array(row.get("cell"), "cell"), _array(row.get("pbc", [False] * 3), "pbc"))
+    tensor = None if stress is None else stress_tensor(_array(stress, "stress"))
+    factors = options.factors()
     labels = Labels(
-        energy=number(row.get("energy"), "energy"),
-        forces=None if forces is None else vectors(_array(forces, "forces"), len(numbers), "forces"),
-        stress=None if stress is None else stress_tensor(_array(stress, "stress")),
+        energy=number(row.get("energy"), "energy") * factors.energy,
+        forces=None if forces is None else vectors(_array(forces, "forces"), len(numbers), "forces") * factors.force,
+        stress=None if tensor is None else tensor * factors.stress,
     )
     charge, spin = _charge_and_spin(row, data, numbers, pbc is None, options)
     return Structure(
         numbers=numbers,
-        positions=vectors(_array(row["positions"], "positions"), len(numbers), "positions"),
+        positions=vectors(_array(row["positions"], "positions"), len(numbers), "positions") * factors.length,
         labels={options.dataset: labels},
         relative=_relative(data.get("sid"), numbers),
         source_id=where,
-        cell=cell,
+        cell=None if cell is None else cell * factors.length,
         pbc=pbc,
         charge=charge,
         spin=spin,

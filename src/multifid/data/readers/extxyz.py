@@ -17,6 +17,7 @@ from multifid.data.fields import MAX_ATOMS
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, one_part
 from multifid.data.readers.extxyz_frames import Frame, frames
 from multifid.data.readers.extxyz_record import TASK, LabelReader, Options, record_of
+from multifid.data.readers.holdings import listed
 from multifid.data.readers.label_keys import Name, choose, labels_in, looks_like, not_taken
 from multifid.data.readers.packed import endings, opened_text, packing_of
 from multifid.data.readers.records import BadRecord
@@ -53,6 +54,22 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
         raise ValueError(f"{path} holds no frame")
     reading.asked.check(path)
     progress(1.0)
+
+
+def holds(path: Path) -> list[str]:
+    """Columns and keys of the first frame, with examples; where they look like labels, the option that takes them."""
+    natoms, comment, atoms = next(_first(path))
+    frame = Frame(natoms, comment, atoms)
+    columns = {
+        f"column {name}": " ".join(atoms[0].split()[first:last]) for name, (first, last) in frame.columns.places.items()
+    }
+    keys = {key: text for key, text in frame.info.items() if key.lower() != "properties"}
+    lines = listed({**columns, **keys})
+    for text in not_taken(labels_in(frame), {}):
+        key, option = text.split(" looks like ")[0], text.split(" (")[1]
+        own = f"{key} = ", f"column {key} = "
+        lines = [f"{line}   ({option}" if line.startswith(own) else line for line in lines]
+    return [*lines, "(--option energy_key=KEY, forces_key=COLUMN, stress_key=KEY, virial_key=KEY say which are labels)"]
 
 
 class _Reading:

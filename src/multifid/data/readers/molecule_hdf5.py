@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from multifid.data.readers.holdings import of_first_group
 from multifid.data.readers.records import BadRecord
 
 HARTREE, BOHR = 27.211386245988, 0.529177210903  # eV, angstrom; CODATA 2018
@@ -27,6 +28,14 @@ def opened(path: Path, name: str | None = None) -> Iterator[h5py.File]:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{name or path}: truncated, damaged or not the expected HDF5 layout: {error}") from error
+
+
+def first_record(path: Path) -> list[str]:
+    """The datasets of the first record of a file; nothing of a packed one."""
+    if not h5py.is_hdf5(path):
+        return []
+    with opened(path) as file:
+        return of_first_group(file)
 
 
 def groups(file: h5py.File) -> list[str]:

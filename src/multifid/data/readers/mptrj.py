@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from pydantic import Field
 
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip
 from multifid.data.readers.crystal_json import crystal
+from multifid.data.readers.holdings import listed
 from multifid.data.readers.json_file import first_key, json_parts, pairs
 from multifid.data.readers.packed import endings
-from multifid.data.readers.records import number, stress_of_vasp, stress_tensor, structure_or_skip, vectors
+from multifid.data.readers.records import KBAR, number, stress_tensor, structure_or_skip, vectors
+from multifid.data.readers.units import StressOptions
 from multifid.structures.structure import Labels, Structure
 
 LEVEL = "PBE / PBE+U (VASP, Materials Project)"
@@ -32,10 +35,8 @@ RELATIVE = "material"
 ENDINGS = endings(".json")
 
 
-class Options(BaseModel):
+class Options(StressOptions):
     """What to read of MPtrj."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     energy: Literal["uncorrected", "corrected"] = Field(
         "uncorrected",
@@ -70,13 +71,27 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
     progress(1.0)
 
 
+def _stress(values: Any, options: Options) -> np.ndarray | None:
+    """(3, 3) eV/angstrom^3, tension-positive; kbar with compression positive in the published file."""
+    tensor = stress_tensor(values)
+    return None if tensor is None else tensor * options.stress_factor(KBAR, tension=False)
+
+
+def holds(path: Path) -> list[str]:
+    """Keys of the first frame."""
+    for mp_id, frames in pairs(path, lambda fraction: None):
+        for frame_id, frame in frames.items() if isinstance(frames, dict) else ():
+            return listed({f"{mp_id}/{frame_id}": frame}) if isinstance(frame, dict) else []
+    return []
+
+
 def _structure(frame: dict[str, Any], mp_id: str, where: str, options: Options) -> Structure:
     geometry = crystal(frame.get("structure"))
     forces = frame.get("force")
     labels = Labels(
         energy=number(frame.get(f"{options.energy}_total_energy"), f"{options.energy} energy"),
         forces=None if forces is None else vectors(forces, len(geometry.numbers), "forces"),
-        stress=stress_of_vasp(stress_tensor(frame.get("stress"))),
+        stress=_stress(frame.get("stress"), options),
     )
     return Structure(
         numbers=geometry.numbers,

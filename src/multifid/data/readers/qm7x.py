@@ -21,7 +21,7 @@ import h5py
 from pydantic import BaseModel, ConfigDict, Field
 
 from multifid.data.readers import IsolatedAtom, LabelSet, Part, Progress, Record, Skip, cut
-from multifid.data.readers.molecule_hdf5 import dataset, opened
+from multifid.data.readers.molecule_hdf5 import dataset, first_record, opened
 from multifid.data.readers.records import atomic_numbers, number, structure_or_skip, vectors
 from multifid.data.readers.unpack import HDF5_MAGIC, hdf5_files
 from multifid.structures.structure import Labels, Structure
@@ -63,6 +63,9 @@ class Options(BaseModel):
     free_atoms: bool = Field(
         False, description="use the published free-atom energies as reference energies in place of the fitted ones"
     )
+
+
+holds = first_record
 
 
 def parts(path: Path, options: Options) -> list[Part]:

@@ -120,11 +120,6 @@ def stress_tensor(values: object) -> np.ndarray | None:
     return full if finite(full) else None
 
 
-def stress_of_vasp(kbar: np.ndarray | None) -> np.ndarray | None:
-    """eV/angstrom^3, tension-positive, from VASP's kbar, where compression is positive."""
-    return None if kbar is None else kbar * -KBAR
-
-
 def periodicity(matrix: object, flags: object) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Cell (3, 3) angstrom, None where there is none, and pbc (3,) bool, None where nothing is periodic.
 

@@ -25,7 +25,7 @@ from multifid.data.block import Block, relative_hash
 from multifid.data.fields import NO_SPLIT
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.data.readers.charges import CHARGE, ChargeOptions, charge_of
-from multifid.data.readers.molecule_hdf5 import BOHR, HARTREE, dataset, datasets_of, groups, opened
+from multifid.data.readers.molecule_hdf5 import BOHR, HARTREE, dataset, datasets_of, first_record, groups, opened
 from multifid.data.readers.records import BadRecord, array, atomic_numbers
 from multifid.data.readers.smiles import read_smiles
 from multifid.structures.elements import formula
@@ -50,6 +50,9 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     charge: int | None = Field(None, ge=-128, le=127, description="charge in e of molecules that do not state one")
+
+
+holds = first_record
 
 
 def parts(path: Path, options: Options) -> list[Part]:

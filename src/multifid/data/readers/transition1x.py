@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from multifid.data.readers import LabelSet, Part, Progress, Record, Skip, cut
-from multifid.data.readers.molecule_hdf5 import dataset, opened
+from multifid.data.readers.molecule_hdf5 import dataset, first_record, opened
 from multifid.data.readers.records import BadRecord, array, atomic_numbers, number, structure_or_skip, vectors
 from multifid.structures.structure import Labels, Structure
 
@@ -41,6 +41,9 @@ class Options(BaseModel):
     """Transition1x leaves nothing to choose."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+holds = first_record
 
 
 def parts(path: Path, options: Options) -> list[Part]:

@@ -12,10 +12,12 @@ import torch
 import yaml
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from multifid.config import parse_config
 from multifid.data.loader import open_sources
 from multifid.graphs import edges
+from multifid.model import footprint as footprints
 from multifid.model.footprint import Size, count, footprint
 from multifid.model.potential import ModelConfig
 from multifid.parallel.groups import alone
@@ -25,9 +27,12 @@ from multifid.parallel.predict import Kind, expected_slowest, exposed, taking_tu
 from multifid.parallel.shares import shares
 from multifid.train.build import build
 from multifid.train.feed import Feed, make_draws
+from multifid.train.optimizer import OPTIMIZERS, update
 from multifid.train.resolve import resolve
 from multifid.train.step import Totals
-from multifid.workflows.forecast import forecast
+from multifid.train.work import UPDATES, count_update
+from multifid.workflows import here
+from multifid.workflows.forecast import forecast, update_bytes
 from multifid.workflows.here import this_machine
 from multifid.workflows.plan import STATE, make_plan, plan, ranges
 from multifid.workflows.subject import TaskLoad, make_subject
@@ -247,6 +252,80 @@ def test_groups_wait_for_the_one_that_drew_the_costliest_structures(ranks, where
     assert told == pytest.approx(most / mean, rel=0.05) and most / mean > 1.06
 
 
+def named_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    subject = make_subject(model, {"a": TaskLoad(1.0, 10.0, 100.0)})
+    return dict(subject.encoder.shapes + subject.branch.shapes)
+
+
+WIDE = {"encoder": {"layers": 1, "hidden": 96}, "branch": {"hidden": [96, 96]}}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_update_is_counted_as_it_is_made(optimizer, monkeypatch):
+    """Products against torch's own counter of operations, state against that of real updates, moved bytes by bounds."""
+    monkeypatch.setattr(footprints, "LAPACK", 0.0)  # torch counts products only
+    shapes = named_of(ModelConfig.model_validate(WIDE))
+    count_update.cache_clear()
+    told = count_update(optimizer, tuple(shapes.items()), torch.float32)
+    count_update.cache_clear()
+    parameters = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    for p in parameters.values():
+        p.grad = torch.randn_like(p)
+    made = OPTIMIZERS[optimizer](parameters, 1e-3, 0.0)
+    update(made, 1e-3, torch.tensor(1.0), 1.0)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(UPDATES):
+            update(made, 1e-3, torch.tensor(1.0), 1.0)
+    assert told.kept == sum(t.nbytes for state in made.state.values() for t in state.values())
+    flops = counter.get_total_flops() / UPDATES
+    assert told.work.flops == pytest.approx(flops, rel=0.1) and told.work.flops <= flops
+    held = sum(p.nbytes for p in parameters.values())
+    assert 7 * held <= told.work.traffic <= 100 * held and 0 < told.work.kernels < 40 * len(parameters)
+
+
+def test_a_step_holds_the_update_of_what_its_rank_holds():
+    """By hand for AdamW, whose kernel reads weights, gradients and moments and writes them."""
+    model = ModelConfig.model_validate(WIDE)
+    loads = {t: TaskLoad(1.0, 10.0, 100.0) for t in "ab"}
+    machine = replace(SLOW, launch=0.0, flops=1e30)
+    seconds = {}
+    for optimizer in OPTIMIZERS:
+        subject = make_subject(model, loads, optimizer=optimizer)
+        for name, where in (("both", {"a": [0, 1], "b": [0, 1]}), ("split", {"a": [0], "b": [1]})):
+            seconds[optimizer, name] = forecast(subject, where, machine).phases["optimizer"]
+    held = {
+        "both": subject.encoder.count + 2 * subject.branch.count,
+        "split": subject.encoder.count + subject.branch.count,
+    }
+    for name, number in held.items():
+        assert seconds["adamw", name] == pytest.approx(number * 4 * (8 + 2 + 3) / machine.traffic, rel=0.01)
+        assert all(seconds[o, name] > seconds["adamw", name] for o in OPTIMIZERS if o != "adamw")
+    subject = make_subject(model, loads)
+    pieces = forecast(subject, {"a": [0, 1], "b": [0, 1]}, machine, sharded=True).phases["optimizer"]
+    piece = sum(
+        p.numel() for p in (torch.empty((-(-s[0] // 2), *s[1:]), device="meta") for _, s in subject.encoder.shapes)
+    )
+    assert pieces == pytest.approx((piece + 2 * subject.branch.count) * 4 * 13 / machine.traffic, rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_trial_gives_the_rates_of_passes_and_of_quick_updates(optimizer, monkeypatch):
+    """With them a forecast says what was measured; where updates would take long, nothing is built."""
+    subject = make_subject(ModelConfig.model_validate(WIDE), {"a": TaskLoad(1.0, 10.0, 100.0)}, optimizer=optimizer)
+    monkeypatch.setattr(here, "_seconds", lambda work, device: work() or 0.25)
+    machine = replace(SLOW, flops=1e11, traffic=1e10, launch=0.0)
+    measured = here.with_update(machine, subject, "cpu")
+    told = sum(update_bytes(machine, subject.update(p).work) for p in (subject.encoder, subject.branch))
+    assert told / measured.update == pytest.approx(0.25 / UPDATES)
+    with monkeypatch.context() as patch:
+        patch.setattr(here, "_seconds", lambda work, device: work() or 0.5)
+        assert here.with_passes(machine, subject, "cpu").flops == pytest.approx(
+            machine.flops / (0.5 / here.told_passes(machine, subject, Size(1, 10, 10, 100)))
+        )
+    monkeypatch.setattr(here, "OPTIMIZERS", {})
+    assert here.with_update(replace(SLOW, traffic=1.0), subject, "cpu").update is None
+
+
 def test_a_machine_can_be_described_in_a_file(tmp_path):
     write_machine(MACHINES["aurora"], tmp_path / "m.yaml")
     assert read_machine(str(tmp_path / "m.yaml")) == MACHINES["aurora"]
@@ -283,6 +362,6 @@ def test_what_is_no_map_is_refused_with_the_file(tmp_path, text):
 
 
 def test_this_machine_is_measured():
-    here = this_machine("cpu")
-    assert 1e8 < here.flops < 1e13 and 1e8 < here.traffic < 1e13 and 1e-8 < here.launch < 1e-3
-    assert math.isfinite(here.memory)
+    there = this_machine("cpu")
+    assert 1e8 < there.flops < 1e13 and 1e8 < there.traffic < 1e13 and 1e-8 < there.launch < 1e-3
+    assert math.isfinite(there.memory)

@@ -8,8 +8,9 @@ All of it is linear in the size of a batch: so much for the step, for every bran
 sees, and every edge. Five batches give five coefficients.
 """
 
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ PER_STRUCTURE = 16  # atoms of a structure while counting: what structures cost 
 # Tiles of edges in a batch that is counted: from some on, one more is like the one before. What a tile needs for itself
 # matters for bytes only where its derivative is written out; autograd keeps everything.
 TILES, TILES_OF_AUTOGRAD, TILES_OF_SUMS = 12, 1, 1
+# Of decompositions (QR, eigenvectors), for n^3: a few, which take the time of ten times as many in a product. Assumed.
+LAPACK = 30.0
 DENSE = 10.0  # operations per byte from which a matrix product waits for arithmetic and not for memory
 
 _PHASES = ("forward", "backward")
@@ -153,13 +156,21 @@ def count(config: ModelConfig, size: Size, dtype: torch.dtype, processor: bool) 
         for p in potential.parameters():
             p.grad = torch.zeros_like(p)
         with _counting(potential) as counts:
-            batch = _batch(tasks, int(size.atoms), int(size.edges), dtype, shared, potential.encoder.needs)
+            batch = blank_batch(tasks, int(size.atoms), int(size.edges), dtype, shared, potential.encoder.needs)
             predictions = potential(batch)
             loss = sum(p.energy.abs().sum() + p.forces.abs().sum() for p in predictions.values())
             counts.phase = "backward"
             assert isinstance(loss, Tensor)
             loss.backward()
     return {"activations": float(counts.most), **counts.sums}
+
+
+def count_work(run: Callable[[], None]) -> Work:
+    """What a function does to tensors, some of which have no memory."""
+    counts = _Counts("run", sums=dict.fromkeys((f"run.{q}" for q in _QUANTITIES), 0.0))
+    with _Watch(counts, []):
+        run()
+    return Work(*(counts.sums[f"run.{q}"] for q in _QUANTITIES[1:]))
 
 
 @contextmanager
@@ -184,7 +195,7 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _batch(tasks: list[str], atoms: int, edges: int, dtype: torch.dtype, shared: bool, needs: GraphNeeds) -> Batch:
+def blank_batch(tasks: list[str], atoms: int, edges: int, dtype: torch.dtype, shared: bool, needs: GraphNeeds) -> Batch:
     """A batch of structures of equal size; `shared`: every task labels all of them, else each labels its part."""
     s = -(-atoms // PER_STRUCTURE)
     cuts = [0, s] if shared else [s * k // len(tasks) for k in range(len(tasks) + 1)]
@@ -258,7 +269,7 @@ class _Watch(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         mutates = func._schema.is_mutable
         if fresh or mutates:  # views launch nothing
-            self._add(func, given, made)
+            self._add(func, args, given, made)
         return out
 
     def _is_new(self, tensor: Tensor) -> bool:
@@ -276,9 +287,9 @@ class _Watch(TorchDispatchMode):
         weakref.finalize(storage, gone)
         return True
 
-    def _add(self, func: Any, given: list[Tensor], made: list[Tensor]) -> None:
+    def _add(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> None:
         counts, name = self.counts, func.overloadpacket.__name__
-        moved = _moved(name, given, made)
+        moved = _moved(name, given, made) + (0 if made else _written(func, args))
         flops = _product(name, given, made)
         dense = flops >= DENSE * moved
         counts.sums[f"{counts.phase}.flops"] += flops if dense else 0.0
@@ -301,8 +312,17 @@ def _moved(name: str, given: list[Tensor], made: list[Tensor]) -> int:
     return sum(sizes) + out
 
 
+def _written(func: Any, args: Any) -> int:
+    """Bytes of the arguments that an operation writes."""
+    own = [value for argument, value in zip(func._schema.arguments, args, strict=False) if argument.is_write]
+    return sum(t.numel() * t.element_size() for t in tree_leaves(own) if isinstance(t, Tensor))
+
+
 def _product(name: str, given: list[Tensor], made: list[Tensor]) -> float:
-    """Operations of a matrix product, a multiplication and an addition each; 0 for everything else."""
+    """Operations of a matrix product, a multiplication and an addition each; 0 for what moves more than it computes."""
+    if "linalg" in name:
+        *batch, rows, columns = given[0].shape
+        return LAPACK * math.prod(batch) * rows * columns * min(rows, columns)
     if name not in ("mm", "addmm", "bmm", "baddbmm"):
         return 0.0
     inner = given[-2].shape[-1]

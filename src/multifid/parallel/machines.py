@@ -51,7 +51,7 @@ class Machine:
     cores: Count | None = None  # ranks that a node computes at once; more of them take turns. None: all
     contention: Annotated[float, Field(ge=1)] = 1.0  # how much slower a rank is where all cores are busy
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0  # standard deviation of a rank's time for equal work, a part of it
-    update: Rate | None = None  # bytes per second of the optimizer, where it is not the memory's rate
+    update: Rate | None = None  # bytes per second of an update, where it is not the memory's rate
     data: Seconds = 0.0  # of the host for an edge that is read, found and laid into a batch
     bookkeeping: Seconds = 1e-3  # of the host for counts, sums and errors of a step
     ranks: Count = 1920  # how far forecasts go

@@ -18,10 +18,9 @@ from multifid.parallel.predict import expected_slowest, exposed, taking_turns
 from multifid.workflows.members import Member, members_of, steps_of
 from multifid.workflows.subject import Parameters, Subject
 
-# Bytes that the optimizer moves for a byte of parameters: AdamW reads weight, gradient and two moments and writes all
-# but the gradient (7), the average is read with the weight and written (3), gradients are zeroed and their norm is
-# taken (2).
-UPDATE, AVERAGE = 9.0, 3.0
+# Bytes that are moved for a byte of parameters beside the optimizer: gradients are zeroed and their norm is taken (2);
+# the average is read with the weight and written (3).
+GRADIENTS, AVERAGE = 2.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Mean:
 
     forward: Work
     backward: Work
-    updated: float  # bytes that the optimizer moves
+    update: Work  # of the optimizer, with norm and average
 
 
 def mean_rank(subject: Subject, placement: Mapping[str, Sequence[int]]) -> Mean:
@@ -87,26 +86,27 @@ def mean_rank(subject: Subject, placement: Mapping[str, Sequence[int]]) -> Mean:
     counts = [r.count for r in members]
 
     def mean(which: str) -> Work:
-        works = [_work(subject, r, which) for r in members]
+        if which == "update":
+            works = [update_work(subject, subject.encoder, len(r.groups)) for r in members]
+        else:
+            works = [_work(subject, r, which) for r in members]
         return Work(*np.average([(w.flops, w.traffic, w.kernels) for w in works], axis=0, weights=counts).tolist())
 
-    moved = [_moved(subject, subject.encoder, len(r.groups)) for r in members]
-    return Mean(mean("forward"), mean("backward"), float(np.average(moved, weights=counts)))
+    return Mean(mean("forward"), mean("backward"), mean("update"))
 
 
 def _bytes(subject: Subject, rank: Member, ranks: int, sharded: bool) -> dict[str, int]:
     """What a rank holds, by kind."""
     encoder = subject.encoder.sharded(ranks) if sharded else subject.encoder
     number = encoder.count + len(rank.groups) * subject.branch.count
-    tensors = len(encoder.shapes) + len(rank.groups) * len(subject.branch.shapes)
-    bases = encoder.bases + len(rank.groups) * subject.branch.bases
+    kept = subject.update(encoder).kept + len(rank.groups) * subject.update(subject.branch).kept
     activations = subject.footprint.activations(rank.size.times(1 / rank.pieces))
     if sharded:
         activations += subject.encoder.gathered * subject.width
     return {
         "parameters": number * subject.width,
         "gradients": number * subject.width,
-        "optimizer": (2 * number + bases) * subject.width + 4 * tensors,  # with a count of updates for each tensor
+        "optimizer": kept,
         "averages": number * subject.width * subject.averaged,
         "activations": int(max(activations, 0)),
     }
@@ -189,7 +189,12 @@ def _both(subject: Subject, rank: Member, machine: Machine, factors: np.ndarray)
 
 
 def _pass(subject: Subject, rank: Member, machine: Machine, which: str) -> float:
-    device, host = _seconds(_work(subject, rank, which), machine)
+    return pass_seconds(_work(subject, rank, which), machine)
+
+
+def pass_seconds(work: Work, machine: Machine, width: int = 4) -> float:
+    """Seconds of a pass. width: bytes of a number; an operation in double precision counts as two."""
+    device, host = _seconds(replace(work, flops=work.flops * width / 4), machine)
     return max(device, host) if machine.queued else device + host
 
 
@@ -207,12 +212,27 @@ def _work(subject: Subject, rank: Member, which: str) -> Work:
 
 def _update(subject: Subject, rank: Member, machine: Machine, ranks: int, sharded: bool) -> float:
     encoder = subject.encoder.sharded(ranks) if sharded else subject.encoder
-    return _moved(subject, encoder, len(rank.groups)) / (machine.update or machine.traffic)
+    work = update_work(subject, encoder, len(rank.groups))
+    return update_bytes(machine, work) / (machine.update or machine.traffic)
 
 
-def _moved(subject: Subject, encoder: Parameters, branches: int) -> float:
+def update_work(subject: Subject, encoder: Parameters, branches: int) -> Work:
+    """The optimizer's update of the encoder (or of a piece of it) and of some branches, with norm and average."""
+    one, other = subject.update(encoder).work, subject.update(subject.branch).work
     number = encoder.count + branches * subject.branch.count
-    return number * subject.width * (UPDATE + AVERAGE * subject.averaged)
+    beside = number * subject.width * (GRADIENTS + AVERAGE * subject.averaged)
+    return Work(
+        (one.flops + branches * other.flops) * subject.width / 4,  # an operation in double precision counts as two
+        one.traffic + branches * other.traffic + beside,
+        one.kernels + branches * other.kernels,
+    )
+
+
+def update_bytes(machine: Machine, work: Work) -> float:
+    """What an update moves, and as many bytes as could be moved in the time of what it computes and launches."""
+    host = work.kernels * machine.launch * machine.traffic
+    device = work.traffic + work.flops / machine.flops * machine.traffic
+    return max(device, host) if machine.queued else device + host
 
 
 def _waits(

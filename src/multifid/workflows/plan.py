@@ -22,7 +22,7 @@ from multifid.train.feed import epoch_steps, make_draws, total_steps
 from multifid.train.log import duration
 from multifid.train.resolve import placement_of, resolve
 from multifid.workflows.forecast import Forecast, forecast
-from multifid.workflows.here import this_machine
+from multifid.workflows.here import this_machine, tried
 from multifid.workflows.subject import Subject, subject_of
 
 MUCH = 3.0  # from this ratio on one of encoder and branches outweighs the other
@@ -80,7 +80,7 @@ def plan(
     if ranks < 1:
         raise ValueError(f"--ranks {ranks} must be at least 1")
     there = this_machine(config.train.device, ranks) if machine is None else read_machine(machine)
-    made = make_plan(config, ranks, there)
+    made = make_plan(config, ranks, there, trial=machine is None)
     console = console or Console()
     if as_json:
         console.print_json(json.dumps(as_dict(made)))
@@ -92,11 +92,13 @@ def plan(
     return made
 
 
-def make_plan(config: Config, ranks: int, machine: Machine) -> Plan:
+def make_plan(config: Config, ranks: int, machine: Machine, trial: bool = False) -> Plan:
+    """trial: the machine is this one, and a pass and some updates are made to see how long they take."""
     config = resolve(config, ranks)
     sources = open_sources(config.tasks, verify="off")
     draws = make_draws(config, sources)
     subject = subject_of(config, sources, draws, ranks, processor=not machine.queued)
+    machine = tried(machine, subject, config.train.device) if trial else machine
     limit = USABLE * machine.memory if config.parallel.memory is None else config.parallel.memory * GIB
     tasks, asked = list(config.tasks), config.parallel.placement
     work, room = loads(config, sources, draws), memory(config, ranks)

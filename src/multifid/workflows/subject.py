@@ -23,7 +23,7 @@ from multifid.model.potential import ModelConfig
 from multifid.parallel.machines import Machine
 from multifid.parallel.shard import rows_of_piece
 from multifid.train.costs import SAMPLE, gathered
-from multifid.train.soap import bases_of
+from multifid.train.work import Shapes, UpdateWork, count_update
 
 # Error of an estimated cost, as `data.loader.edge_costs` states it.
 CRYSTAL_ERROR, MOLECULE_ERROR = 0.05, 0.125
@@ -44,17 +44,16 @@ class TaskLoad:
 class Parameters:
     """Of the encoder, or of one branch."""
 
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: Shapes
     gathered: int = 0  # numbers that a rank holds beside its pieces where they are sharded
-    bases: int = 0  # numbers that the optimizer keeps besides two moments
 
     @property
     def count(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
+        return sum(math.prod(shape) for _, shape in self.shapes)
 
     def sharded(self, ranks: int) -> "Parameters":
         """The largest piece of a rank where every parameter is cut along its first dimension."""
-        return replace(self, shapes=tuple((rows_of_piece(s[0], ranks), *s[1:]) for s in self.shapes))
+        return replace(self, shapes=tuple((name, (rows_of_piece(s[0], ranks), *s[1:])) for name, s in self.shapes))
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,11 @@ class Subject:
     width: int = 4  # bytes of a number
     averaged: bool = True
     max_edges: int | None = None
+    optimizer: str = "adamw"
+
+    def update(self, parameters: Parameters) -> UpdateWork:
+        """What the optimizer asks of a device for an update of these parameters, and what it keeps of them."""
+        return count_update(self.optimizer, parameters.shapes, torch.float64 if self.width == 8 else torch.float32)
 
     def times(self, factor: float) -> "Subject":
         """The same with so many times the structures in a step."""
@@ -120,7 +124,7 @@ def subject_of(
         together=[draw.tasks for draw in draws],
         double=config.train.precision == "fp64",
         averaged=config.train.ema is not None,
-        soap=config.train.optimizer == "soap",
+        optimizer=config.train.optimizer,
         max_edges=config.train.max_edges,
         near=2 ** round(math.log2(min(max(atoms / ranks, 64), 8192))),
         processor=processor,
@@ -135,7 +139,7 @@ def make_subject(
     together: Sequence[Sequence[str]] = (),
     double: bool = False,
     averaged: bool = True,
-    soap: bool = False,
+    optimizer: str = "adamw",
     max_edges: int | None = None,
     near: int = 2048,
     processor: bool = False,
@@ -150,8 +154,8 @@ def make_subject(
     alone = set(tasks) - {t for unit in together for t in unit}
     return Subject(
         model=model,
-        encoder=replace(_parameters(encoder, soap), gathered=beside),
-        branch=_parameters(branch, soap),
+        encoder=replace(_parameters("encoder", encoder), gathered=beside),
+        branch=_parameters("branches.branch", branch),
         footprint=_footprint(model.model_dump_json(), double, float(f"{edges / atoms:.2g}"), near, processor),
         tasks=tasks,
         branch_of=dict(branch_of or {t: t for t in tasks}),
@@ -159,6 +163,7 @@ def make_subject(
         width=8 if double else 4,
         averaged=averaged,
         max_edges=max_edges,
+        optimizer=optimizer,
     )
 
 
@@ -174,6 +179,6 @@ def _footprint(model: str, double: bool, edges_per_atom: float, near: int, proce
     return footprint(ModelConfig.model_validate_json(model), dtype, edges_per_atom, near, processor)
 
 
-def _parameters(module: torch.nn.Module, soap: bool) -> Parameters:
-    named = dict(module.named_parameters())
-    return Parameters(tuple(tuple(p.shape) for p in named.values()), bases=bases_of(named) if soap else 0)
+def _parameters(prefix: str, module: torch.nn.Module) -> Parameters:
+    """With the names that they have in a whole model: an optimizer may go by them."""
+    return Parameters(tuple((name, tuple(p.shape)) for name, p in module.named_parameters(prefix=prefix)))

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from multifid.parallel.machines import Link, Machine
-from multifid.workflows.forecast import Forecast, Mean, forecast, mean_rank
+from multifid.workflows.forecast import Forecast, Mean, forecast, mean_rank, update_bytes
 from multifid.workflows.scaling.measure import Measured, Point
 from multifid.workflows.subject import Subject
 
@@ -47,7 +47,7 @@ def calibrate(machine: Machine, cases: Sequence[Case]) -> Machine:
     many = [case for case in fitted if case.point.ranks > 1]
     machine = _passes(machine, single)
     machine = replace(
-        machine, name="measured", update=_update(single), bookkeeping=_bookkeeping(fitted), data=_data(single)
+        machine, name="measured", update=_update(machine, single), bookkeeping=_bookkeeping(fitted), data=_data(single)
     )
     if machine.cores is not None and many:
         machine = replace(machine, contention=_contention(machine, many))
@@ -73,8 +73,8 @@ def _passes(machine: Machine, cases: Sequence[Case]) -> Machine:
     return replace(machine, flops=1 / (flops or 1 / UNUSED), traffic=1 / (traffic or 1 / UNUSED), launch=launch)
 
 
-def _update(cases: Sequence[Case]) -> float:
-    moved = sum(_mean(case).updated for case in cases)
+def _update(machine: Machine, cases: Sequence[Case]) -> float:
+    moved = sum(update_bytes(machine, _mean(case).update) for case in cases)
     return moved / sum(case.measured.phases["optimizer"] for case in cases)
 
 

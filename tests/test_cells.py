@@ -1,5 +1,7 @@
 """Whole cells, from the file to the error of a stress: molecules, slabs, wires, boxes and crystals in one store."""
 
+import itertools
+
 import ase
 import ase.io
 import numpy as np
@@ -7,17 +9,19 @@ import pytest
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
+from scipy.stats import ortho_group
 
 from multifid.config import parse_config
 from multifid.data.block import pack
+from multifid.data.duplicates import fingerprints
 from multifid.data.loader import collate, open_sources
 from multifid.data.prepare import prepare
 from multifid.data.store import Store
 from multifid.data.validate import NO_VOLUME, screen
 from multifid.evaluate.evaluate import data_of, evaluate_run
 from multifid.model.saved import load_potential
-from multifid.structures.cells import kept_vectors, spans_volume
-from multifid.structures.structure import Labels, Structure
+from multifid.structures.cells import completed, kept_vectors, spans_volume
+from multifid.structures.structure import Labels, Packed, Structure
 from multifid.train.journal import read_journal
 from multifid.train.run import train
 
@@ -144,3 +148,34 @@ def test_what_is_periodic_without_any_cell_vector_is_refused_and_not_taken_for_a
     atoms = {"numbers": np.array([18]), "positions": np.zeros((1, 3)), "labels": {"a": Labels(-1.0)}}
     flat = Structure(**atoms, relative="Ar1", source_id="0", cell=np.zeros((3, 3)), pbc=np.array([True, False, False]))
     assert screen(pack([flat]))[0] == ["a periodic cell vector is zero or not finite"]
+
+
+@pytest.mark.parametrize("pbc", list(itertools.product([True, False], repeat=3)))
+def test_open_directions_are_completed_at_right_angles_and_slabs_are_found_again_however_turned(pbc):
+    rng, pbc = np.random.default_rng(3), np.array(pbc)
+    cells = np.concatenate([rng.normal(0, 4, (20, 3, 3)), np.eye(3)[None, [2, 0, 1]] * 5])  # axes in another order too
+    full = completed(cells, np.tile(pbc, (len(cells), 1)))
+    np.testing.assert_array_equal(full[:, pbc], cells[:, pbc])
+    for cell in full:
+        gram = cell @ cell.T
+        np.testing.assert_allclose(gram[~pbc], np.eye(3)[~pbc], atol=1e-12)
+    if not pbc.any():
+        return
+    x, turn = rng.uniform(0, 4, (4, 3)), ortho_group.rvs(3, random_state=1) if pbc.sum() > 1 else np.eye(3)
+    turn = turn * np.sign(np.linalg.det(turn))
+    places, boxes = (
+        [x, x @ turn + rng.normal(0, 5, 3), x + [0.1, 0, 0] * np.arange(4)[:, None]],
+        [cells[-1], cells[-1] @ turn, cells[-1]],
+    )
+    boxes[1] = np.where(pbc[:, None], boxes[1], rng.normal(0, 9, (3, 3)))  # what open vectors are does not matter
+    packed = Packed(
+        np.tile(np.arange(1, 5, dtype=np.uint8), 3),
+        np.concatenate(places),
+        np.full(3, 4),
+        np.array(boxes),
+        np.tile(pbc, (3, 1)),
+        np.zeros(3, np.int8),
+        np.ones(3, np.uint8),
+    )
+    one, again, other = fingerprints(packed)
+    assert (one == again).any() and not (one == other).any()

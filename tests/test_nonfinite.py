@@ -16,7 +16,8 @@ from multifid.model.saved import load_potential
 from multifid.train.checkpoint import load_checkpoint
 from multifid.train.journal import read_journal
 from multifid.train.run import train
-from test_train import config_of, start
+from multifid.train.step import Trainer
+from test_train import assert_same_bits, config_of, start
 
 
 def strict(path: Path):
@@ -226,10 +227,19 @@ def test_weight_without_labels_is_said_once_at_the_start_by_task(stores, tmp_pat
     assert not (tmp_path / "nothing").exists()
 
 
-def test_an_update_that_is_skipped_is_said_and_explained(stores, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_update_that_is_skipped_is_explained_and_looking_for_it_changes_no_bit(
+    stores, tmp_path, monkeypatch, at_once
+):
+    """Also where an update is heard of one step later, as on an accelerator."""
     (index,) = Store(stores["cherry"]).pick("train", slice(1, 2))
-    plant(monkeypatch, stores["cherry"], "cherry", int(index), "energy")
-    values = run_of({"cherry": stores["cherry"]}, tmp_path / "run", batch=5, steps=6, epoch_steps=6, nonfinite=6)
-    start(values)
-    text = (tmp_path / "run" / "train.log").read_text()
+    plant(monkeypatch, stores["cherry"], "cherry", int(index), "energy", value=torch.inf)
+    finish = Trainer.__post_init__
+    monkeypatch.setattr(Trainer, "__post_init__", lambda self: (finish(self), setattr(self, "at_once", at_once)))
+    values = run_of({"cherry": stores["cherry"]}, tmp_path / "told", batch=5, steps=6, epoch_steps=6, nonfinite=6)
+    told = start(values)
+    text = (told / "train.log").read_text()
     assert f"the update is skipped: task cherry: the energy of structure {index} of {stores['cherry']}" in text
+    monkeypatch.setattr("multifid.train.watch.in_step", lambda *arguments, **options: "")
+    untold = start(values | {"run": str(tmp_path / "untold")})
+    assert_same_bits(told, untold)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from multifid.data.block import Block
+from multifid.structures.cells import completed
 from multifid.structures.reproducible import inverse, times
 
 COINCIDENT = 1e-3  # angstrom
@@ -67,9 +68,8 @@ def _molecules(positions: np.ndarray) -> np.ndarray:
 
 def _crystals(block: Block) -> np.ndarray:
     """(structures,) bool, of periodic structures."""
-    cells, pbc = block.columns["cell"].astype(np.float64), block.columns["pbc"]
-    for s in np.flatnonzero(~pbc.all(axis=1)):
-        cells[s] = _filled(cells[s], pbc[s])
+    pbc = block.columns["pbc"]
+    cells = completed(block.columns["cell"].astype(np.float64), pbc)
     inverses = inverse(cells)
     owner = np.repeat(np.arange(len(block)), block.natoms)
     positions = block.columns["positions"].astype(np.float64)
@@ -121,13 +121,6 @@ def _in_one_box(
             return
         i, j = atom[same], atom[same + apart]
         yield i[i != j], j[i != j]
-
-
-def _filled(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
-    """Rows that are not periodic are replaced by unit vectors at right angles to those that are."""
-    full = cell.copy()
-    full[~pbc] = np.linalg.svd(cell[pbc])[2][int(pbc.sum()) :]
-    return full
 
 
 def _by_tree(positions: np.ndarray, lattice: tuple[np.ndarray, np.ndarray, np.ndarray] | None) -> bool:

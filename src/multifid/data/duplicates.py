@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from multifid.structures.cells import completed
 from multifid.structures.elements import MAX_Z
 from multifid.structures.reproducible import cos_and_sin, inverse, times
 from multifid.structures.structure import Packed
@@ -84,7 +85,7 @@ def _molecules(packed: Packed) -> np.ndarray:
 def _crystals(packed: Packed) -> np.ndarray:
     """(structures, numbers) angstrom: metric of the cell; structure factors, as lengths of the order of the cell."""
     first, natoms = packed.offsets[:-1], packed.natoms
-    cell = np.where(packed.pbc[:, :, None], packed.cell, np.eye(3))
+    cell = completed(packed.cell, packed.pbc)
     gram = times(cell, cell.transpose(0, 2, 1)[:, None])
     a = np.sqrt(gram[:, [0, 1, 2], [0, 1, 2]])
     metric = [

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from multifid.model.branch import Branch
 from multifid.model.encoders import build_encoder
 from multifid.model.potential import ModelConfig, Potential
-from multifid.model.saved import load_description
+from multifid.model.saved import load_description, why_no_model
 from multifid.structures.elements import SYMBOLS
 
 Shapes = dict[str, tuple[int, ...]]
@@ -71,7 +71,7 @@ def _shapes(run: Path) -> Shapes:
     """The shapes of a run's tensors by name, from the head of the file. ValueError where it cannot be read."""
     path = run / WEIGHTS
     if not path.exists():
-        raise ValueError(f"init: {path} not found; is {run} the directory of a trained run?")
+        raise ValueError(f"init: {path} not found; {why_no_model(run)}")
     try:
         with safe_open(path, "pt", backend="pread") as given:
             return {name: tuple(given.get_slice(name).get_shape()) for name in given.keys()}  # noqa: SIM118

@@ -44,7 +44,7 @@ def load_description(run: Path) -> Description:
     """model.json of a run. ValueError where it is missing or of another schema."""
     path = run / "model.json"
     if not path.exists():
-        raise ValueError(f"{path}: not found; {_why_no_model(run)}")
+        raise ValueError(f"{path}: not found; {why_no_model(run)}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -54,7 +54,8 @@ def load_description(run: Path) -> Description:
     return description
 
 
-def _why_no_model(run: Path) -> str:
+def why_no_model(run: Path) -> str:
+    """What to say of the directory of a run without a model."""
     if (run / "config.yaml").exists():
         return "the run has no model yet: it has one from its first finite validation value on (see its train.log)"
     return f"is {run} the directory of a trained run?"
@@ -67,7 +68,7 @@ def load_potential(run: Path, weights: str = "model.safetensors") -> tuple[Poten
     config = ModelConfig.model_validate(description["architecture"])
     potential = Potential(config, description["branches"], branch_of, seed=0)
     if not (run / weights).exists():
-        raise ValueError(f"{run / weights}: not found; {_why_no_model(run)}")
+        raise ValueError(f"{run / weights}: not found; {why_no_model(run)}")
     try:
         tensors = load_file(run / weights)
     except Exception as error:  # safetensors raises its own class, OSError or ValueError, by kind of damage

@@ -14,6 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from multifid.structures.cells import completed
+
 COINCIDENT = 1e-6  # angstrom: closer than this, two atoms are one atom entered twice
 SUSPICIOUS = 1e-3  # angstrom: so close that the product of matrices cannot say whether they coincide
 AT_THE_CUTOFF = 1e-9  # square angstrom: rounding must not let an atom see another that does not see it
@@ -86,11 +88,7 @@ def pairs_among_images(systems: Systems, cutoff: float) -> Pairs:
 
 def complete(systems: Systems) -> np.ndarray:
     """Cells (structures, 3, 3) with unit vectors at right angles to the rest in directions without periodicity."""
-    cell = np.where(systems.pbc[:, :, None], systems.cell, 0.0)
-    for s in np.flatnonzero(~systems.pbc.all(axis=1) & np.isfinite(cell).all(axis=(1, 2))):
-        periodic = systems.pbc[s]
-        cell[s, ~periodic] = np.linalg.svd(cell[s])[2][periodic.sum() :]
-    return cell
+    return completed(systems.cell, systems.pbc)
 
 
 def check(systems: Systems, cell: np.ndarray) -> None:

@@ -22,13 +22,13 @@ def times(rows: np.ndarray, matrices: np.ndarray) -> np.ndarray:
 def determinant(cells: np.ndarray) -> np.ndarray:
     """(..., 3, 3) -> (...)."""
     a, b, c = (cells[..., k, :] for k in range(3))
-    return _dot(a, _cross(b, c))
+    return _dot(a, cross(b, c))
 
 
 def inverse(cells: np.ndarray) -> np.ndarray:
     """(..., 3, 3) of cells that have a volume."""
     a, b, c = (cells[..., k, :] for k in range(3))
-    columns = np.stack([_cross(b, c), _cross(c, a), _cross(a, b)], axis=-1)
+    columns = np.stack([cross(b, c), cross(c, a), cross(a, b)], axis=-1)
     return np.asarray(columns / determinant(cells)[..., None, None])
 
 
@@ -59,7 +59,8 @@ def cos_and_sin(turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return c * cos - s * sin, s * cos + c * sin
 
 
-def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The product of vectors (..., 3)."""
     i, j = np.array([1, 2, 0]), np.array([2, 0, 1])
     return a[..., i] * b[..., j] - a[..., j] * b[..., i]
 

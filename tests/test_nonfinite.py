@@ -148,6 +148,17 @@ def test_the_structure_is_found_on_whatever_rank_it_is_and_every_rank_fails(over
     assert said[1:] == ["SystemExit: 1"] * 2
 
 
+def test_a_run_that_has_skipped_every_update_has_no_model(overflowing, tmp_path):
+    values = overflow_of(overflowing, tmp_path / "run")
+    values["train"] |= {"nonfinite": 99, "epoch_steps": 3}
+    for _ in range(2):
+        with pytest.raises(
+            FloatingPointError, match=r"all 9 updates were skipped, so there is no model. What began it: "
+        ):
+            start(values)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
 def test_a_run_without_a_model_fails_on_every_rank(overflowing, tmp_path, pool):
     """Of a learning rate that throws the weights out of what float32 holds."""
     values = overflow_of(overflowing, tmp_path / "run") | {"objective": {"loss": "mse", "scale": "none", "forces": 0.0}}

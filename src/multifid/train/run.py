@@ -255,7 +255,7 @@ def end_epoch(run: Run, began: float) -> bool:
     run.watch.validation(totals, value)
     trainer.schedule.validated(value)
     position.epochs_without_better += 1
-    better = value < position.best
+    better = value < position.best and trainer.updates > 0  # untrained weights are no model
     if better:
         position.best, position.best_step, position.epochs_without_better = value, position.step, 0
     patience = run.config.train.patience

@@ -72,11 +72,16 @@ class Watch:
             self._warn(f"the validation value is not finite ({self.position.trouble})")
 
     def end(self) -> None:
-        """FloatingPointError where no validation value was finite; a word where the last one is not."""
-        p = self.position
+        """FloatingPointError where nothing was trained, or no validation value was finite; a word on what was not."""
+        p, skipped = self.position, self.position.step - self.trainer.updates
+        if not self.trainer.updates:
+            what = self.skipped or f"see {self.run / 'train.log'}"
+            self._fail(f"{self.run}: all {p.step} updates were skipped, so there is no model. What began it: {what}")
         if not math.isfinite(p.best):
             began = p.trouble or "the tasks of the run have changed, and no step was made since (train.steps)"
             self._fail(f"{self.run}: no validation value of {p.step} steps is finite, so there is no model: {began}")
+        if skipped:
+            self._warn(f"{skipped} of {p.step} updates were skipped, because loss or gradient was not finite")
         if p.trouble:
             self._warn(
                 f"the last validation value is not finite ({p.trouble}): model.safetensors is of step {p.best_step}, "

@@ -27,6 +27,7 @@ CHARGE = ("charge", "total_charge", "tot_charge", "net_charge", "molecular_charg
 SPIN = ("spin", "total_spin")
 MULTIPLICITY = ("multiplicity", "spin_multiplicity", "mult")
 UNPAIRED = ("unpaired_electrons", "num_unpaired_electrons", "n_unpaired", "nunpaired", "uhf")
+_PLAIN = frozenset((*MULTIPLICITY, *UNPAIRED))
 ROUNDED = 0.02  # sums of atomic charges and moments are whole within this
 
 
@@ -44,6 +45,8 @@ class ChargeOptions(BaseModel):
 
 def charge_of(stated: Mapping[str, Any], options: ChargeOptions, keys: Sequence[str] = CHARGE) -> int | None:
     """The charge that is stated under one of the keys, else the options', else None."""
+    if stated.keys().isdisjoint(keys):
+        return options.charge
     found = {key: value for key in keys if (value := _whole(stated.get(key), key)) is not None}
     if len(set(found.values())) > 1:
         raise BadRecord(f"{' and '.join(found)} differ")
@@ -52,6 +55,8 @@ def charge_of(stated: Mapping[str, Any], options: ChargeOptions, keys: Sequence[
 
 def spin_of(stated: Mapping[str, Any], options: ChargeOptions, keys: Sequence[str] = SPIN) -> int | None:
     """The multiplicity that is stated, else the options', else None. keys: where it may stand as well."""
+    if stated.keys().isdisjoint(_PLAIN) and stated.keys().isdisjoint(keys):
+        return options.spin
     plain = {key: whole for key in (*MULTIPLICITY, *UNPAIRED) if (whole := _multiplicity(stated, key, options))}
     if len(set(plain.values())) > 1:
         raise BadRecord(f"{' and '.join(plain)} differ")

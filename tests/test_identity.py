@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 from conftest import write_molecules
 from multifid.config import parse_config
+from multifid.data.loader import open_sources
 from multifid.data.manifest import manifest_bytes
 from multifid.data.prepare import prepare
 from multifid.data.stage import stage
 from multifid.data.store import Store
 from multifid.train.feed import make_draws
+from multifid.train.identity import contents_of, refuse_apart
 from multifid.train.run import train
 from test_train import assert_same_bits, config_of, final_state
 
@@ -221,3 +223,14 @@ def test_every_rank_refuses_other_data_and_needs_no_init_again(pool, files, rank
     assert pool.run(ranks, "whole_run", values) == [0] * ranks
     a, b = (load_file(files / name / "last.safetensors") for name in ("whole", "run"))
     assert all(torch.allclose(a[k], b[k], rtol=1e-9, atol=1e-12) for k in a)
+
+
+def test_ranks_that_see_other_data_at_one_path_refuse(files):
+    """A store on a disk of each host, prepared with another seed on one of them."""
+    sources = open_sources(parse_config(values_of(files), "test").tasks)
+    first = contents_of(sources)
+    refuse_apart(contents_of(sources), json.loads(json.dumps(first)))
+    again(files, "b", seed=2)
+    here = contents_of(open_sources(parse_config(values_of(files), "test").tasks))
+    with pytest.raises(ValueError, match=r"see other data at the stores of b \(split\)"):
+        refuse_apart(here, first)

@@ -7,6 +7,7 @@ otherwise, and the run would not end with the same bits.
 """
 
 import math
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,24 @@ def own_data(
             "(train.change_tasks=true)."
         )
     return [part for source in sources for part in _as_kept(source, kept)], kept, said
+
+
+def refuse_apart(contents: Mapping[str, Mapping[str, str]], of_first_rank: Mapping[str, Mapping[str, str]]) -> None:
+    """ValueError where this rank's stores (task -> hashes) hold other data than those of the first rank.
+
+    Stores may lie on disks of the hosts; ranks that cut the same step from different data would train on neither.
+    """
+    if apart := sorted(task for task, content in contents.items() if content != of_first_rank[task]):
+        fields = [name for name, digest in contents[apart[0]].items() if digest != of_first_rank[apart[0]].get(name)]
+        raise ValueError(
+            f"this rank ({socket.gethostname()}) and the first one see other data at the stores of {', '.join(apart)} "
+            f"({', '.join(fields) or 'fields are missing'}): put the same store on every host"
+        )
+
+
+def contents_of(sources: Iterable[Source]) -> dict[str, dict[str, str]]:
+    """task -> hashes of its data."""
+    return {task: s.store.content.of(label_set) for s in sources for task, label_set in s.tasks.items()}
 
 
 def in_kept_order(draws: list[Draw], kept: Kept) -> list[Draw]:

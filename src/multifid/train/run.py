@@ -34,7 +34,7 @@ from multifid.train.build import build
 from multifid.train.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.train.counts import announced
 from multifid.train.feed import Feed, Step, lists_of, make_draws, near, total_steps
-from multifid.train.identity import Kept, kept_of, own_data
+from multifid.train.identity import Kept, contents_of, kept_of, own_data, refuse_apart
 from multifid.train.journal import Journal
 from multifid.train.length import Length, length_of
 from multifid.train.lines import Lines
@@ -122,7 +122,9 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
         sources = open_sources(config.tasks, config.train.verify)
     with world.together():
         found = load_checkpoint(folder, world)
+    contents = world.share(contents_of(sources))
     with world.together():
+        refuse_apart(contents_of(sources), contents)
         kept: Kept = {}
         if found is not None:
             sources, kept, said = own_data(folder, config, sources, found[0])

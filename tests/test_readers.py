@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from multifid.data.block import pack
 from multifid.data.readers import (
     IsolatedAtom,
     Skip,
@@ -33,6 +34,7 @@ from multifid.data.readers import (
     transition1x,
     unpack,
 )
+from multifid.data.validate import NO_VOLUME, screen
 from multifid.structures.structure import Structure
 
 READERS = [qm7x, transition1x, mptrj, alexandria, aselmdb]
@@ -778,6 +780,18 @@ def test_aselmdb_molecules_have_no_cell(tmp_path):
     molecule = row(cell=[[0.0] * 3] * 3, pbc=nd([False] * 3, "bool"), stress=None)
     structure = only(records(aselmdb, write_lmdb(tmp_path / "a.aselmdb", {"1": molecule})))
     assert structure.cell is None and structure.pbc is None and structure.labels["aselmdb"].stress is None
+
+
+@pytest.mark.parametrize("pbc", [[True, True, False], [False, True, False], [False] * 3])
+def test_aselmdb_keeps_the_whole_cell_of_slabs_wires_and_boxes_and_their_stress(tmp_path, pbc):
+    changed = {"pbc": nd(pbc, "bool"), "data": {"charge": 0, "spin": 1}}
+    rows = {"1": row(**changed), "2": row(**changed, cell=[[0.0] * 3, *CELL[1:]])}
+    whole, part = records(aselmdb, write_lmdb(tmp_path / "a.aselmdb", rows))
+    np.testing.assert_allclose(whole.cell, CELL)
+    assert (whole.pbc is None) == (not any(pbc)) and whole.labels["aselmdb"].stress is not None
+    reasons, dropped = screen(pack([whole, part]))
+    assert dropped == ({} if pbc[0] else {NO_VOLUME: 1})  # a periodic vector must be there
+    assert reasons == [None, "a periodic cell vector is zero or not finite" if pbc[0] else None]
 
 
 def test_aselmdb_bad_rows_are_skipped_with_a_reason(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
     python benchmarks/prepare.py ani1x FILE...  [--copies N]  [--workers 1,2]  [--repeat 3]
     python benchmarks/prepare.py mptrj FILE...  --copies 300
     python benchmarks/prepare.py alexandria FILE.json.bz2... --copies 30
+    python benchmarks/prepare.py extxyz FILE.xyz... --copies 10
 
 The files are tiled to a large one of the same published layout (other names, other coordinates and energies for HDF5),
 which is removed afterwards. Prints machine, command and figures; ratios come from pairs alternated in one run.
@@ -71,6 +72,14 @@ def tile_bz2(files: list[Path], out: Path, copies: int) -> None:
         shutil.copyfileobj(raw, packed)
 
 
+def tile_text(files: list[Path], out: Path, copies: int) -> None:
+    """The same frames again."""
+    content = b"".join(path.read_bytes() for path in files)
+    with out.open("wb") as made:
+        for _ in range(copies):
+            made.write(content)
+
+
 def run(format: str, files: list[Path], workers: int, folder: Path) -> tuple[float, int, float]:
     """(seconds without start-up, structures, peak MB of all processes together) of one prepare in its own process."""
     out = folder / "store"
@@ -103,7 +112,7 @@ def _watch(process: subprocess.Popen, peak: list[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("format", choices=["ani1x", "mptrj", "alexandria"])
+    parser.add_argument("format", choices=["ani1x", "mptrj", "alexandria", "extxyz"])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--copies", type=int, default=100)
     parser.add_argument("--split", type=int, default=1, help="so many equal large files instead of one")
@@ -114,10 +123,10 @@ def main() -> None:
     model = next((line.split(":")[1] for line in info if line.startswith("model name")), "")
     print(f"{platform.machine()}{model.rstrip()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print("python", *sys.argv)
-    tile = {"ani1x": tile_hdf5, "mptrj": tile_json, "alexandria": tile_bz2}[options.format]
+    tile = {"ani1x": tile_hdf5, "mptrj": tile_json, "alexandria": tile_bz2, "extxyz": tile_text}[options.format]
     with tempfile.TemporaryDirectory(prefix="multifid-bench-") as name:
         folder = Path(name)
-        ending = {"ani1x": "h5", "mptrj": "json", "alexandria": "json.bz2"}[options.format]
+        ending = {"ani1x": "h5", "mptrj": "json", "alexandria": "json.bz2", "extxyz": "xyz"}[options.format]
         files = [folder / f"large{i}.{ending}" for i in range(options.split)]
         tile(options.files, files[0], options.copies)
         for other in files[1:]:

@@ -158,6 +158,8 @@ FORCES = np.array([[1.5, 1.25, -1.0]] * 2)
         ("mace_energy=-2", ["mace_forces"], None, None, ["mace_energy", "mace_forces"]),
         ("energy=-1 energy_weight=2 kinetic_energy=3 energy_above_hull=0.1", ["forces"], -1, FORCES, []),
         ("energy_per_atom=-1", ["gradient"], None, None, ["energy_per_atom", "gradient"]),
+        ('energy=-1 stress="1 0 0 0 1 0 0 0 1"', ["forces", "stresses", "energies"], -1, FORCES, []),
+        ("note=1", ["forces", "stresses", "energies"], None, FORCES, ["stresses", "energies"]),
         ('energy=-1 forces="_JSON [[1.5, 1.25, -1], [1.5, 1.25, -1]]"', [], -1, FORCES, []),
     ],
 )  # fmt: skip
@@ -170,7 +172,7 @@ def test_labels_are_found_under_other_names_or_named_with_the_option_that_takes_
     assert labels.forces is None if forces is None else (labels.forces == forces).all()
     named = [text.split()[0] for topic, text in found.told if topic == "not taken"]
     assert sorted(named) == sorted(left)
-    for _, text in (told for told in found.told if told[0] == "not taken"):
+    for _, text in (told for told in found.told if told[0] == "not taken" and "--option" in told[1]):
         options = dict(part.split("=") for part in text[text.index("(") + 1 : -1].split(";")[0].split()[1::2])
         taken = one(comment, *columns, **options).told
         assert ("labels read from", f"{next(iter(options)).removesuffix('_key')}: {text.split()[0]}") in taken
@@ -254,7 +256,9 @@ def test_declared_units_are_converted_frame_by_frame(one, tmp_path):
     assert one("energy=-1 energy-unit=hartree", energy_unit="eV").labels["extxyz"].energy == -1  # who says so, knows
 
 
-@pytest.mark.parametrize("declared", ["energy-unit=foo", "energy_unit=GPa", "units=kelvin", "stress-unit=psi"])
+@pytest.mark.parametrize(
+    "declared", ["energy-unit=foo", "energy_unit=GPa", "units=kelvin", "stress-unit=psi", "virial-unit=J/cal"]
+)
 def test_an_unknown_unit_is_refused_with_those_that_are_known(one, declared):
     with pytest.raises(ValueError, match=r"in\.xyz, frame 0: .*(eV, meV, hartree|GPa, MPa).*--option"):
         one(f"energy=-1 {declared}")

@@ -9,7 +9,7 @@ The parser is our own: ase's gives up the place of an error and accepts labels o
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -86,7 +86,7 @@ class _Reading:
                 with suppress(BadRecord):
                     self._see(Frame(natoms, comment, lines))
         self.keys = choose(self.seen, options.label_keys(), {})
-        self.factors = cache(self._factors)
+        self.factors = lru_cache(maxsize=SIGNATURES)(self._factors)
 
     def record(self, natoms: int, comment: str, lines: list[str], where: str) -> Record:
         """What becomes of a frame."""

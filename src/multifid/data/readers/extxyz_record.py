@@ -22,7 +22,7 @@ from multifid.data.readers.charges import (
     spin_of_moments,
 )
 from multifid.data.readers.extxyz_frames import Frame, elements, numbers_in, table
-from multifid.data.readers.label_keys import STEMS, Keys
+from multifid.data.readers.label_keys import STEMS, Keys, looks_like
 from multifid.data.readers.records import VOIGT, BadRecord
 from multifid.data.readers.units import LENGTH, Factors, UnitOptions, factor
 from multifid.structures.cells import spans_volume
@@ -172,7 +172,11 @@ def record_of(frame: Frame, labels: LabelReader, where: str, options: Options) -
     numbers, energy = elements(frame.columns), labels.energy()
     if frame.natoms == 1 and frame.info.get("config_type", "").replace("_", "").lower() == "isolatedatom":
         if not np.isfinite(energy):
-            raise BadRecord("isolated atom without an energy")
+            own = labels.keys.get("energy", ())
+            others = [k for k in frame.info if (name := looks_like(k)) and name.kind == "energy" and k not in own]
+            keys = ",".join([*own, *others[:1]])
+            more = f" (it has another key: --option energy_key={keys})" if others else ""
+            raise BadRecord(f"isolated atom without an energy{more}")
         return IsolatedAtom(TASK, int(numbers[0]), energy)
     cell, pbc = _cell(frame, labels.factors.length)
     periodic = bool(pbc.any())

@@ -30,7 +30,9 @@ STEMS = {  # in the order of precedence within a family
 }
 _STEM = "|".join(stem for stems in STEMS.values() for stem in stems)
 _NAME = re.compile(rf"(?:(?P<family>.+?)_)??(?P<stem>{_STEM})(?:_(?P<behind>.+))?")
-_ALIKE = re.compile(r"e|e_?0|u_?0|e_?tot|e_per_atom|(?:.*_)?(?:gradients?|grad)")  # may be one, but must be named
+_ALIKE = re.compile(
+    r"e|energies|e_?0|u_?0|e_?tot|e_per_atom|(?:.*_)?(?:gradients?|grad)"
+)  # may be one, but must be named
 _BESIDE = re.compile(  # what is said of a label, and is none
     r".*(?:weights?|sigma|units?|std|var|variance|uncertainty|errors?|rmse|mae|max|min|mean|norm|scale|shift|tol|key|name"
     r"|kinetic.*|above_hull|hull.*|mask|source|method|type|level|converged|rel)"
@@ -44,6 +46,7 @@ class Name(NamedTuple):
     family: str | None  # None: one that is never taken unless it is named
     rank: int  # within its family: the lowest is taken
     fits: bool = True  # its value has the size of such a label
+    of_atoms: bool = False  # a column where labels of structures are looked for: never taken
 
 
 def looks_like(key: str) -> Name | None:
@@ -74,6 +77,8 @@ def labels_in(frame: Frame) -> dict[str, Name]:
         name = looks_like(column)
         if name is not None and name.kind == "forces":
             found[column] = name._replace(fits=frame.columns.width(column) == 3)
+        elif name is not None:
+            found[column] = Name(name.kind, None, 0, of_atoms=True)
     return found
 
 
@@ -126,7 +131,10 @@ def not_taken(names: Mapping[str, Name], keys: Keys) -> list[str]:
     found = []
     for key, name in names.items():
         own = keys.get(name.kind, ())
-        if key in own:
+        if key in own or (name.of_atoms and own):
+            continue
+        if name.of_atoms:
+            found.append(f"{key} looks like {_ARTICLE[name.kind]} of each atom (which no option takes)")
             continue
         option = f"--option {name.kind}_key={key}"
         if "per_atom" in key.lower():

@@ -112,7 +112,10 @@ class StressOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    stress_unit: str | None = Field(None, description="unit of the stress: eV/angstrom^3, GPa, kbar, ...")
+    stress_unit: str | None = Field(
+        None,
+        description="unit of the stress: GPa, kbar, eV/angstrom^3, ...; default: what is declared, else the format's",
+    )
     stress_sign: Literal["tension", "compression"] | None = Field(
         None,
         description="what is positive in the stress: tension (as in ASE; virial = -stress x volume) or compression (as"
@@ -134,10 +137,15 @@ class StressOptions(BaseModel):
 class UnitOptions(StressOptions):
     """What the user says of all units of a file."""
 
-    energy_unit: str | None = Field(None, description="unit of energies: eV, hartree, kcal/mol, ...")
-    length_unit: str | None = Field(None, description="unit of positions and cell: angstrom, bohr, nm, ...")
+    energy_unit: str | None = Field(
+        None, description="unit of energies: hartree, kcal/mol, ...; default: what the file declares, else eV"
+    )
+    length_unit: str | None = Field(
+        None, description="unit of positions and cell: bohr, nm, ...; default: what the file declares, else angstrom"
+    )
     force_unit: str | None = Field(
-        None, description="unit of forces: eV/angstrom, hartree/bohr, ...; by default energy_unit/length_unit"
+        None,
+        description="unit of forces: hartree/bohr, ...; default: what the file declares, else energy_unit/length_unit",
     )
 
     @field_validator("energy_unit")
@@ -197,6 +205,7 @@ _OF = {
     "virials": "virial", "length": "length", "distance": "length", "position": "length", "positions": "length",
     "pos": "length", "coordinates": "length", "coords": "length", "cell": "length", "lattice": "length",
 }  # fmt: skip
+_OPTION = {"virial": "energy"}  # quantity -> the option of its unit, where that has another name
 _UNIT_OF = re.compile(rf"(?:\w+_)??({'|'.join(_OF)})_units?|units?_(?:of_)?({'|'.join(_OF)})")
 
 
@@ -220,7 +229,7 @@ def declared_units(info: dict[str, str], options: UnitOptions) -> dict[str, str]
                 general |= _general(key, text)
         elif match := _UNIT_OF.fullmatch(name):
             kind = _OF[match[1] or match[2]]
-            if getattr(options, f"{kind}_unit", None) is None:
+            if getattr(options, f"{_OPTION.get(kind, kind)}_unit") is None:
                 if kind in special and factor(special[kind][1], KINDS[kind]) != factor(text, KINDS[kind], key):
                     raise ValueError(f"{special[kind][0]} and {key} are different units of {kind}")
                 _known(key, text, kind)
@@ -232,8 +241,7 @@ def _known(key: str, text: str, kind: str) -> None:
     try:
         factor(text, KINDS[kind], f"{key}:")
     except ValueError as error:
-        option = "" if kind == "virial" else f" (--option {kind}_unit=UNIT says what it is)"
-        raise ValueError(f"{error}{option}") from None
+        raise ValueError(f"{error} (--option {_OPTION.get(kind, kind)}_unit=UNIT says what it is)") from None
 
 
 def _general(key: str, text: str) -> dict[str, str]:

@@ -185,6 +185,17 @@ def test_where_every_structure_is_unseen_there_is_no_mean_but_a_mark(conservativ
     assert "| m | – † |" in markdown([row])
 
 
+def test_a_quantity_that_a_model_does_not_have_bears_no_mark(conservative, stores, crystals, tmp_path):
+    """Stress of a model with direct forces, beside one that has it."""
+    row = {"model": "direct", "data": "rock", "split": "test", "structures": 9, "atoms": 20, "branch": "b"}
+    row |= {"unseen_structures": 3, "counted_structures": 6, "unseen": "excluded", "energy_mae": 1.0, "forces_mae": 1.0}
+    (run := tmp_path / "m").mkdir()
+    shutil.copytree(conservative, run, dirs_exist_ok=True)
+    text = markdown([row, *evaluate_run(run, data_of(str(crystals)))])
+    energy, stress = text.split("Table 1")[1].split("Table 2")[0], text.split("Table 3")[1].split("Split")[0]
+    assert "†" in energy and "†" not in stress and "| direct | – |" in stress
+
+
 def test_rows_of_other_data_and_splits_stay_and_those_of_the_same_are_replaced(stores, conservative, tmp_path):
     run = tmp_path / "m"
     shutil.copytree(conservative, run)

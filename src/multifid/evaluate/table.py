@@ -59,7 +59,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for quantity in quantities(rows):
         m = matrix(rows, quantity)
         if m.datasets:
-            parts += [f"**{_TITLES[quantity]} ({UNITS[quantity]})**", _markdown_matrix(m, _signs(rows))]
+            parts += [f"**{_TITLES[quantity]} ({UNITS[quantity]})**", _markdown_matrix(m, _signs(rows, quantity))]
     compared = ratios(rows)
     if compared:
         parts += ["**How the models compare (ratio of errors)**", _markdown_ratios(compared, _datasets(rows))]
@@ -132,12 +132,12 @@ def ratios(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Estimate | None
 
 def rich_table(rows: Sequence[Row], quantity: str) -> FittedTable:
     """One table for the terminal, in meV/atom, meV/angstrom or meV/angstrom^3, with its footnotes."""
-    m, signs, decimals = matrix(rows, quantity), _signs(rows), _decimals(matrix(rows, quantity), 1000.0)
+    m, signs, decimals = matrix(rows, quantity), _signs(rows, quantity), _decimals(matrix(rows, quantity), 1000.0)
 
     def cells(model: str) -> list[str]:
         return [_cell(m, model, c, signs, decimals, bold=("[bold]", "[/bold]"), factor=1000.0) for c in m.columns]
 
-    unseen = [f"{UNSEEN} {_how(rows)} structures of elements that are new to the model."]
+    unseen = [f"{UNSEEN} {_how(rows)} structures of elements that are new to the model{_how_many(rows)}."]
     return FittedTable(
         title=f"{quantity.capitalize()} MAE (m{UNITS[quantity]})",
         names=["model"],
@@ -225,6 +225,15 @@ def _how(rows: Sequence[Row]) -> str:
     return "Without" if left_out else "With"
 
 
+def _how_many(rows: Sequence[Row]) -> str:
+    """How many structures are of unseen elements, where one row has any; files count them for each."""
+    unseen = _counted(rows, "unseen_structures")
+    if len(unseen) != 1:
+        return ""
+    ((_, data), n), *_ = unseen.items()
+    return f": {n} of {_counts(rows, data)['structures']}"
+
+
 def _nonfinite(rows: Sequence[Row]) -> list[str]:
     """Predictions that are no numbers, and the first structure of each."""
     nonfinite = _counted(rows, "nonfinite_structures")
@@ -255,8 +264,9 @@ def _counted(rows: Sequence[Row], key: str) -> dict[tuple[str, str], int]:
     return {(row["model"], row["data"]): n for row in rows if (n := row.get(key) or 0)}
 
 
-def _signs(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
-    """What stands behind the number of a model on a dataset; the footnotes say what the signs mean."""
+def _signs(all_rows: Sequence[Row], quantity: str) -> dict[tuple[str, str], str]:
+    """What stands behind the number of a model on a dataset, or in place of a mean over nothing; see the footnotes."""
+    rows = [r for r in all_rows if r.get(f"{quantity}_mae") is not None or not r.get("counted_structures", 1)]
     signs = dict.fromkeys(_counted(rows, "unseen_structures"), f" {UNSEEN}")
     for place in _counted(rows, "nonfinite_structures"):
         signs[place] = f"{signs.get(place, ' ')}{NONFINITE}"

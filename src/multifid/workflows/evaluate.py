@@ -74,13 +74,15 @@ def _refuse_empty(data: Sequence[Data], split: str) -> None:
 
 def notes(rows: Sequence[Row], data: Sequence[Data]) -> list[str]:
     """What a user must know of energies that were aligned by the very structures that they are compared on."""
-    aligned = {row["data"] for row in rows if row["references"] not in ("model", "data")}
-    return [
-        f"{d.path}: energies are compared after a fit of reference energies to these structures, since no model has "
-        f"the task {d.name!r}; name a task of the model, TASK={d.path}, to compare total energies"
-        for d in data
-        if d.name in aligned
-    ]
+    lines = []
+    for d in data:
+        models = [r["model"] for r in rows if r["data"] == d.name and r["references"] not in ("model", "data")]
+        if models:
+            lines.append(
+                f"{d.path}: energies of {', '.join(models)} are compared after a fit of reference energies to these "
+                f"structures, since {d.name!r} is none of its tasks; TASK={d.path} compares total energies of a task"
+            )
+    return lines
 
 
 @contextmanager

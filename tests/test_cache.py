@@ -96,7 +96,7 @@ def test_the_parts_of_a_dataset_are_told_apart(stores, tmp_path, monkeypatch):
         ("nothing", "no store and no file nothing"),
         ("fig=nothing", "no store and no file nothing"),
         ("vasp:OUTCAR", "'vasp' is no format: known are ani1x"),
-        (str(tmp_path), r"a directory, but no store .*FORMAT:"),
+        (str(tmp_path), r"is no store .*FORMAT:"),
     ):
         with pytest.raises(ValueError, match=message):
             parse(text)
@@ -214,7 +214,7 @@ def test_what_a_user_gets_wrong_about_files_is_said(stores, run, tmp_path):
         with pytest.raises(ValueError, match=message):
             evaluate([run], data, **{"split": "test"} | more | options)
     (tmp_path / "file").write_text("")
-    with pytest.raises((ValueError, OSError), match="file"):
+    with pytest.raises(ValueError, match=r"nothing can be kept in .*file .*--cache DIR"):
         evaluate([run], [file], **options | {"cache": tmp_path / "file"})
 
 

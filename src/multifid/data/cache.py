@@ -116,8 +116,11 @@ def _whole(place: Path) -> Store | None:
 @contextmanager
 def _locked(place: Path) -> Iterator[None]:
     """Alone among the processes that ask for one place; what killed ones left of it is removed."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(place.parent / f".{place.name}.lock", os.O_RDWR | os.O_CREAT)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(place.parent / f".{place.name}.lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise ValueError(f"nothing can be kept in {place.parent} ({error}); say another place, --cache DIR") from None
     try:
         with contextlib.suppress(OSError):  # file systems without locks
             fcntl.flock(handle, fcntl.LOCK_EX)

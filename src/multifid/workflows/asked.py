@@ -43,13 +43,11 @@ def parse(text: str) -> Asked:
         return Asked(name or None, Path(rest))
     if Path(rest).is_file():
         return Asked(name or None, Path(rest), recognise(Path(rest)))
-    if Path(rest).exists():
-        why = f"{rest} is a directory, but no store (it has no {MANIFEST})"
-    else:
-        why = f"there is no store and no file {rest}"
+    if not Path(rest).exists() and not any(sign in rest for sign in "*?["):
+        raise ValueError(f"--data {text}: there is no store and no file {rest}")
     raise ValueError(
-        f"--data {text}: {why}; a directory or a pattern of files is FORMAT:{rest}, with FORMAT one of "
-        f"{', '.join(FORMATS)}"
+        f"--data {text}: {rest} is no store (it has no {MANIFEST}); files in a directory or of a pattern are "
+        f"FORMAT:{rest}, with FORMAT one of {', '.join(FORMATS)}"
     )
 
 
@@ -88,13 +86,8 @@ def _prepared(one: Asked, options: dict[str, Any], trust_units: bool, cache: Pat
     if one.format is None:
         return str(one.path)
     files = _files(one, options, trust_units)
-    try:
-        place = place_of(files, cache)
-        store, before = cached(files, place, progress=True)
-    except PermissionError as error:
-        raise ValueError(
-            f"{one.path} cannot be prepared in {cache} ({error}); say another place with --cache"
-        ) from None
+    place = place_of(files, cache)
+    store, before = cached(files, place, progress=True)
     how = "was prepared before" if before else "is prepared"
     skipped = f", {sum(store.manifest['skipped'].values())} skipped" if store.manifest["skipped"] else ""
     console.print(

@@ -10,7 +10,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,tensorboard,test,check]'
 	touch $@
 
-.PHONY: demo test test-full bench bench-short lint check format clean
+.PHONY: demo test test-full test-gpu bench bench-short lint check format clean
 
 demo: demo/elements.png      ## five small sources, stores, and the paper's two tables, in demo/
 	$(MULTIFID) study configs/demo.yaml
@@ -47,6 +47,9 @@ test: $(VENV)/installed      ## the test suite: a representative of every settin
 
 test-full: $(VENV)/installed ## all other settings: encoders x optimizers x precisions x forces x placements
 	$(PYTEST) -m full
+
+test-gpu: $(VENV)/installed  ## steps, lists and runs on every accelerator here against the CPU; says what it skips and why
+	$(BIN)/python -m pytest tests/gpu -rs
 
 MOLECULES ?= demo/stores/ani1x
 CRYSTALS  ?= demo/stores/mptrj

@@ -306,6 +306,13 @@ def whole_run(values: dict, stop_at: int | None = None, told: int = 0) -> int:
     return 0
 
 
+def contexts_after_a_run(values: dict) -> list[int]:
+    """The GPUs on which this process has a context when a run has ended."""
+    assert whole_run(values) == 0
+    here = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return [index for index in here if torch._C._cuda_hasPrimaryContext(index)]
+
+
 def newest_checkpoint(run: str) -> tuple[int, list[str], list[str]]:
     """What each rank would go on from: (step, files, complaints)."""
     with groups.world("cpu") as world:
@@ -364,6 +371,7 @@ JOBS = {
     for f in (
         five_steps,
         collectives_of,
+        contexts_after_a_run,
         groups_of,
         recorded_steps,
         whole_run,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import write_molecules
 from multifid.config import parse_config
@@ -113,7 +114,7 @@ def test_counts_that_travel_leave_before_the_step_ahead_of_theirs_is_made():
 
         def counts(k: int) -> Counts:
             log.append(f"counts {k}")
-            return Counts(lambda: np.ones((1, 3)), 1, known, Far((0, 1)))
+            return Counts(lambda: np.ones((1, 3)), 1, known, Far((0, 1)), torch.device("cpu"))
 
         for k, _ in announced(prepared(), counts):
             log.append(f"step {k}")

@@ -1,7 +1,9 @@
 """Which device a process and each of its threads works on, by a recorded stand-in for an accelerator of two devices."""
 
 import ast
+import os
 import threading
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ import multifid
 from multifid.config import parse_config
 from multifid.parallel import devices
 from multifid.parallel.devices import find_device
+from multifid.parallel.groups import alone
 from multifid.train import checkpoint, outcome, run
-from test_train import config_of
+from multifid.workflows import study
+from test_train import assert_same_bits, config_of, start
 
 SOURCE = Path(multifid.__file__).parent
 
@@ -37,6 +41,17 @@ def two_gpus(monkeypatch):
 def test_a_device_is_chosen_by_name_or_in_turn_and_is_the_current_one(two_gpus, name, local_rank, index):
     assert find_device(name, local_rank) == torch.device("cuda", index)
     assert two_gpus == [("MainThread", index)], "also where the name has the index"
+
+
+def test_processes_of_a_study_take_the_accelerators_of_their_host_in_turn(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # and put back at the end
+    numbers = get_context("spawn").SimpleQueue()
+    found = []
+    for number in range(3):
+        numbers.put(number)
+        study._number(numbers)
+        found.append(alone(None).device)
+    assert found == [torch.device("cuda", index) for index in (0, 1, 0)]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +125,24 @@ def test_every_thread_of_a_run_chooses_the_device_before_it_does_anything_else(s
     run.train(parse_config(config_of(stores, tmp_path / "run", train={"workers": 2, "steps": 4}), "test"))
     assert set(worked) == set(chosen) == {"loader", "saver"}
     assert set.union(*chosen.values()) == {torch.device("cpu")}
+
+
+def test_a_deterministic_run_asks_torch_for_one_order_and_has_the_same_bits_here(stores, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    asked, runs = [], []
+
+    def step(self, *arguments, original=run.Trainer.step, **options):
+        asked.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(run.Trainer, "step", step)
+    for wanted in (True, False):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        train = {"deterministic": wanted, "steps": 4}
+        runs.append(start(config_of(stores, tmp_path / str(wanted), train=train)))
+    assert asked == [(True, ":4096:8")] * 4 + [(False, None)] * 4
+    assert_same_bits(*runs)
 
 
 class Number:

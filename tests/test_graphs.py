@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multifid.graphs import edges as over
-from multifid.graphs.edges import over_edges, untiled
+from multifid.graphs.edges import in_tiles, over_edges
 from multifid.graphs.graph import GraphNeeds, completed, graph_of
 from multifid.structures.padding import pad
 from test_model import CUTOFF, assert_close, batch_of, mixed, skewed, system
@@ -73,7 +73,7 @@ def test_a_function_of_edges_in_tiles_is_the_function(tile, twice, monkeypatch):
         derivatives.append([*out, *first, *second])
     for a, b in zip(*derivatives, strict=True):
         assert_close(a, b, 1e-12)
-    with untiled():
+    with in_tiles(False):
         for a, b in zip(ours(*tensors, i, j), derivatives[1], strict=False):
             assert_close(a, b, 1e-12)
     nothing = [x[:0] if len(x) == 40 else x for x in tensors]

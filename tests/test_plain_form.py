@@ -119,6 +119,23 @@ def test_an_encoder_is_its_published_form(encoder, forces, tile, monkeypatch):
         assert gradient.any(), name
 
 
+@pytest.mark.parametrize("encoder", KINDS)
+def test_a_backward_pass_goes_through_the_tiles_of_its_forward_pass(encoder, monkeypatch):
+    """Another number of threads, or another model that is counted in between, cuts tiles otherwise."""
+    found, whole, batch = [], model_of(encoder, "direct").train(), batch_of(*mixed())
+    for later in (8, 32):
+        monkeypatch.setattr(over, "TILE_EDGES", 8)
+        monkeypatch.setattr(over, "TILE_VALUES", 8)
+        model = copy.deepcopy(whole)
+        value = loss(model(batch)["a"], batch)
+        monkeypatch.setattr(over, "TILE_EDGES", later)
+        with over.in_tiles(later == 8):
+            value.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
 @pytest.mark.parametrize("forces", FORCES)
 @pytest.mark.parametrize("encoder", KINDS)
 def test_recomputed_activations_give_the_same_gradients(encoder, forces):

@@ -166,6 +166,12 @@ def test_reductions_take_what_rings_and_trees_take():
     assert all_reduce(SLOW, 8, 1e8) == pytest.approx(15.0 + 2 * 2 * 1e-4 + 2 * 1e-5)
 
 
+def test_gloo_sums_in_rings_of_single_messages():
+    processors = replace(SLOW, rings=True)
+    assert all_reduce(processors, 2, 0.0) == pytest.approx(2 * 1e-5)
+    assert all_reduce(processors, 8, 0.0) == pytest.approx(2 * 7 * 1e-4), "the slowest message of a round counts"
+
+
 def test_only_what_the_backward_pass_cannot_hide_is_waited_for():
     one = all_reduce(SLOW, 2, 1e6)
     assert exposed(SLOW, 1e3, 0.3, [(2, 1e6)], (2, 1e6), 1e9) == pytest.approx(one)  # only the last bucket

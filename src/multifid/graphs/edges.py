@@ -7,7 +7,7 @@ it over all edges. On a CPU the values of a tile are in the cache when they are 
 backward pass: it computes them again, tile by tile, which is cheaper than reading them from memory. Where edges depend
 on positions that are differentiated (forces as minus the gradient of the energy) second derivatives follow, and
 autograd keeps the values: computing them again would cost a pass and save nothing. On accelerators, or where a compiler
-decides (`untiled`), the function runs once over all edges.
+decides (`in_tiles`), the function runs once over all edges.
 
 A function may have a faster form whose derivative is written out (`faster_form_of`); it is used where a first
 derivative suffices, and a test holds it to the function.
@@ -23,8 +23,8 @@ from torch import Tensor
 
 TILE_EDGES = 1024  # at least so many edges in a tile: enough rows for a matrix product ...
 TILE_VALUES = 3 << 16  # ... and about so many values for each thread: 0.75 MiB in float32
-TILED = {"cpu"}  # kinds of devices with a cache to stay in
-UNTILED: ContextVar[bool] = ContextVar("UNTILED", default=False)
+# Whether edges are taken in tiles; None: where the device has a cache to stay in, which is a processor.
+IN_TILES: ContextVar[bool | None] = ContextVar("IN_TILES", default=None)
 
 EdgeFunction = Callable[..., tuple[Tensor, ...]]
 FASTER: dict[EdgeFunction, Callable[..., tuple[Tensor, ...]]] = {}
@@ -45,18 +45,26 @@ def faster_form_of(function: EdgeFunction) -> Callable[[Callable], Callable]:
 
 
 @contextmanager
-def untiled() -> Iterator[None]:
-    """Edges in one piece: for a compiler, which decides itself what stays in the cache, and takes long over many."""
-    token = UNTILED.set(True)
+def in_tiles(wanted: bool) -> Iterator[None]:
+    """Inside, in this thread, edges are taken as on a processor, on every kind of device; or in one piece.
+
+    In one piece for a compiler, which decides itself what stays in the cache, and takes long over many tiles.
+    """
+    token = IN_TILES.set(wanted)
     try:
         yield
     finally:
-        UNTILED.reset(token)
+        IN_TILES.reset(token)
+
+
+def has_cache(device: torch.device) -> bool:
+    """Whether what an edge needs is computed again rather than read again."""
+    return device.type == "cpu" or IN_TILES.get() is True
 
 
 def tiles(edges: int, width: int, device: torch.device) -> list[slice]:
     """The edges in pieces of nearly equal size; in one piece where there is no cache to stay in, and at least one."""
-    most = edges_of_tile(width) if device.type in TILED and not UNTILED.get() else edges
+    most = edges_of_tile(width) if has_cache(device) and IN_TILES.get() is not False else edges
     pieces = max(1, -(-edges // max(most, 1)))
     return [slice(k * edges // pieces, (k + 1) * edges // pieces) for k in range(pieces)]
 
@@ -98,7 +106,7 @@ def over_edges(
     twice = differentiable and envelope.requires_grad
     if function in FASTER and not twice:
         return FASTER[function](pieces, i, j, receivers, senders, (envelope, *edges), weights)
-    if differentiable and not twice and i.device.type in TILED:
+    if differentiable and not twice and has_cache(i.device):
         return _OverEdges.apply(parts, pieces, i, j, atoms, *tensors)
     return parts.total((parts.values(t, i, j, tensors) for t in pieces), pieces, i, atoms, in_place=not differentiable)
 

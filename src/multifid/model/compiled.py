@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, functionalize
 
-from multifid.graphs.edges import untiled
+from multifid.graphs.edges import in_tiles
 from multifid.graphs.graph import Graph, completed
 from multifid.model.contract import Features
 from multifid.model.inductor import options
@@ -97,7 +97,7 @@ class Lists:
 
         self.writing = True
         try:
-            with torch.no_grad(), untiled():
+            with torch.no_grad(), in_tiles(False):
                 written = make_fx(function)(parameters, inputs)
         finally:
             self.writing = False

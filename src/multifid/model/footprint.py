@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from multifid.graphs.edges import TILED, edges_of_tile
+from multifid.graphs.edges import edges_of_tile, in_tiles
 from multifid.graphs.graph import GraphNeeds
 from multifid.model.encoders import build_encoder
 from multifid.model.potential import ModelConfig, Potential
@@ -151,7 +151,7 @@ def count(config: ModelConfig, size: Size, dtype: torch.dtype, processor: bool) 
     """All quantities of one forward and one backward pass through a batch of this size."""
     tasks = [f"t{k}" for k in range(int(size.tasks))]
     shared = len(tasks) > 1 and size.labelled != size.atoms
-    with torch.device("meta"), _default(dtype), _in_tiles(processor):
+    with torch.device("meta"), _default(dtype), in_tiles(processor):
         potential = Potential(config, tasks, {t: t for t in tasks}, seed=0).train()
         for p in potential.parameters():
             p.grad = torch.zeros_like(p)
@@ -171,17 +171,6 @@ def count_work(run: Callable[[], None]) -> Work:
     with _Watch(counts, []):
         run()
     return Work(*(counts.sums[f"run.{q}"] for q in _QUANTITIES[1:]))
-
-
-@contextmanager
-def _in_tiles(wanted: bool) -> Iterator[None]:
-    """Inside, modules take edges of tensors without memory in tiles, as on a processor."""
-    if wanted:
-        TILED.add("meta")
-    try:
-        yield
-    finally:
-        TILED.discard("meta")
 
 
 @contextmanager

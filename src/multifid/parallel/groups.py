@@ -180,7 +180,7 @@ class World:
 
 def alone(name: str | None = "cpu") -> World:
     """A world of one process; `name` of a device as in `world`."""
-    return World(Group(), dist.HashStore(), find_device(name, 0))
+    return World(Group(), dist.HashStore(), find_device(name, launch().local_rank))
 
 
 @contextmanager
@@ -248,6 +248,22 @@ def _tell(here: World, error: Exception) -> None:
     if first != mine:
         print(f"multifid: rank {here.rank} leaves because of {first}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
+
+
+def side_by_side(number: int) -> None:
+    """This process is one of several that work on this host, each for itself: they take its accelerators in turn."""
+    os.environ["LOCAL_RANK"] = str(number)
+
+
+def in_one_order(wanted: bool) -> None:
+    """Whether torch adds up in one order in this process on accelerators too; what it cannot, it then refuses by name.
+
+    Without it the kernels add to the sums over neighbours in the order in which they happen to come. The products of
+    cuBLAS need a workspace for it, which its environment asks for.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
 
 
 @contextmanager

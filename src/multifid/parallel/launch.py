@@ -16,7 +16,7 @@ class Launch:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # among the processes of this host: each takes another accelerator
     address: str = ""  # host and port of the rendezvous
     port: int = 0
 
@@ -34,7 +34,7 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
         size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS"
         found = Launch(_integer(e, "SLURM_PROCID"), _integer(e, size), int(e.get("SLURM_LOCALID", 0)))
     else:
-        return Launch()
+        return Launch(local_rank=int(e.get("LOCAL_RANK", 0)))
     if not 0 <= found.rank < found.size:
         raise ValueError(f"the launcher says rank {found.rank} of {found.size}: ranks must be 0..size-1")
     if found.size == 1:

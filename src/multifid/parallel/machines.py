@@ -54,6 +54,7 @@ class Machine:
     update: Rate | None = None  # bytes per second of an update, where it is not the memory's rate
     data: Seconds = 0.0  # of the host for an edge that is read, found and laid into a batch
     bookkeeping: Seconds = 1e-3  # of the host for counts, sums and errors of a step
+    rings: bool = False  # a sum is a ring of all ranks, 2 (N - 1) messages one after the other (Gloo, on processors)
     ranks: Count = 1920  # how far forecasts go
 
 
@@ -157,7 +158,7 @@ def all_reduce(machine: Machine, size: int, bytes_: float) -> float:
     """Seconds to sum `bytes_` over a group of `size` ranks with consecutive numbers.
 
     Inside the nodes a ring, between them a ring of all ranks with the same place; both are pipelined, so the narrower
-    one counts. Latencies are those of trees, up and down.
+    one counts. Latencies are those of trees, up and down, or where the machine has only `rings` those of a ring.
     """
     return collective(machine, size, bytes_, rounds=2)
 
@@ -168,7 +169,10 @@ def collective(machine: Machine, size: int, bytes_: float, rounds: int) -> float
         return 0.0
     local = min(size, machine.per_node)
     nodes = -(-size // machine.per_node)
-    steps = rounds * (math.log2(local) * machine.inside.latency + math.log2(nodes) * machine.between.latency)
+    if machine.rings:
+        steps = rounds * (size - 1) * (machine.inside if nodes == 1 else machine.between).latency
+    else:
+        steps = rounds * (math.log2(local) * machine.inside.latency + math.log2(nodes) * machine.between.latency)
     inside = rounds * (local - 1) / local * bytes_ / machine.inside.bandwidth
     between = rounds * (nodes - 1) / nodes * bytes_ / (machine.between.bandwidth * local / machine.per_node)
     return (steps + max(inside, between)) * slowed(machine, size)

@@ -15,7 +15,7 @@ from multifid.model.compiled import compile_training
 from multifid.model.inherit import start_from
 from multifid.model.potential import Potential
 from multifid.parallel.gradients import Gradients, Part
-from multifid.parallel.groups import World
+from multifid.parallel.groups import World, in_one_order
 from multifid.parallel.shard import Shards, shard
 from multifid.train.optimizer import OPTIMIZERS, MovingAverage, Schedule
 from multifid.train.step import ENCODER, Task, Trainer, part_of_branch
@@ -46,6 +46,7 @@ def build(
     potential.branches.to(world.device)
     # Of the whole process: products of float32 are exact unless a run asks for TF32.
     torch.set_float32_matmul_precision("high" if t.precision == "tf32" else "highest")
+    in_one_order(t.deterministic)
     if t.compile:
         compile_training(potential, t.compile)
     parts = [Part(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]

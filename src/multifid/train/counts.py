@@ -10,16 +10,18 @@ before it is made while they travel.
     step k - 1  | forward | backward and gradients | report |
     step k             counts on their way                    | forward | ...
 
-A sum that a step has to wait for would cost it 2 (N - 1) messages one after the other (Gloo sums in a ring), which at
-a thousand ranks is as long as the step itself.
+A sum that a step has to wait for would cost it 2 (N - 1) messages one after the other on processors (Gloo sums in a
+ring), which at a thousand ranks is as long as the step itself. Accelerators sum in trees, and on a stream of their own.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from multifid.parallel.groups import Group
 
@@ -38,23 +40,38 @@ class Known:
         return Known(np.full((tasks, 3), np.nan), None)
 
 
+def labelled_parts(about: Mapping[str, Any]) -> dict[str, float]:
+    """The part of the train split that has a label, by kind: 1, 0, or NaN where the store does not say.
+
+    about: a label set, as the manifest has it.
+    """
+    complete = about.get("complete", [])  # stores of older versions say nothing
+    return {k: 1.0 if k in complete else 0.0 if not n else math.nan for k, n in about["labels"].items()}
+
+
 class Counts:
     """The counts of a step over all ranks; what is not known of them is on its way from when this is made.
 
     Made on all ranks, for step after step. own: () -> (tasks, 3) of this rank's batches, asked for where it is needed;
-    batches: how many this rank has. ValueError where they are more than all ranks know of.
+    batches: how many this rank has; device: where the sums will be divided. There the counts are summed too, so that on
+    an accelerator the host waits for nothing. ValueError where the batches are more than all ranks know of.
     """
 
-    def __init__(self, own: Callable[[], np.ndarray], batches: int, known: Known, world: Group) -> None:
-        self._known, self._missing = known, np.isnan(known.counts)
+    def __init__(
+        self, own: Callable[[], np.ndarray], batches: int, known: Known, world: Group, device: torch.device
+    ) -> None:
         if known.rounds is not None and batches > known.rounds:
             raise ValueError(
                 f"{batches} micro-batches on rank {world.rank}, where at most {known.rounds} were expected"
             )
-        labels = own()[self._missing] if self._missing.any() else np.zeros(0)
-        places = np.zeros(world.size if known.rounds is None else 0)  # one for each rank: the largest of a sum
-        places[world.index : world.index + 1] = batches
-        self._message = torch.from_numpy(np.concatenate([labels, places]))
+        missing = np.isnan(known.counts)
+        labels = own()[missing] if missing.any() else np.zeros(0)
+        each = np.zeros(world.size if known.rounds is None else 0)  # a place for each rank: the largest of a sum
+        each[world.index : world.index + 1] = batches
+        self._rounds = known.rounds
+        self._table = _moved(np.nan_to_num(known.counts), device)
+        self._places = _moved(np.flatnonzero(missing), device)
+        self._message = _moved(np.concatenate([labels, each]), device)
         self._work = world.sum_later(self._message) if len(self._message) else None
 
     @property
@@ -62,16 +79,23 @@ class Counts:
         """Whether other ranks have yet to be heard."""
         return self._work is not None
 
-    def wait(self) -> tuple[torch.Tensor, int]:
-        """S_t, A_t, V_t of the whole step (tasks, 3) float64, on the host, and the most micro-batches of a rank."""
+    def wait(self) -> tuple[Tensor, int]:
+        """S_t, A_t, V_t of the whole step (tasks, 3) float64, on the device, and the most micro-batches of a rank.
+
+        The host waits on a CPU, and where the micro-batches were not known.
+        """
         if self._work is not None:
             self._work.wait()
             self._work = None
-        told, table = self._message.numpy(), self._known.counts.copy()
-        number = int(self._missing.sum())
-        table[self._missing] = told[:number]
-        rounds = int(told[number:].max()) if self._known.rounds is None else self._known.rounds
-        return torch.from_numpy(table), rounds
+        number = len(self._places)
+        table = self._table.flatten().index_copy(0, self._places, self._message[:number]).view_as(self._table)
+        return table, int(self._message[number:].cpu().numpy().max()) if self._rounds is None else self._rounds
+
+
+def _moved(values: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, to which an accelerator fetches it by itself."""
+    here = torch.from_numpy(values)
+    return here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
 
 
 def announced(steps: Iterable[T], counts_of: Callable[[T], Counts]) -> Iterator[tuple[T, Counts]]:

@@ -24,7 +24,7 @@ from multifid.parallel.shares import shares
 from multifid.structures.batch import Batch
 from multifid.structures.candidates import missing
 from multifid.structures.device_neighbors import DeviceLists
-from multifid.train.counts import Known
+from multifid.train.counts import Known, labelled_parts
 from multifid.train.loss import KINDS
 
 AT_ONCE = 1 << 16  # structures of a split that are shared out together
@@ -134,12 +134,9 @@ class Feed:
         for source, indices in zip(self.sources, chosen, strict=True):
             atoms = float(source.store.rows("natoms", indices).sum(dtype=np.int64))
             for task, label_set in source.tasks.items():
-                about = source.store.manifest["tasks"][label_set]
-                if_all = {"energy": len(indices), "forces": atoms, "stress": len(indices)}
-                known = dict.fromkeys(about.get("complete", []), 1.0) | {
-                    k: 0.0 for k, n in about["labels"].items() if not n
-                }
-                counts[task] = [if_all[kind] * known.get(kind, np.nan) for kind in KINDS]
+                part = labelled_parts(source.store.manifest["tasks"][label_set])
+                rows = {"energy": len(indices), "forces": atoms, "stress": len(indices)}
+                counts[task] = [rows[kind] * part[kind] for kind in KINDS]
         return np.array([counts[task] for task in self.config.tasks], np.float64)
 
 

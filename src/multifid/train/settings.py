@@ -76,6 +76,11 @@ class TrainConfig(BaseModel):
         None,
         description="cpu, cuda, cuda:1, xpu, ...; null: an accelerator if there is one that has float64 (mps has not)",
     )
+    deterministic: bool = Field(
+        False,
+        description="sums over neighbours in one order on accelerators too, so that a run ends with the same bits each "
+        "time; slower. On a CPU it always does",
+    )
     tensorboard: bool = Field(False, description="write RUN/tensorboard too; needs `pip install multifid[tensorboard]`")
     wandb: str | None = Field(
         None, description="project of Weights & Biases that the run reports to; needs `pip install multifid[wandb]`"
@@ -103,6 +108,7 @@ NEUTRAL = frozenset(
         "workers",
         "neighbors",
         "device",
+        "deterministic",
         "tensorboard",
         "wandb",
         "recompute",

@@ -171,7 +171,6 @@ class Trainer:
         self.begins("communication")
         whole, rounds = counts.wait()
         self.begins("bookkeeping")
-        whole = whole.to(self.device, non_blocking=True)
         here = Totals([t.name for t in self.tasks], self.device)
         self.gradients.zero()
         for k in range(rounds):
@@ -245,7 +244,7 @@ class Trainer:
             labels = [batch.labels for batch in micro_batches if batch.labels is not None]
             return sum((label_counts(x, tasks) for x in labels), torch.zeros(tasks, 3, dtype=torch.float64)).numpy()
 
-        return Counts(own, len(micro_batches), known or Known.nothing(tasks), self.world)
+        return Counts(own, len(micro_batches), known or Known.nothing(tasks), self.world, self.device)
 
     def _sums(self, batch: Batch, totals: Totals) -> Tensor:
         """Loss sums (tasks, 3) of a batch that is ready; they and the errors are added to the totals."""

@@ -238,12 +238,15 @@ def update_bytes(machine: Machine, work: Work) -> float:
 def _waits(
     subject: Subject, rank: Member, machine: Machine, ranks: int, sharded: bool, forward: float, backward: float
 ) -> float:
-    """Reductions that are not hidden, and the two small sums of every step."""
+    """Reductions that are not hidden, and the report after every step.
+
+    Counts of labels that are not known travel beside a step that holds a sum of the same length, and take nothing.
+    """
     width = subject.width
     encoder, branch = subject.encoder.count * width, subject.branch.count * width
     groups = [(size, float(branch)) for _, size in rank.groups if size > 1]
     last = backward / rank.pieces  # gradients travel in the last micro-batch
-    small = 2 * collective(machine, ranks, 0.0, rounds=2)
+    small = collective(machine, ranks, 0.0, rounds=2)
     part = subject.footprint.of_branches(rank.size)
     if not sharded:
         return small + exposed(machine, last, part, groups, (ranks, float(encoder)), BUCKET_BYTES)

@@ -61,6 +61,7 @@ def this_machine(name: str | None = None, ranks: int = 1) -> Machine:
         queued=accelerator,
         overlap=1.0 if accelerator else 0.0,  # reductions take the cores that the backward pass needs
         cores=None if accelerator else cores,
+        rings=not accelerator,
         ranks=per_node,
     )
 

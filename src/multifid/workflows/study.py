@@ -8,6 +8,7 @@ order, and differ only in what they share.
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -139,11 +140,20 @@ def _train_all(runs: list[Config], processes: int, world: World, console: Consol
         return
     threads = max(1, torch.get_num_threads() // processes)
     console.print(f"training {processes} models at a time; each says how it goes in its train.log")
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(processes):
+        numbers.put(number)
+    with ProcessPoolExecutor(processes, context, initializer=_number, initargs=(numbers,)) as pool:
         jobs = [pool.submit(_train_one, dump_config(run), threads) for run in longest_first]
         for job, run in zip(jobs, longest_first, strict=True):
             job.result()
             console.print(f"trained {run.run} ({run.run}/train.log)")
+
+
+def _number(numbers: Any) -> None:
+    """One of the numbers for this process, which decides over its accelerator."""
+    groups.side_by_side(numbers.get())
 
 
 def _train_one(text: str, threads: int) -> None:

@@ -189,6 +189,23 @@ def collectives_of(values: dict) -> list[str]:
     return log
 
 
+def updated_weights(values: dict) -> dict:
+    """Weights and averages of this rank after `train.steps` updates, and the most micro-batches of a step."""
+    with groups.world("cpu") as world:
+        config = resolve(parse_config(values, "test"), world.size)
+        sources = open_sources(config.tasks)
+        draws = make_draws(config, sources)
+        placement = placement_of(config, sources, draws, world.size)
+        feed = Feed(config, sources, draws, placement, world.rank)
+        trainer, micro = build(config, sources, placement, 10, world), 0
+        for step in range(config.train.steps):
+            batches = feed.step(step).batches
+            micro = max(micro, len(batches))
+            assert trainer.step(batches, Totals(list(config.tasks), trainer.device)).updated
+        weights, averages = wholes(trainer, trainer.parameters), wholes(trainer, trainer.average.average)
+        return {"weights": weights, "averages": averages, "micro": micro}
+
+
 def recorded_steps(values: dict, poisoned: int) -> dict:
     """Four steps in which all collectives over tensors are written down, one of them with a NaN on the first rank.
 
@@ -374,6 +391,7 @@ JOBS = {
         contexts_after_a_run,
         groups_of,
         recorded_steps,
+        updated_weights,
         whole_run,
         newest_checkpoint,
         error_of,

@@ -1,5 +1,6 @@
 """One process that holds every branch is the definition; any number of ranks, placed in any way, equals it."""
 
+import itertools
 import math
 import os
 import random
@@ -24,6 +25,7 @@ from multifid.parallel.launch import Launch, launch
 from multifid.parallel.layout import Load, place
 from multifid.train.checkpoint import load_checkpoint
 from multifid.train.journal import read_journal
+from multifid.train.optimizer import OPTIMIZERS
 from multifid.train.resolve import needs_trial
 from parallel_worker import HOST, train_until_killed
 
@@ -111,6 +113,44 @@ def test_any_number_of_ranks_equals_one_process(pool, five, tasks, ranks, placem
     if max_edges is not None and ranks < tasks:
         assert max(rank["micro"] for rank in many) > 1
     assert_equal_to_one_process(_reference[tasks, mode], many, tolerance=1e-10)
+
+
+LAYOUTS = {  # ranks, placement, most edges of a micro-batch
+    "micro-batches": (1, "auto", 20),
+    "split": (3, "split", None),
+    "replicated": (3, "replicated", 20),
+    "explicit": (4, {"apple": [0, 1, 3], "berry": [1], "cherry": [2, 3]}, None),
+    "uneven": (7, {"apple": [0, 1, 2, 3], "berry": [3, 4], "cherry": [4, 5, 6]}, 20),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("layout", "encoder", "forces"),
+    [
+        pytest.param(layout, encoder, forces, marks=[] if ordinary else pytest.mark.full)
+        for layout, encoder, forces in itertools.product(LAYOUTS, ("egnn", "painn"), ("direct", "conservative"))
+        for ordinary in [
+            (layout, encoder, forces) in {("micro-batches", "egnn", "direct"), ("explicit", "painn", "direct")}
+        ]
+    ],
+)
+def test_thirty_updates_of_every_optimizer_are_those_of_one_process(pool, five, optimizer, layout, encoder, forces):
+    def values(placement="auto", max_edges=None) -> dict:
+        options = {"optimizer": optimizer, "steps": 30, "lr": 5e-3, "weight_decay": 0.1, "max_edges": max_edges}
+        out = values_of(five, 3, placement=placement, forces=forces, **options)
+        out["model"]["encoder"] = {"name": encoder, "layers": 2, "hidden": 8}
+        return out
+
+    ranks, placement, max_edges = LAYOUTS[layout]
+    one = pool.run(1, "updated_weights", values())[0]
+    many = pool.run(ranks, "updated_weights", values(placement, max_edges))
+    assert max_edges is None or max(rank["micro"] for rank in many) > 1
+    for rank in many:
+        for kind in ("weights", "averages"):
+            for name, tensor in rank[kind].items():
+                assert difference(one[kind][name], tensor) <= 1e-10, name
+    assert set().union(*(rank["weights"] for rank in many)) == set(one["weights"])
 
 
 @pytest.mark.parametrize(("ranks", "placement", "mode"), [(3, "split", 0), (5, "replicated", 1), (7, "random", 2)])
@@ -264,11 +304,16 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert state["schedule"] == pytest.approx(state_other["schedule"], rel=1e-10)
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(pool, five, tmp_path):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_goes_on_with_any_number_of_ranks(pool, five, tmp_path, optimizer):
     """1 -> 2 -> 5 -> 3 ranks, replicated and split in turn, stopped by SIGTERM on the last rank each time."""
-    whole = through(pool, values_of(five, 5, run=tmp_path / "whole", log_every=2), [(1, "auto", None)])
+
+    def values(run: str) -> dict:
+        return values_of(five, 5, run=tmp_path / run, log_every=2, optimizer=optimizer)
+
+    whole = through(pool, values("whole"), [(1, "auto", None)])
     starts = [(1, "auto", 2), (2, "replicated", 3), (5, "split", 2), (3, "replicated", None)]
-    assert_same_run(whole, through(pool, values_of(five, 5, run=tmp_path / "changed", log_every=2), starts))
+    assert_same_run(whole, through(pool, values("changed"), starts))
 
 
 def test_an_automatic_placement_is_written_out_and_chosen_anew_for_other_ranks(pool, five, tmp_path):
@@ -319,10 +364,11 @@ def test_a_flipped_byte_is_named_and_all_ranks_take_the_checkpoint_before(pool, 
         assert len(complaints) == 1 and str(damaged) in complaints[0]
 
 
-def test_tasks_join_and_leave_a_run_on_any_number_of_ranks_alike(pool, five, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("shampoo", marks=pytest.mark.full)])
+def test_tasks_join_and_leave_a_run_on_any_number_of_ranks_alike(pool, five, tmp_path, optimizer):
     def run(name: str, ranks: tuple[int, int, int]) -> Path:
         for n, tasks in zip(ranks, (2, 4, 3), strict=True):
-            values = values_of(five, tasks, run=tmp_path / name, change_tasks=True, log_every=1)
+            values = values_of(five, tasks, run=tmp_path / name, change_tasks=True, log_every=1, optimizer=optimizer)
             stop_at = None if tasks == 3 else 3
             assert pool.run(n, "whole_run", values, stop_at) == [0 if stop_at is None else 143] * n
         return tmp_path / name

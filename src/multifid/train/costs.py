@@ -15,7 +15,7 @@ from multifid.model.branch import Branch
 from multifid.model.encoders import build_encoder
 from multifid.parallel.layout import GIB, Load, Memory
 from multifid.parallel.shard import elements, layers_of
-from multifid.train.soap import bases_of
+from multifid.train.optimizer import beside_moments
 
 SAMPLE = 1000  # structures of a train split whose edges are estimated
 # Multiplications, in the unit above, that could be made while one parameter is summed over ranks and updated. AdamW,
@@ -28,7 +28,7 @@ UPDATE = 300.0
 def loads(config: Config, sources: list[Source], draws: list[Draw]) -> dict[str, Load]:
     """The load of every task in a mean step."""
     encoder, branch = parameters(config)
-    held = branch * bytes_per_parameter(config) + bases(config)[1] * _bytes_of_number(config)
+    held = branch * bytes_per_parameter(config) + kept_beside(config)[1] * _bytes_of_number(config)
     out = {}
     for source, draw in zip(sources, draws, strict=True):
         edges = mean_edges(source, config.model.cutoff)
@@ -57,7 +57,7 @@ def memory(config: Config, ranks: int = 1) -> Memory | None:
     _, branch = parameters(config)
     everywhere = encoder_bytes(config, ranks)
     if config.branches == "shared":
-        everywhere += branch * bytes_per_parameter(config) + bases(config)[1] * _bytes_of_number(config)
+        everywhere += branch * bytes_per_parameter(config) + kept_beside(config)[1] * _bytes_of_number(config)
     return Memory(limit=int(config.parallel.memory * GIB), encoder=everywhere)
 
 
@@ -72,7 +72,7 @@ def encoder_bytes(config: Config, ranks: int) -> int:
         encoder = build_encoder(config.model.encoder, config.model.cutoff)
     copies, number = bytes_per_parameter(config), _bytes_of_number(config)
     if ranks == 1 or not config.parallel.shard_encoder:
-        return copies * sum(p.numel() for p in encoder.parameters()) + number * bases(config)[0]
+        return copies * sum(p.numel() for p in encoder.parameters()) + number * kept_beside(config)[0]
     pieces = sum(elements(p.shape, ranks) for p in encoder.parameters())
     conservative = config.model.branch.forces == "conservative"
     return copies * pieces + number * gathered(encoder, conservative, config.train.max_edges is not None)
@@ -93,12 +93,10 @@ def parameters(config: Config) -> tuple[int, int]:
     return sum(p.numel() for p in encoder.parameters()), sum(p.numel() for p in branch.parameters())
 
 
-def bases(config: Config) -> tuple[int, int]:
+def kept_beside(config: Config) -> tuple[int, int]:
     """Numbers that the optimizer keeps of the encoder and of a branch besides two moments."""
-    if config.train.optimizer != "soap":
-        return 0, 0
-    encoder, branch = _modules(config)
-    return bases_of(dict(encoder.named_parameters())), bases_of(dict(branch.named_parameters()))
+    encoder, branch = (beside_moments(config.train.optimizer, dict(m.named_parameters())) for m in _modules(config))
+    return encoder, branch
 
 
 def _modules(config: Config) -> tuple[nn.Module, nn.Module]:

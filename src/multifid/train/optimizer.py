@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multifid.train.soap import SOAP, begin
+from multifid.train.shampoo import Shampoo
 
 Named = dict[str, nn.Parameter]
 
@@ -35,14 +35,24 @@ def update(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, clip: floa
     optimizer.step()
 
 
-OPTIMIZERS: dict[str, Callable[[Named, float, float], torch.optim.Optimizer]] = {"adamw": adamw, "soap": SOAP}
+OPTIMIZERS: dict[str, Callable[[Named, float, float], torch.optim.Optimizer]] = {"adamw": adamw, "shampoo": Shampoo}
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What the optimizer keeps of a parameter, by name; zeros before the first update."""
-    state = optimizer.state[parameter]
-    held = state or begin(parameter, isinstance(optimizer, SOAP) and optimizer.turns(parameter))
+    """What the optimizer keeps of a parameter, by name, also before the first update."""
+    held = optimizer.state[parameter]
+    if not held and isinstance(optimizer, Shampoo):
+        held = optimizer.first_state(parameter)
+    elif not held:
+        held = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
     return {name: tensor for name, tensor in held.items() if name != "step"}
+
+
+def beside_moments(optimizer: str, parameters: Mapping[str, nn.Parameter]) -> int:
+    """Numbers that the optimizer of this name keeps besides two for each of these parameters (may be on `meta`)."""
+    made = OPTIMIZERS[optimizer](dict(parameters), 1.0, 0.0)
+    kept = sum(x.numel() for p in parameters.values() for x in moments(made, p).values())
+    return kept - 2 * sum(p.numel() for p in parameters.values())
 
 
 def updates_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> int:
@@ -57,7 +67,9 @@ def set_moments(
     """Put back what `moments` gave, after `updates` updates."""
     if updates == 0:
         return
-    step = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
+    # The fused AdamW counts on the device; Shampoo reads the count in every update, and would wait for the device.
+    device = "cpu" if isinstance(optimizer, Shampoo) else parameter.device
+    step = torch.tensor(float(updates), dtype=torch.float32, device=device)
     optimizer.state[parameter] = {"step": step} | {name: x.to(parameter.device) for name, x in held.items()}
 
 

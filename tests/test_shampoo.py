@@ -1,0 +1,246 @@
+"""Shampoo does what its paper says, is a smooth function of gradients of any rank, and its state survives a stop."""
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from multifid.config import parse_config
+from multifid.model.potential import Potential
+from multifid.train.costs import encoder_bytes, kept_beside
+from multifid.train.optimizer import OPTIMIZERS, adamw, moments, set_moments, updates_of
+from multifid.train.shampoo import DAMPING, EPSILON, EVERY, Shampoo, inverse_root, is_map
+from test_train import assert_same_bits, config_of, start
+
+torch.set_num_threads(1)
+
+
+def made(seed: int, *shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"encoder.{k}.weight": nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for k, shape in enumerate(shapes)
+    }
+
+
+def gradients(seed: int, like: dict[str, nn.Parameter], steps: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in like.items()}
+        for _ in range(steps)
+    ]
+
+
+def walk(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: list[dict[str, Tensor]]) -> None:
+    for grads in path:
+        for name, p in parameters.items():
+            p.grad = grads[name].clone()
+        optimizer.step()
+
+
+def orthogonal(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+
+
+def root_of(factor: Tensor, damping: float) -> Tensor:
+    """(X / mean(diag X) + damping)^-1/2 by eigenvalues."""
+    values, vectors = torch.linalg.eigh(factor / factor.diag().mean() + damping * torch.eye(len(factor)).double())
+    return vectors @ values.rsqrt().diag() @ vectors.T
+
+
+@pytest.mark.parametrize("steps", [1, EVERY - 1, 2 * EVERY + 3])
+def test_a_matrix_moves_as_the_paper_says(steps: int) -> None:
+    """One matrix, written out with sums over entries, its roots by eigenvalues."""
+    parameters = made(0, (4, 6))
+    (weight,) = parameters.values()
+    w, lr, decay, b = weight.detach().clone(), 0.01, 0.1, 0.95
+    path = gradients(1, parameters, steps)
+    walk(Shampoo(parameters, lr, decay), parameters, path)
+
+    first, size = torch.zeros(4, 6).double(), 0.0
+    left, right, root_l, root_r = torch.zeros(4, 4), torch.zeros(6, 6), torch.eye(4).double(), torch.eye(6).double()
+    for t, grads in enumerate(path, 1):
+        (g,) = grads.values()
+        left = b * left + (1 - b) * torch.einsum("ik,kl,jl->ij", g, root_r @ root_r, g) / 6
+        right = b * right + (1 - b) * torch.einsum("ki,kl,lj->ij", g, root_l @ root_l, g) / 4
+        size = b * size + (1 - b) * float((root_l @ g @ root_r).square().mean())
+        first = b * first + (1 - b) * g
+        step = root_l @ first @ root_r / (1 - b**t) / ((size / (1 - b**t)) ** 0.5 + EPSILON)
+        w = (1 - lr * decay) * w - lr * step
+        if t % EVERY == 0:
+            damping = DAMPING + b**t / (1 - b**t)
+            root_l, root_r = root_of(left, damping), root_of(right, damping)
+    torch.testing.assert_close(weight.detach(), w, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-2)])
+@pytest.mark.parametrize("n", [1, 7, 64, 300])
+def test_inverse_roots_are_those_of_eigenvalues_down_to_the_smallest(n, dtype, tolerance):
+    q = orthogonal(n, 5)
+    values = torch.cat([torch.full((n // 2,), DAMPING, dtype=torch.float64), torch.logspace(-3, 0, n - n // 2)])
+    values[-1] = n
+    x = (q * values) @ q.T
+    found = inverse_root(x.to(dtype)[None])[0].double()
+    assert (found - (q * values.rsqrt()) @ q.T).norm() <= tolerance * values.rsqrt().norm()
+
+
+def test_the_path_is_the_same_in_a_rotated_frame_and_that_of_adamw_is_not() -> None:
+    """With A W B in place of W and A G B in place of G, A and B orthogonal, the path is A W_t B."""
+    a, b = orthogonal(5, 2), orthogonal(8, 3)
+    apart = {}
+    for make in (Shampoo, adamw):
+        plain = made(0, (5, 8))
+        (name,) = plain
+        frame = {name: nn.Parameter(a @ plain[name].detach() @ b)}
+        path = gradients(1, plain, 2 * EVERY + 1)
+        walk(make(plain, 0.01, 0.1), plain, path)
+        walk(make(frame, 0.01, 0.1), frame, [{name: a @ grads[name] @ b} for grads in path])
+        apart[make] = float((a @ plain[name] @ b - frame[name]).abs().max().detach())
+    assert apart[Shampoo] < 1e-12 < 1e-2 < apart[adamw]
+
+
+def deficient(shape: tuple[int, int], kind: str, steps: int) -> list[Tensor]:
+    """Gradients whose products have eigenvalues that are zero, equal, or of the size of rounding errors."""
+    generator, (m, n) = torch.Generator().manual_seed(3), shape
+    draw = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)  # noqa: E731
+    if kind == "one rank":
+        u, v = draw(m, 1), draw(1, n)
+        return [u @ v * draw(1) for _ in range(steps)]
+    if kind == "columns that are equal or zero":
+        return [torch.cat([x := draw(m, 2), x, torch.zeros(m, n - 4).double()], dim=1) for _ in range(steps)]
+    if kind == "equal eigenvalues":
+        return [orthogonal(max(m, n), k)[:m, :n] for k in range(steps)]
+    return [draw(m, n) * torch.logspace(0, -16, n, dtype=torch.float64) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("shape", [(64, 17), (6, 4), (12, 12)])
+@pytest.mark.parametrize(
+    "kind", ["one rank", "columns that are equal or zero", "equal eigenvalues", "sizes down to rounding errors"]
+)
+def test_a_rounding_error_of_the_gradients_stays_one_whatever_their_rank(optimizer, shape, kind):
+    path, ends = deficient(shape, kind, 4 * EVERY + 1), []
+    for noise in (0.0, 1e-15):
+        parameters, generator = made(0, shape), torch.Generator().manual_seed(4)
+        (name,) = parameters
+        disturbed = [g + noise * g.abs().max() * torch.randn(g.shape, generator=generator, dtype=g.dtype) for g in path]
+        walk(OPTIMIZERS[optimizer](parameters, 0.01, 0.1), parameters, [{name: g} for g in disturbed])
+        ends.append(parameters[name].detach())
+    # An entry of 1e-15 is divided by epsilon, also by AdamW: 1e-7 times the learning rate, in every update.
+    assert (ends[0] - ends[1]).abs().max() < 41 * 0.01 * 2e-7
+
+
+def test_no_update_is_much_longer_than_the_learning_rate_whatever_comes_before_it() -> None:
+    """Gradients of nothing, of rounding errors, and then a billion times larger, between two roots and after them."""
+    parameters = made(0, (8, 5))
+    (name, weight), optimizer = next(iter(parameters.items())), Shampoo(parameters, 0.01, 0.0)
+    sizes = [0.0] * 3 + [1e-17] * EVERY + [1.0] * EVERY + [1e9] * EVERY + [1e-3] * EVERY
+    for size, grads in zip(sizes, gradients(1, parameters, len(sizes)), strict=True):
+        before = weight.detach().clone()
+        walk(optimizer, parameters, [{name: size * grads[name]}])
+        moved = (weight.detach() - before).square().mean().sqrt() / 0.01
+        assert moved.isfinite() and moved <= 1.5
+        assert size < 1.0 or moved > 0.05
+
+
+def test_an_update_does_not_depend_on_what_else_is_optimised() -> None:
+    """A rank holds only some branches: their updates must be those of one process that holds all."""
+    everything, alone = made(0, (8, 8), (8, 8), (8,), (1, 8)), made(0, (8, 8))
+    path = gradients(1, everything, EVERY + 2)
+    walk(Shampoo(everything, 0.01, 0.0), everything, path)
+    walk(Shampoo(alone, 0.01, 0.0), alone, path)
+    name = next(iter(alone))
+    torch.testing.assert_close(everything[name], alone[name], rtol=1e-10, atol=1e-12)
+
+
+def test_state_that_is_taken_out_and_put_back_goes_on_with_the_same_bits() -> None:
+    through, halfway = made(0, (6, 4), (4,)), made(0, (6, 4), (4,))
+    path = gradients(1, through, 2 * EVERY + 2)
+    walk(Shampoo(through, 0.01, 0.01), through, path)
+    before, after = Shampoo(halfway, 0.01, 0.01), Shampoo(halfway, 0.01, 0.01)
+    walk(before, halfway, path[: EVERY + 3])
+    for p in halfway.values():
+        set_moments(after, p, {k: v.clone() for k, v in moments(before, p).items()}, updates_of(before, p))
+    walk(after, halfway, path[EVERY + 3 :])
+    for name, p in through.items():
+        assert torch.equal(p, halfway[name])
+
+
+def test_embeddings_vectors_and_single_rows_are_no_maps() -> None:
+    shapes = {"encoder.embedding.element.weight": (9, 8), "a.bias": (8,), "a.gate.weight": (1, 8), "a.weight": (8, 9)}
+    assert [n for n, shape in shapes.items() if is_map(n, nn.Parameter(torch.zeros(shape)))] == ["a.weight"]
+
+
+def test_counts_that_are_put_back_stay_on_the_host_where_they_are_read():
+    parameter = nn.Parameter(torch.empty(3, 4, device="meta"))
+    optimizer = Shampoo({"a.weight": parameter}, 0.01, 0.0)
+    set_moments(optimizer, parameter, moments(optimizer, parameter), 5)
+    kept = optimizer.state[parameter]
+    assert kept.pop("step").device.type == "cpu" and {x.device.type for x in kept.values()} == {"meta"}
+
+
+def test_products_of_an_update_are_exact_in_a_run_that_takes_its_others_in_tf32(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Shampoo, "_gradients", lambda *_: seen.append(torch.get_float32_matmul_precision()) or [])
+    monkeypatch.setattr(Shampoo, "_whitened", lambda *_: [torch.zeros(4, 4).double()])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        parameters = made(0, (4, 4))
+        walk(Shampoo(parameters, 0.01, 0.0), parameters, gradients(1, parameters, 1))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_soap_is_refused_with_what_takes_its_place(stores, tmp_path):
+    with pytest.raises(ValueError, match=r"soap is no longer offered.*take shampoo"):
+        parse_config(config_of(stores, tmp_path / "run", train={"optimizer": "soap"}), "test")
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    parameters = made(0, (4, 4), (4,))
+    optimizer = Shampoo(parameters, 0.01, 0.1)
+    walk(optimizer, parameters, gradients(1, parameters, 2))
+    held = [p.detach().clone() for p in parameters.values()]
+    optimizer.found_inf = torch.tensor(1.0)
+    walk(optimizer, parameters, [{n: torch.full_like(p, torch.nan) for n, p in parameters.items()}])
+    assert all(torch.equal(p, h) for p, h in zip(parameters.values(), held, strict=True))
+    assert {updates_of(optimizer, p) for p in parameters.values()} == {2}
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(stores, tmp_path):
+    values = config_of(stores, tmp_path / "run", train={"optimizer": "shampoo", "steps": 18, "checkpoint_every": 7})
+    run = start(values)
+    whole = shutil.copytree(run, tmp_path / "whole")
+    for step in (17, 18):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:06}", ignore_errors=True)
+    assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-000014"]
+    start(values)
+    assert_same_bits(run, whole)
+
+
+def test_an_encoder_in_pieces_is_refused_because_pieces_are_no_matrices(stores, tmp_path):
+    values = config_of(stores, tmp_path / "run", train={"optimizer": "shampoo"}, parallel={"shard_encoder": True})
+    with pytest.raises(ValueError, match=r"train\.optimizer: shampoo needs whole matrices"):
+        parse_config(values, "test")
+
+
+def test_the_limit_of_memory_knows_what_is_kept(stores, tmp_path):
+    config = parse_config(config_of(stores, tmp_path / "run", train={"optimizer": "shampoo"}), "test")
+    plain = parse_config(config_of(stores, tmp_path / "run", train={"optimizer": "adamw"}), "test")
+    potential = Potential(config.model, ["a"], {"a": "a"}, seed=0)
+    encoder, branch = dict(potential.encoder_parameters()), dict(potential.branch_parameters("a"))
+    optimizer = Shampoo(encoder | branch, 1e-3, 0.0)
+
+    def beside_moments(parameters):
+        held = [moments(optimizer, p) for p in parameters.values()]
+        return sum(t.numel() for tensors in held for t in tensors.values()) - 2 * sum(
+            p.numel() for p in parameters.values()
+        )
+
+    assert kept_beside(config) == (beside_moments(encoder), beside_moments(branch)) and min(kept_beside(config)) > 0
+    assert encoder_bytes(config, 1) - encoder_bytes(plain, 1) == 4 * beside_moments(encoder)
+    assert kept_beside(plain) == (0, 0)

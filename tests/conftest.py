@@ -78,6 +78,7 @@ def write_molecules(path: Path, count: int, depth: float, offset: float, seed: i
 ALONE = ("test_two_hosts.py", "test_memory.py", "test_scaling.py", "test_workers.py", "test_train.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if "pool" in getattr(item, "fixturenames", ()) or item.path.name in ALONE:

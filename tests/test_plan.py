@@ -318,18 +318,17 @@ def test_a_step_holds_the_update_of_what_its_rank_holds():
 def test_a_trial_gives_the_rates_of_passes_and_of_quick_updates(optimizer, monkeypatch):
     """With them a forecast says what was measured; where updates would take long, nothing is built."""
     subject = make_subject(ModelConfig.model_validate(WIDE), {"a": TaskLoad(1.0, 10.0, 100.0)}, optimizer=optimizer)
+    machine, both = replace(SLOW, flops=1e12, traffic=1e11, launch=0.0), (subject.encoder, subject.branch)
     monkeypatch.setattr(here, "_seconds", lambda work, device: work() or 0.25)
-    machine = replace(SLOW, flops=1e11, traffic=1e10, launch=0.0)
-    measured = here.with_update(machine, subject, "cpu")
-    told = sum(update_bytes(machine, subject.update(p).work) for p in (subject.encoder, subject.branch))
-    assert told / measured.update == pytest.approx(0.25 / UPDATES)
-    with monkeypatch.context() as patch:
-        patch.setattr(here, "_seconds", lambda work, device: work() or 0.5)
-        assert here.with_passes(machine, subject, "cpu").flops == pytest.approx(
-            machine.flops / (0.5 / here.told_passes(machine, subject, Size(1, 10, 10, 100)))
-        )
+    slower = here.tried(machine, subject, "cpu")
+    assert here.told_passes(slower, subject, Size(1, 10, 10, 100)) == pytest.approx(0.25)
+    assert sum(update_bytes(slower, subject.update(p).work) for p in both) / slower.update == pytest.approx(
+        0.25 / UPDATES
+    )
     monkeypatch.setattr(here, "OPTIMIZERS", {})
-    assert here.with_update(replace(SLOW, traffic=1.0), subject, "cpu").update is None
+    unhurried = replace(machine, traffic=1.0, flops=1e30)
+    told = sum(update_bytes(unhurried, subject.update(p).work) for p in both)
+    assert here.seconds_of_update(unhurried, subject, "cpu") == pytest.approx(told)
 
 
 def test_a_machine_can_be_described_in_a_file(tmp_path):

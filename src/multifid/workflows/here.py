@@ -22,7 +22,7 @@ from multifid.workflows.subject import Subject
 MATRIX = 1024  # rows of the product that is timed on a processor; four times as many on an accelerator
 COPY = 1 << 24  # numbers that are added to each other, larger than caches
 REPEATS = 3
-PATIENCE = 3.0  # seconds that a few passes, and a few updates, may take
+PATIENCE = 6.0  # seconds that a few passes, and a few updates, may take
 # Not measured, since one process cannot: reductions through the loopback device by Gloo, and through PCIe 4 x16 between
 # the accelerators of a host. `multifid scaling` measures what its ranks see and writes it as a file for --machine.
 LOOPBACK = Link(1e-4, 1 * GB)
@@ -69,9 +69,12 @@ def this_machine(name: str | None = None, ranks: int = 1) -> Machine:
 def tried(machine: Machine, subject: Subject, name: str | None) -> Machine:
     """The machine with the rates that passes and updates of this run reach on it. name: of a device as in the config.
 
-    What products and additions by themselves reach is more than small operations in a row do.
+    What products and additions by themselves reach is more than the small operations of a pass do.
     """
-    return with_update(with_passes(machine, subject, name), subject, name)
+    parts = (subject.encoder, subject.branch)
+    seconds = seconds_of_update(machine, subject, name)
+    slower = with_passes(machine, subject, name)
+    return replace(slower, update=sum(update_bytes(slower, subject.update(p).work) for p in parts) / seconds)
 
 
 def with_passes(machine: Machine, subject: Subject, name: str | None) -> Machine:
@@ -125,17 +128,16 @@ def _dtype(subject: Subject) -> torch.dtype:
     return torch.float64 if subject.width == 8 else torch.float32
 
 
-def with_update(machine: Machine, subject: Subject, name: str | None) -> Machine:
-    """The machine with the rate at which it updates the encoder and a branch, from some updates by the run's optimizer.
+def seconds_of_update(machine: Machine, subject: Subject, name: str | None) -> float:
+    """Of the encoder and a branch by the run's optimizer, in the mean over some updates.
 
-    name: of a device as in `train.device`. The machine is left as it is where updates would take too long or too much
-    memory: then they are told from what they compute and move.
+    Where those would take too long or too much memory, told from what they compute and move.
     """
     parts = (subject.encoder, subject.branch)
-    told = sum(update_bytes(machine, subject.update(p).work) for p in parts)
+    told = sum(update_bytes(machine, subject.update(p).work) for p in parts) / machine.traffic
     held = sum(2 * p.count * subject.width + subject.update(p).kept for p in parts)
-    if told / machine.traffic * UPDATES * (REPEATS + 1) > PATIENCE or held > machine.memory / 4:
-        return machine
+    if told * UPDATES * (REPEATS + 1) > PATIENCE or held > machine.memory / 4:
+        return told
     device, dtype = find_device(name, 0), _dtype(subject)
     shapes = [named for p in parts for named in p.shapes]
     made = {n: nn.Parameter(torch.randn(shape, dtype=dtype, device=device)) for n, shape in shapes}
@@ -148,7 +150,7 @@ def with_update(machine: Machine, subject: Subject, name: str | None) -> Machine
             update(optimizer, 1e-6, norm, 1.0)
 
     with _one_thread():
-        return replace(machine, update=told * UPDATES / _seconds(updates, device))
+        return _seconds(updates, device) / UPDATES
 
 
 @contextmanager

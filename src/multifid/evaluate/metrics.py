@@ -96,10 +96,13 @@ class Errors:
 
     def row(self, model: str, data: str, split: str) -> Row:
         """A row of `evaluation.json`: who was asked about what, how much, and the errors. Waits for the device."""
-        sums = self._sums.tolist()
-        structures, unseen, atoms = (round(x) for x in sums[:_COUNTERS])
-        counts = {"structures": structures, "unseen_structures": unseen, "atoms": atoms}
-        return {"model": model, "data": data, "split": split, **counts, **_means(sums)}
+        return {"model": model, "data": data, "split": split, **counts_and_means(self._sums.tolist())}
+
+
+def counts_and_means(sums: list[float]) -> Row:
+    """`structures`, ..., `energy_mae`, ... of the sums of an `Errors` (12,); None without a label."""
+    structures, unseen, atoms = (round(x) for x in sums[:_COUNTERS])
+    return {"structures": structures, "unseen_structures": unseen, "atoms": atoms, **_means(sums)}
 
 
 def errors_of_rows(predicted: Tensor, label: Tensor, divisor: Tensor | None = None) -> Tensor:

@@ -132,4 +132,9 @@ def objective(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
 
     sums, counts (tasks, 3), weights (tasks,).
     """
-    return (weights * torch.where(counts > 0, sums / counts.clamp(min=1), 0.0).sum(dim=1)).sum()
+    return (weights * task_objectives(sums, counts)).sum()
+
+
+def task_objectives(sums: Tensor, counts: Tensor) -> Tensor:
+    """Of each task, the sum over kinds of sums / counts, zero where the count is zero: (tasks,)."""
+    return torch.where(counts > 0, sums / counts.clamp(min=1), 0.0).sum(dim=1)

@@ -52,12 +52,11 @@ def rows(
 
     `loss` is the task's part of the objective before its weight, `objective` the weighted sum over tasks.
     """
-    totals = totals.on_host()
-    losses = {task.name: totals.objective(task) for task in tasks}
+    losses, found = totals.objectives(), totals.errors()
     whole = sum(task.weight * losses[task.name] for task in tasks)
     out = []
     for task in tasks:
-        errors = totals.errors(task.name).row("", task.name, split)
+        errors = found[task.name]
         out.append(
             {
                 "step": step,

@@ -103,6 +103,10 @@ def train(
         except Exception as error:  # the caller prints it
             log.note(f"{type(error).__name__}: {error}")
             raise
+        except SystemExit as leaving:
+            if leaving.code != groups.STOPPED:
+                log.note("ended because another rank failed, which says why in the output of the job")
+            raise
     return run.folder
 
 
@@ -253,7 +257,8 @@ def end_epoch(run: Run, began: float) -> bool:
     """Validate, record, decide whether to stop early, and say whether the model is better than ever before."""
     trainer, position = run.trainer, run.position
     totals = trainer.validate(run.feed.split("validation"))
-    value = sum(task.weight * totals.objective(task) for task in trainer.tasks)
+    losses = totals.objectives()
+    value = sum(task.weight * losses[task.name] for task in trainer.tasks)
     run.watch.validation(totals, value)
     trainer.schedule.validated(value)
     position.epochs_without_better += 1

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from multifid.data.loader import collate
-from multifid.evaluate.metrics import SIZE, Errors, error_sums
+from multifid.evaluate.matrix import Row
+from multifid.evaluate.metrics import SIZE, counts_and_means, error_sums
 from multifid.graphs.graph import completed
 from multifid.model.potential import Potential
 from multifid.parallel.gradients import Gradients
@@ -25,7 +26,7 @@ from multifid.parallel.reduce import sum_together
 from multifid.structures.batch import Batch, Labels, laid_out
 from multifid.structures.padding import pad
 from multifid.train.counts import Counts, Known
-from multifid.train.loss import KINDS, ObjectiveConfig, in_rows, label_counts, loss_sums, objective
+from multifid.train.loss import KINDS, ObjectiveConfig, in_rows, label_counts, loss_sums, objective, task_objectives
 from multifid.train.optimizer import MovingAverage, Named, Schedule, update
 from multifid.train.outcome import Outcome
 
@@ -59,24 +60,17 @@ class Totals:
         """Add a batch: (tasks, 3), (tasks, 3) and (tasks, 12)."""
         self.sums += torch.cat([loss.detach(), counts, errors], dim=1)
 
-    def objective(self, task: Task) -> float:
-        """The task's part of the objective over everything added, before its weight. Waits for the device."""
-        row = self.sums[self.tasks.index(task.name)][None]
-        return float(objective(row[:, :3], row[:, 3:6], row.new_ones(1)))
+    def objectives(self) -> dict[str, float]:
+        """Each task's part of the objective over everything added, before its weight. Waits for the device, once."""
+        return dict(zip(self.tasks, task_objectives(self.sums[:, :3], self.sums[:, 3:6]).tolist(), strict=True))
 
     def labels(self, objective: ObjectiveConfig) -> float:
         """How many labels were added, of the kinds that have weight. Waits for the device."""
         return float(sum(self.sums[:, 3 + k].sum() for k, kind in enumerate(KINDS) if getattr(objective, kind) > 0))
 
-    def errors(self, task: str) -> Errors:
-        """The errors of a task over everything added."""
-        return Errors.from_tensor(self.sums[self.tasks.index(task), 6:])
-
-    def on_host(self) -> "Totals":
-        """The same in host memory. Waits for the device, once for all numbers."""
-        copy = Totals(self.tasks, torch.device("cpu"))
-        copy.add_tensor(self.sums)
-        return copy
+    def errors(self) -> dict[str, Row]:
+        """Counts and errors of each task over everything added. Waits for the device, once."""
+        return {task: counts_and_means(sums) for task, sums in zip(self.tasks, self.sums[:, 6:].tolist(), strict=True)}
 
     def as_tensor(self) -> Tensor:
         """All sums in one tensor (tasks, 18), a copy, to be added over ranks or kept in a checkpoint."""

@@ -19,7 +19,7 @@ GIB = 2**30
 REPEAT = 40  # lines after which the heads of the columns are shown again
 QUANTITIES = ("energy", "forces", "stress")
 ALL = "mean"  # the head of the columns that stand for all tasks
-UNITS = "energy in meV/atom, forces in meV/angstrom, stress in meV/angstrom^3; |grad| before clipping; str: structures"
+UNITS = "energy meV/atom, forces meV/angstrom, stress meV/angstrom^3, |grad| unclipped, str/s structures/s"
 _CELL = 8  # columns of an error
 _NAME = 24  # longer names of tasks have a line of their own
 

@@ -115,7 +115,9 @@ class Bar:
     def _bar(self) -> Table:
         done, total = self._steps()
         line = Table.grid(padding=(0, 1))
-        share = ProgressBar(total or 100, done if total else 0, width=24, pulse=total is None)
+        for _ in range(4):
+            line.add_column(no_wrap=True)
+        share = ProgressBar(total or 100, done if total else 0, width=12, pulse=total is None)
         line.add_row("training", share, f"{done}/{total or '?'}", self._said)
         return line
 

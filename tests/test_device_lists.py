@@ -41,7 +41,15 @@ def mixed(stores, tmp_path_factory):
         atoms.calc = SinglePointCalculator(atoms, energy=rng.normal(-9, 1), forces=rng.normal(0, 1, (len(grid), 3)))
         frames.append(atoms)
     write(folder / "slabs.xyz", frames, format="extxyz")
-    prepare("extxyz", [folder / "slabs.xyz"], folder / "slabs", task="slabs", fractions=(0.6, 0.2, 0.2), progress=False)
+    prepare(
+        "extxyz",
+        [folder / "slabs.xyz"],
+        folder / "slabs",
+        task="slabs",
+        fractions=(0.6, 0.2, 0.2),
+        trust_units=True,
+        progress=False,
+    )
     return stores | {"slabs": folder / "slabs"}
 
 

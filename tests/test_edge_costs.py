@@ -18,7 +18,7 @@ def source_of(frames, folder):
     for atoms in frames:
         atoms.info["energy"] = -1.0
     write(folder / "frames.xyz", frames, format="extxyz")
-    prepare("extxyz", [folder / "frames.xyz"], folder / "store", task="planted", progress=False)
+    prepare("extxyz", [folder / "frames.xyz"], folder / "store", task="planted", trust_units=True, progress=False)
     return open_sources({"planted": TaskConfig(store=str(folder / "store"))})[0]
 
 

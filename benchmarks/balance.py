@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from multifid.data.loader import Source, TaskConfig, edge_costs, open_sources
-from multifid.data.order import Order
+from multifid.feed.loader import Source, TaskConfig, edge_costs, open_sources
+from multifid.feed.order import Order
+from multifid.graphs.neighbors import neighbor_list
 from multifid.parallel.layout import Load, place
 from multifid.parallel.shares import shares
-from multifid.structures.neighbors import neighbor_list
 
 Cut = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 

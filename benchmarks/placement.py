@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from multifid.config import Config, parse_config
-from multifid.data.loader import Source, TaskConfig, collate, edge_costs, open_sources
+from multifid.feed.loader import Source, TaskConfig, collate, edge_costs, open_sources
+from multifid.graphs.batch import Batch
 from multifid.parallel.groups import World, world
 from multifid.parallel.layout import place
 from multifid.parallel.shares import shares
-from multifid.structures.batch import Batch
-from multifid.train.build import build
-from multifid.train.step import Totals, Trainer
+from multifid.training.build import build
+from multifid.training.step import Totals, Trainer
 
 PLACEMENTS = ("replicated", "split")
 

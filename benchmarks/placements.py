@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from multifid.forecast.estimate import Forecast, forecast
+from multifid.forecast.machines import MACHINES, Machine
+from multifid.forecast.scaling import efficiency
+from multifid.forecast.scaling.beyond import curves, placed, scaled
+from multifid.forecast.scaling.figure import draw
+from multifid.forecast.scaling.measure import Measured
+from multifid.forecast.subject import CRYSTAL_ERROR, MOLECULE_ERROR, Subject, TaskLoad, make_subject
 from multifid.model.potential import ModelConfig
-from multifid.parallel.machines import MACHINES, Machine
-from multifid.workflows.forecast import Forecast, forecast
-from multifid.workflows.scaling import efficiency
-from multifid.workflows.scaling.beyond import curves, placed, scaled
-from multifid.workflows.scaling.figure import draw
-from multifid.workflows.scaling.measure import Measured
-from multifid.workflows.subject import CRYSTAL_ERROR, MOLECULE_ERROR, Subject, TaskLoad, make_subject
 
 MODEL = ModelConfig.model_validate(
     {

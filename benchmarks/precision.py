@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from multifid.config import parse_config
-from multifid.train.journal import read_journal
-from multifid.train.run import train
+from multifid.training.journal import read_journal
+from multifid.training.run import train
 
 
 def errors(args: argparse.Namespace, precision: str, seed: int) -> tuple[float, float]:

@@ -28,7 +28,7 @@ import numpy as np
 
 WORKERS_AND_FILES = """
 import json, sys, time
-from multifid.data.prepare import prepare
+from multifid.preparation.prepare import prepare
 began = time.perf_counter()
 store = prepare(sys.argv[1], sys.argv[4:], sys.argv[2], workers=int(sys.argv[3]), progress=False)
 print(json.dumps([time.perf_counter() - began, store.structures]))

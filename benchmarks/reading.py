@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from multifid.data.order import Blocks, Order
-from multifid.data.readahead import ReadAhead
-from multifid.data.store import Store
-from multifid.data.writer import StoreWriter
-from multifid.structures.neighbors import neighbor_list
+from multifid.feed.order import Blocks, Order
+from multifid.feed.readahead import ReadAhead
+from multifid.graphs.neighbors import neighbor_list
+from multifid.store.store import Store
+from multifid.store.writer import StoreWriter
 from multifid.structures.structure import SPLITS, Packed
 
 BATCH = 128
@@ -188,9 +188,9 @@ def train_100(args: argparse.Namespace, name: str, store: Path, hidden: int, ste
     """Train from a store in blocks; print private memory and the time that was spent waiting for batches."""
     from rich.console import Console
 
-    import multifid.train.run as run
+    import multifid.training.run as run
     from multifid.config import parse_config
-    from multifid.data.loader import ahead
+    from multifid.feed.loader import ahead
 
     folder = args.folder / "run"
     shutil.rmtree(folder, ignore_errors=True)

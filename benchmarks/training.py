@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from plain import PLAIN
 
-from multifid.data.loader import Source, TaskConfig, ahead, collate, open_sources
+from multifid.feed.loader import Source, TaskConfig, ahead, collate, open_sources
+from multifid.graphs.batch import Batch
 from multifid.model.branch import BranchConfig
 from multifid.model.potential import ModelConfig, Potential
 from multifid.parallel.gradients import Gradients, Part
 from multifid.parallel.groups import alone
-from multifid.structures.batch import Batch
-from multifid.train.loss import ObjectiveConfig
-from multifid.train.optimizer import MovingAverage, Schedule, adamw
-from multifid.train.step import Task, Totals, Trainer
+from multifid.training.loss import ObjectiveConfig
+from multifid.training.optimizer import MovingAverage, Schedule, adamw
+from multifid.training.step import Task, Totals, Trainer
 
 HEADS = {866: 889}  # the paper's widths; otherwise the heads are as wide as the encoder
 PHASES = ("forward", "backward", "optimizer")

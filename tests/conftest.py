@@ -14,7 +14,7 @@ os.environ["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{Path
 import numpy as np
 import pytest
 
-from multifid.data.prepare import prepare
+from multifid.preparation.prepare import prepare
 
 
 def measured_effort(work):

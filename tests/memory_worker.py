@@ -9,24 +9,24 @@ from unittest.mock import patch
 
 from rich.console import Console
 
-import multifid.train.build
-import multifid.train.run
+import multifid.training.build
+import multifid.training.run
 from multifid.config import parse_config
-from multifid.train.run import save, train
-from multifid.train.step import Trainer
+from multifid.training.run import save, train
+from multifid.training.step import Trainer
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 PHASES = [  # (where it is looked up, its name there), from the beginning to the end
-    (multifid.train.run, "load_checkpoint"),
-    (multifid.train.build, "Potential"),
-    (multifid.train.build, "start_from"),
-    (multifid.train.build, "Gradients"),
-    (multifid.train.build, "MovingAverage"),
-    (multifid.train.run, "restore"),
+    (multifid.training.run, "load_checkpoint"),
+    (multifid.training.build, "Potential"),
+    (multifid.training.build, "start_from"),
+    (multifid.training.build, "Gradients"),
+    (multifid.training.build, "MovingAverage"),
+    (multifid.training.run, "restore"),
     (Trainer, "step"),
     (Trainer, "validate"),
-    (multifid.train.run, "save"),
-    (multifid.train.run, "finish"),
+    (multifid.training.run, "save"),
+    (multifid.training.run, "finish"),
 ]
 M_MMAP_THRESHOLD = -3  # of mallopt
 
@@ -82,7 +82,7 @@ def measured_run(values: dict) -> dict:
         run.saver.wait()  # so that the copy in host memory, and its end, belong to the phase
 
     with ExitStack() as stack:
-        optimizers = multifid.train.build.OPTIMIZERS
+        optimizers = multifid.training.build.OPTIMIZERS
         stack.enter_context(patch.dict(optimizers, adamw=marks.around("adamw", optimizers["adamw"])))
         for room, name in PHASES:
             original = save_and_wait if name == "save" else getattr(room, name)

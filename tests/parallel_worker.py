@@ -21,23 +21,23 @@ from torch.distributed import TCPStore
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
-import multifid.train.build
+import multifid.training.build
 from memory_worker import measured_run
 from multifid.config import parse_config
-from multifid.data.loader import open_sources
+from multifid.feed.loader import open_sources
+from multifid.graphs.batch import Batch
 from multifid.model.potential import Potential
 from multifid.parallel import groups
 from multifid.parallel.gradients import Gradients
-from multifid.structures.batch import Batch
-from multifid.train import checkpoint
-from multifid.train.build import build
-from multifid.train.checkpoint import load_checkpoint
-from multifid.train.counts import announced
-from multifid.train.feed import Feed, make_draws
-from multifid.train.resolve import placement_of, resolve
-from multifid.train.run import train
-from multifid.train.step import Totals, Trainer
-from multifid.train.trial import measured
+from multifid.training import checkpoint
+from multifid.training.build import build
+from multifid.training.checkpoint import load_checkpoint
+from multifid.training.counts import announced
+from multifid.training.feed import Feed, make_draws
+from multifid.training.resolve import placement_of, resolve
+from multifid.training.run import train
+from multifid.training.step import Totals, Trainer
+from multifid.training.trial import measured
 from multifid.workflows.evaluate import evaluate
 
 HOST = "127.0.0.1"
@@ -49,7 +49,7 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         context = get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "multifid.train.run", "parallel_worker"])
+        context.set_forkserver_preload(["torch._dynamo", "multifid.training.run", "parallel_worker"])
         self.context = context
         self.pipes, self.processes = map(list, zip(*(self._start() for _ in range(size)), strict=True))
         self.cases = 0
@@ -127,7 +127,7 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
             super().finish()
 
     small = functools.partial(Watched, bucket_bytes=bucket_bytes)
-    with groups.world("cpu") as world, patch.object(multifid.train.build, "Gradients", small):
+    with groups.world("cpu") as world, patch.object(multifid.training.build, "Gradients", small):
         config = resolve(parse_config(values, "test"), world.size)
         sources = open_sources(config.tasks)
         draws = make_draws(config, sources)
@@ -231,7 +231,7 @@ def recorded_steps(values: dict, poisoned: int) -> dict:
     out: dict = {"logs": [], "updated": [], "kept": []}
     with (
         groups.world("cpu") as world,
-        patch.object(multifid.train.build, "Gradients", small),
+        patch.object(multifid.training.build, "Gradients", small),
         patch.object(groups.Group, "sum_later", sum_later),
     ):
         config = resolve(parse_config(values, "test"), world.size)

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from multifid.data.block import Block, tasks_of
-from multifid.data.readers import Record, Skip
+from multifid.readers import Record, Skip
+from multifid.store.block import Block, tasks_of
 from multifid.structures.structure import Labels, Structure
 
 

@@ -11,14 +11,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from multifid.config import parse_config
-from multifid.data.block import relative_hash
-from multifid.data.prepare import prepare
-from multifid.data.readers import Skip
-from multifid.data.readers.ani1x import FIDELITIES, TASKS, Options, read
 from multifid.model.encoders.egnn import EGNN
 from multifid.model.potential import Potential
+from multifid.preparation.prepare import prepare
+from multifid.readers import Skip
+from multifid.readers.ani1x import FIDELITIES, TASKS, Options, read
+from multifid.store.block import relative_hash
 from multifid.structures.structure import Structure
-from multifid.train.run import train
+from multifid.training.run import train
 from records import expanded
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "ani1x"

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from conftest import write_molecules
-from multifid.data import cache
-from multifid.data.cache import Files, cached, place_of
-from multifid.data.recognise import recognise
-from multifid.data.store import Store
-from multifid.evaluate.rows import read_rows
+from multifid.evaluation.rows import read_rows
 from multifid.parallel.launch import cache_directory
+from multifid.preparation import cache
+from multifid.preparation.cache import Files, cached, place_of
+from multifid.readers.recognise import recognise
+from multifid.store.store import Store
 from multifid.workflows.asked import Asked, parse
 from multifid.workflows.evaluate import evaluate
 from test_evaluation import same
@@ -109,7 +109,7 @@ def files_of(path: Path, **changes) -> Files:
 ASK = """
 import json, sys
 from pathlib import Path
-from multifid.data.cache import Files, cached
+from multifid.preparation.cache import Files, cached
 store, before = cached(Files(Path(sys.argv[1]), "extxyz", {}), Path(sys.argv[2]))
 print(json.dumps([before, store.field("positions").tolist()]))
 """

@@ -12,18 +12,18 @@ from rich.console import Console
 from scipy.stats import ortho_group
 
 from multifid.config import parse_config
-from multifid.data.block import pack
-from multifid.data.duplicates import fingerprints
-from multifid.data.loader import collate, open_sources
-from multifid.data.prepare import prepare
-from multifid.data.store import Store
-from multifid.data.validate import NO_VOLUME, screen
-from multifid.evaluate.evaluate import data_of, evaluate_run
+from multifid.evaluation.evaluate import data_of, evaluate_run
+from multifid.feed.loader import collate, open_sources
 from multifid.model.saved import load_potential
+from multifid.preparation.prepare import prepare
+from multifid.preparation.validate import NO_VOLUME, screen
+from multifid.quality.duplicates import fingerprints
+from multifid.store.block import pack
+from multifid.store.store import Store
 from multifid.structures.cells import completed, kept_vectors, spans_volume
 from multifid.structures.structure import Labels, Packed, Structure
-from multifid.train.journal import read_journal
-from multifid.train.run import train
+from multifid.training.journal import read_journal
+from multifid.training.run import train
 
 KINDS = {  # periodic directions, and whether the third vector is given
     "bulk": ([True] * 3, True),

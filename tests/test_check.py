@@ -9,15 +9,15 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from rich.console import Console
 
-from multifid.data.check import doubts_of_store, join, runs, take
-from multifid.data.doubts import doubt_of_crystals, doubt_of_free_atoms, doubts
-from multifid.data.duplicates import Fingerprints, fingerprints, repeats
-from multifid.data.evidence import neighbors
-from multifid.data.leakage import leaks
-from multifid.data.outliers import outliers
-from multifid.data.pair_fit import pairwise, stress_ratio
-from multifid.data.prepare import prepare
-from multifid.data.store import Store
+from multifid.preparation.prepare import prepare
+from multifid.quality.check import doubts_of_store, join, runs, take
+from multifid.quality.doubts import doubt_of_crystals, doubt_of_free_atoms, doubts
+from multifid.quality.duplicates import Fingerprints, fingerprints, repeats
+from multifid.quality.evidence import neighbors
+from multifid.quality.leakage import leaks
+from multifid.quality.outliers import outliers
+from multifid.quality.pair_fit import pairwise, stress_ratio
+from multifid.store.store import Store
 from multifid.structures.structure import Packed, PackedLabels
 from multifid.workflows.check import check
 
@@ -312,7 +312,7 @@ def splits_of(store: Store) -> dict[str, int]:
 
 
 def test_leakage_is_counted_within_and_across_stores_and_set_aside_on_demand(tmp_path, monkeypatch):
-    monkeypatch.setattr("multifid.data.duplicates.AT_ONCE", 64)  # several buckets
+    monkeypatch.setattr("multifid.quality.duplicates.AT_ONCE", 64)  # several buckets
     a = write_frames(tmp_path / "a.xyz", range(100))
     b = write_frames(tmp_path / "b.xyz", range(50, 150), label=1.0)  # half of them are those of a
     again = write_frames(tmp_path / "again.xyz", range(10), label=2.0)

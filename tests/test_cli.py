@@ -8,7 +8,7 @@ import sys
 import yaml
 
 from conftest import write_molecules
-from multifid.data.formats import FORMATS
+from multifid.readers.formats import FORMATS
 from test_train import config_of
 
 

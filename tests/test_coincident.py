@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from multifid.data.block import Block
-from multifid.data.coincident import COINCIDENT, LARGEST, coincident
+from multifid.quality.coincident import COINCIDENT, LARGEST, coincident
+from multifid.store.block import Block
 
 
 def plain(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> bool:

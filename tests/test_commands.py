@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from multifid.data.prepare import prepare
+from multifid.preparation.prepare import prepare
 from test_hostile import FORMATS, write_ani1x
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from multifid.config import parse_config
-from multifid.data.loader import TaskConfig, collate, open_sources
+from multifid.feed.loader import TaskConfig, collate, open_sources
+from multifid.graphs.padding import pad, size_for
 from multifid.model.branch import BranchConfig
 from multifid.model.compiled import compile_training
 from multifid.model.inductor import options
@@ -17,9 +18,8 @@ from multifid.model.layers import sum_over
 from multifid.model.potential import ModelConfig, Potential
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
-from multifid.structures.padding import pad, size_for
-from multifid.train.build import build
-from multifid.train.step import Totals
+from multifid.training.build import build
+from multifid.training.step import Totals
 from test_model import KINDS
 from test_train import config_of, feed_of
 
@@ -193,7 +193,7 @@ def test_a_compiled_run_is_the_eager_run_over_a_stream_of_different_batches(
     def compiling(*arguments):
         made.append(compile_training(*arguments, backend=counter))
 
-    monkeypatch.setattr("multifid.train.build.compile_training", compiling)
+    monkeypatch.setattr("multifid.training.build.compile_training", compiling)
     updates, shapes = {}, {False: set(), True: set()}
     for compiled in (False, True):
         train = {"precision": "fp64", "compile": compiled, "batch": 5}

@@ -6,16 +6,16 @@ import torch
 
 from conftest import write_molecules
 from multifid.config import parse_config
-from multifid.data.loader import cut, most_pieces, open_sources
-from multifid.data.prepare import prepare
-from multifid.data.store import Store
+from multifid.feed.loader import cut, most_pieces, open_sources
 from multifid.parallel.groups import Group, alone
 from multifid.parallel.layout import place
-from multifid.train.build import build
-from multifid.train.counts import Counts, Known, announced
-from multifid.train.feed import Feed, make_draws
-from multifid.train.loss import KINDS, label_counts
-from multifid.train.step import Totals
+from multifid.preparation.prepare import prepare
+from multifid.store.store import Store
+from multifid.training.build import build
+from multifid.training.counts import Counts, Known, announced
+from multifid.training.feed import Feed, make_draws
+from multifid.training.loss import KINDS, label_counts
+from multifid.training.step import Totals
 from test_parallel import assert_equal_to_one_process, assert_same_run, through, values_of
 
 

@@ -11,13 +11,13 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from multifid.config import parse_config
-from multifid.data.loader import host_lists, open_sources
-from multifid.data.prepare import prepare
-from multifid.structures import candidates
-from multifid.structures.device_neighbors import DeviceLists
-from multifid.structures.padding import pad
-from multifid.train.feed import lists_of
-from multifid.train.step import pinned
+from multifid.feed.loader import host_lists, open_sources
+from multifid.graphs import candidates
+from multifid.graphs.device_neighbors import DeviceLists
+from multifid.graphs.padding import pad
+from multifid.preparation.prepare import prepare
+from multifid.training.feed import lists_of
+from multifid.training.step import pinned
 from test_train import assert_same_bits, config_of, feed_of, start
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from ase.build import bulk, fcc111, molecule
 
-from multifid.structures import candidates, device_neighbors
-from multifid.structures.candidates import Found
-from multifid.structures.device_neighbors import DeviceLists, compare, device_neighbor_list
-from multifid.structures.neighbors import neighbor_list
+from multifid.graphs import candidates, device_neighbors
+from multifid.graphs.candidates import Found
+from multifid.graphs.device_neighbors import DeviceLists, compare, device_neighbor_list
+from multifid.graphs.neighbors import neighbor_list
 from multifid.structures.structure import Packed
 from test_neighbors import free, of_ase, pack, random_cell
 

@@ -14,7 +14,7 @@ from multifid.config import parse_config
 from multifid.parallel import devices
 from multifid.parallel.devices import find_device
 from multifid.parallel.groups import alone
-from multifid.train import checkpoint, outcome, run
+from multifid.training import checkpoint, outcome, run
 from multifid.workflows import study
 from test_train import assert_same_bits, config_of, start
 

@@ -6,9 +6,9 @@ import pytest
 from ase.build import bulk
 from ase.io import write
 
-from multifid.data.loader import TaskConfig, edge_costs, open_sources
-from multifid.data.prepare import prepare
-from multifid.structures.neighbors import neighbor_list
+from multifid.feed.loader import TaskConfig, edge_costs, open_sources
+from multifid.graphs.neighbors import neighbor_list
+from multifid.preparation.prepare import prepare
 
 CUTOFF = 5.0
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from multifid.evaluate import figures, periodic_table, table
-from multifid.evaluate import matrix as matrices
-from multifid.evaluate.metrics import Errors
-from multifid.structures.batch import Targets
+from multifid.evaluation import figures, periodic_table, table
+from multifid.evaluation import matrix as matrices
+from multifid.evaluation.metrics import Errors
+from multifid.graphs.batch import Targets
 from multifid.structures.elements import SYMBOLS
 
 torch.set_num_threads(1)

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from conftest import write_molecules
 from multifid.config import parse_config
-from multifid.data.prepare import prepare
-from multifid.data.store import Store
-from multifid.evaluate import evaluate as asking
-from multifid.evaluate.evaluate import Share, data_of, evaluate_run
-from multifid.evaluate.failures import Failures
-from multifid.evaluate.rows import add_rows, read_rows
-from multifid.evaluate.table import markdown
+from multifid.evaluation import evaluate as asking
+from multifid.evaluation.evaluate import Share, data_of, evaluate_run
+from multifid.evaluation.failures import Failures
+from multifid.evaluation.rows import add_rows, read_rows
+from multifid.evaluation.table import markdown
 from multifid.model.potential import Potential
 from multifid.model.saved import load_potential
+from multifid.preparation.prepare import prepare
+from multifid.store.store import Store
 from multifid.workflows.evaluate import evaluate
 from test_train import config_of, start
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from multifid.data.prepare import prepare
-from multifid.data.readers import IsolatedAtom, Skip
-from multifid.data.readers.extxyz import Options, read
-from multifid.data.readers.packed import zstd
+from multifid.preparation.prepare import prepare
+from multifid.readers import IsolatedAtom, Skip
+from multifid.readers.extxyz import Options, read
+from multifid.readers.packed import zstd
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "organic_dft"
 real = pytest.mark.skipif(not DATA.is_dir(), reason="the published sample data are not beside the repository")

@@ -13,9 +13,9 @@ from ase.constraints import FixAtoms, FixCartesian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multifid.data.prepare import prepare
-from multifid.data.readers import Skip
-from multifid.data.readers.extxyz import Options, read
+from multifid.preparation.prepare import prepare
+from multifid.readers import Skip
+from multifid.readers.extxyz import Options, read
 
 GPA = 0.006241509074460763  # eV/angstrom^3
 TEXTS = st.sampled_from(['say "yes"', "it's", "a = b", "{x} [y]", "None", "T", "1 2 3", "C[C@H](O)=O", "über", "_JSON"])

@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from multifid.config import parse_config
-from multifid.data.statistics import statistics
-from multifid.data.store import Store
-from multifid.evaluate.fitted import FittedTable
-from multifid.evaluate.table import rich_table
-from multifid.workflows.plan import make_plan, tables
+from multifid.evaluation.fitted import FittedTable
+from multifid.evaluation.table import rich_table
+from multifid.forecast.plan import make_plan, tables
+from multifid.store.statistics import statistics
+from multifid.store.store import Store
 from multifid.workflows.stats import tables as tables_of_stores
 from test_plan import SLOW
 from test_train import config_of

@@ -11,8 +11,8 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from multifid.data.parts import Assignment, columns_of, found_in, read_part
-from multifid.data.readers import alexandria, aselmdb, extxyz, mptrj
+from multifid.preparation.parts import Assignment, columns_of, found_in, read_part
+from multifid.readers import alexandria, aselmdb, extxyz, mptrj
 
 NUMBERS = st.floats() | st.integers(-(10**25), 10**25) | st.sampled_from([0, -1, 119, 1e300, 1e-300, 3e38, 1e39, 1e5])
 LEAVES = st.none() | st.booleans() | NUMBERS | st.text(max_size=4) | st.sampled_from(["H", "NaN", "X", "mp-1"])

@@ -6,7 +6,7 @@ import torch
 from multifid.graphs import edges as over
 from multifid.graphs.edges import in_tiles, over_edges
 from multifid.graphs.graph import GraphNeeds, completed, graph_of
-from multifid.structures.padding import pad
+from multifid.graphs.padding import pad
 from test_model import CUTOFF, assert_close, batch_of, mixed, skewed, system
 
 

@@ -18,11 +18,11 @@ import lmdb
 import numpy as np
 import pytest
 
-from multifid.data.prepare import prepare
-from multifid.data.readers import packed, reader
-from multifid.data.readers.packed import zstd
-from multifid.data.store import Store
-from multifid.structures.neighbors import neighbor_list
+from multifid.graphs.neighbors import neighbor_list
+from multifid.preparation.prepare import prepare
+from multifid.readers import packed, reader
+from multifid.readers.packed import zstd
+from multifid.store.store import Store
 
 WATER = np.array([[0, 0, 0], [0, 0.76, 0.59], [0, -0.76, 0.59]])
 

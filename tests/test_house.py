@@ -1,4 +1,4 @@
-"""The house keeps its floors: who imports whom, where the environment is read, and that the README's map is complete.
+"""The house keeps its floors: who imports whom, where the environment is read, that the map is complete.
 
 Everything is read from the source text (`ast`); nothing of the package is imported.
 """
@@ -16,17 +16,23 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
     "structures": 1,
-    "graphs": 1,
-    "data": 2,
+    "graphs": 1.5,
+    "store": 2,
+    "readers": 2.3,
+    "quality": 2.3,
+    "feed": 2.3,
+    "preparation": 2.6,
     "model": 2,
     "parallel": 2,
-    "evaluate": 3,
-    "train": 4,
-    "apply": 5,
+    "evaluation": 3,
+    "training": 4,
+    "forecast": 5,
     "workflows": 5,
 }
-SIBLINGS = {"data", "model", "parallel"}  # same floor, and never import each other
-NOT_BELOW = {"evaluate": {"parallel"}}  # lower floors that a room does not need: reductions are handed to it
+DATA = {"store", "readers", "quality", "feed", "preparation"}
+APART = [DATA, {"model"}, {"parallel"}]  # rooms of one set never import those of another
+ALONE = {"readers", "quality", "feed"}  # on one step, and none imports another
+NOT_BELOW = {"evaluation": {"parallel"}}  # lower floors that a room does not need: reductions are handed to it
 TOP = {"cli", "config", "__main__", "__init__"}  # the roof: compose the rooms; no room imports them...
 SHARED = {"__init__"}  # ... except the package's own __init__, which holds the version and imports nothing
 
@@ -91,7 +97,9 @@ def _forbidden(importer: str, imported: str) -> str | None:
         return None if imported == "config" and FLOORS[importer] >= 4 else f"{imported} is above every room"
     if FLOORS[imported] > FLOORS[importer]:
         return f"{imported} is floor {FLOORS[imported]}, above {importer} on floor {FLOORS[importer]}"
-    if {importer, imported} <= SIBLINGS:
+    if {importer, imported} <= ALONE:
+        return f"{importer} and {imported} never import each other"
+    if {importer, imported} <= set().union(*APART) and not any({importer, imported} <= rooms for rooms in APART):
         return f"{importer} and {imported} never import each other"
     if imported in NOT_BELOW.get(importer, ()):
         return f"{importer} does without {imported}"
@@ -110,21 +118,26 @@ def test_imports_go_down_only(module):
 @pytest.mark.parametrize(
     ("importer", "imported", "allowed"),
     [
-        ("structures", "data", False),
-        ("data", "structures", True),
-        ("data", "model", False),
+        ("structures", "graphs", False),
+        ("graphs", "structures", True),
+        ("store", "readers", False),
+        ("quality", "readers", False),
+        ("preparation", "quality", True),
+        ("quality", "preparation", False),
+        ("preparation", "model", False),
         ("model", "parallel", False),
-        ("parallel", "data", False),
-        ("evaluate", "model", True),
-        ("evaluate", "parallel", False),
-        ("evaluate", "train", False),
-        ("train", "evaluate", True),
-        ("train", "config", True),
+        ("parallel", "feed", False),
+        ("evaluation", "model", True),
+        ("evaluation", "parallel", False),
+        ("evaluation", "training", False),
+        ("training", "evaluation", True),
+        ("training", "config", True),
         ("model", "config", False),
-        ("data", "cli", False),
-        ("workflows", "train", True),
-        ("train", "workflows", False),
+        ("feed", "cli", False),
+        ("workflows", "training", True),
+        ("training", "workflows", False),
         ("cli", "workflows", True),
+        ("cli", "forecast", True),
     ],
 )
 def test_the_rule_of_floors_is_the_designs(importer, imported, allowed):
@@ -133,12 +146,12 @@ def test_the_rule_of_floors_is_the_designs(importer, imported, allowed):
 
 def test_every_way_to_import_is_seen():
     source = (
-        "from ..model import branch\nfrom . import store\nimport multifid.train.run as r\nfrom multifid import cli\n"
+        "from ..model import branch\nfrom . import store\nimport multifid.training.run as r\nfrom multifid import cli\n"
     )
     hidden = "def f():\n    from multifid.model.branch import Branch\n"
-    seen = {name for name, _ in _imports("multifid.data.order", ast.parse(source + hidden))}
-    assert {_room(name) for name in seen} == {"model", "data", "train", "cli"}
-    assert not _imports("multifid.data.order", _at_import(ast.parse(hidden)))
+    seen = {name for name, _ in _imports("multifid.feed.order", ast.parse(source + hidden))}
+    assert {_room(name) for name in seen} == {"model", "feed", "training", "cli"}
+    assert not _imports("multifid.feed.order", _at_import(ast.parse(hidden)))
 
 
 def test_no_module_imports_itself_in_a_circle():
@@ -156,11 +169,11 @@ def test_no_module_imports_itself_in_a_circle():
         walk(module, ())
 
 
-def test_in_data_only_the_loader_knows_torch():
-    users = {m for m in MODULES if _room(m) == "data" for n, _ in _imports(m, TREES[m]) if n.split(".")[0] == "torch"}
-    assert users <= {"multifid.data.loader"}
-    through = {m for m in MODULES if _room(m) == "data" for n, _ in _inner(m) if n == "multifid.data.loader"}
-    assert not through, "these modules of data import torch through the loader"
+def test_of_the_rooms_of_data_only_the_loader_knows_torch():
+    users = {m for m in MODULES if _room(m) in DATA for n, _ in _imports(m, TREES[m]) if n.split(".")[0] == "torch"}
+    assert users <= {"multifid.feed.loader"}
+    through = {m for m in MODULES if _room(m) in DATA for n, _ in _inner(m) if n == "multifid.feed.loader"}
+    assert not through, "these modules import torch through the loader"
 
 
 def test_the_environment_is_read_in_one_place():
@@ -202,7 +215,7 @@ def _map_of_files(text: str) -> set[str]:
     """
     blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = next((b.splitlines() for b in blocks if b.lstrip().startswith("src/multifid/")), None)
-    assert lines, "README.md has no fenced block that starts with src/multifid/: the map of files"
+    assert lines, "ARCHITECTURE.md has no fenced block that starts with src/multifid/: the map of files"
     folders: list[tuple[int, str]] = []
     files = set()
     for line in filter(str.strip, lines):
@@ -213,7 +226,7 @@ def _map_of_files(text: str) -> set[str]:
         if name.endswith("/"):
             folders.append((indent, name))
         else:
-            assert caption.strip(), f"README.md: the map has no caption for {path}"
+            assert caption.strip(), f"ARCHITECTURE.md: the map has no caption for {path}"
             files.add(path)
     return files
 
@@ -229,9 +242,9 @@ def test_a_map_is_read_by_its_indentation():
         _map_of_files("```\nsrc/multifid/\n  cli.py\n```\n")
 
 
-def test_the_map_in_the_readme_is_complete():
+def test_the_map_is_complete():
     there = {str(path.relative_to(ROOT)) for path in FILES if path.read_text(encoding="utf-8").strip()}  # not the empty
-    assert (ROOT / "README.md").exists(), "README.md with the map of files is missing"
-    on_map = _map_of_files((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert there - on_map == set(), "files without a place on the map of README.md"
-    assert on_map - {str(path.relative_to(ROOT)) for path in FILES} == set(), "the map of README.md names what is gone"
+    assert (ROOT / "ARCHITECTURE.md").exists(), "ARCHITECTURE.md with the map of files is missing"
+    on_map = _map_of_files((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
+    assert there - on_map == set(), "files without a place on the map of ARCHITECTURE.md"
+    assert on_map - {str(path.relative_to(ROOT)) for path in FILES} == set(), "the map names what is gone"

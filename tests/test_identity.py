@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 from conftest import write_molecules
 from multifid.config import parse_config
-from multifid.data.loader import open_sources
-from multifid.data.manifest import manifest_bytes
-from multifid.data.prepare import prepare
-from multifid.data.stage import stage
-from multifid.data.store import Store
-from multifid.train.feed import make_draws
-from multifid.train.identity import contents_of, refuse_apart
-from multifid.train.run import train
+from multifid.feed.loader import open_sources
+from multifid.feed.stage import stage
+from multifid.preparation.prepare import prepare
+from multifid.store.manifest import manifest_bytes
+from multifid.store.store import Store
+from multifid.training.feed import make_draws
+from multifid.training.identity import contents_of, refuse_apart
+from multifid.training.run import train
 from test_train import assert_same_bits, config_of, final_state
 
 SPLIT = {"fractions": (0.6, 0.2, 0.2), "progress": False}
@@ -188,7 +188,7 @@ def test_a_run_from_before_goes_on_in_its_order_unless_its_model_speaks_against_
         return [replace(d, order=replace(d.order, content=s.store.checksum)) for s, d in drawn]
 
     with monkeypatch.context() as before:
-        before.setattr("multifid.train.run.make_draws", of_before)
+        before.setattr("multifid.training.run.make_draws", of_before)
         whole, _ = go(values_of(files, "whole"))
         run, _ = go(values_of(files), upto=6)
     for state in (run / "checkpoints").glob("*/state.json"):

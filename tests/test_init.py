@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import write_molecules
-from multifid.data.prepare import prepare
+from multifid.preparation.prepare import prepare
 from test_identity import go
 from test_train import config_of
 

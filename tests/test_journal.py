@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from multifid.train.boards import TensorBoard
-from multifid.train.journal import Journal, read_journal
+from multifid.training.boards import TensorBoard
+from multifid.training.journal import Journal, read_journal
 
 OTHERS = dict.fromkeys(
     ("stress_mae", "objective", "lr", "grad_norm", "skipped", "structures_per_second", "memory", "device_memory"), 1.0

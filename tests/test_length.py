@@ -8,15 +8,15 @@ import torch
 from rich.console import Console
 
 from multifid.config import parse_config
-from multifid.train.checkpoint import load_checkpoint
-from multifid.train.journal import read_journal
-from multifid.train.length import length_of
-from multifid.train.optimizer import Schedule
-from multifid.train.pace import Spent
-from multifid.train.run import train
-from multifid.train.state import Position
-from multifid.train.step import Totals, Trainer
-from multifid.workflows.plan import plan
+from multifid.forecast.plan import plan
+from multifid.training.checkpoint import load_checkpoint
+from multifid.training.journal import read_journal
+from multifid.training.length import length_of
+from multifid.training.optimizer import Schedule
+from multifid.training.pace import Spent
+from multifid.training.run import train
+from multifid.training.state import Position
+from multifid.training.step import Totals, Trainer
 from multifid.workflows.study import study
 from test_train import assert_same_bits, config_of
 

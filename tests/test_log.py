@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from multifid.config import parse_config
-from multifid.train.journal import read_journal
-from multifid.train.lines import Lines, number
-from multifid.train.log import Log, duration, kept
-from multifid.train.run import train
+from multifid.training.journal import read_journal
+from multifid.training.lines import Lines, number
+from multifid.training.log import Log, duration, kept
+from multifid.training.run import train
 from test_train import config_of
 
 
@@ -135,7 +135,7 @@ def test_why_a_run_ended_is_in_its_log(stores, tmp_path, monkeypatch):
     def broken(self, batches):
         raise ValueError("the validation split is on fire")
 
-    monkeypatch.setattr("multifid.train.step.Trainer.validate", broken)
+    monkeypatch.setattr("multifid.training.step.Trainer.validate", broken)
     with pytest.raises(ValueError, match="on fire"):
         train(parse_config(config_of(stores, tmp_path / "run"), "test"), console())
     assert "ValueError: the validation split is on fire" in (tmp_path / "run" / "train.log").read_text()

@@ -12,9 +12,9 @@ import pytest
 from conftest import write_molecules
 from memory_worker import can_measure
 from multifid.config import parse_config
-from multifid.data.prepare import prepare
 from multifid.parallel.gradients import BUCKET_BYTES
-from multifid.train.costs import parameters
+from multifid.preparation.prepare import prepare
+from multifid.training.costs import parameters
 from parallel_worker import Pool
 
 MIB = 2**20

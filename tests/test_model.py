@@ -9,13 +9,13 @@ import torch
 from ase.build import bulk
 from scipy.stats import ortho_group
 
+from multifid.graphs.batch import Batch
 from multifid.graphs.graph import completed, graph_of
+from multifid.graphs.neighbors import neighbor_list
 from multifid.model.branch import BranchConfig
 from multifid.model.encoders import ENCODERS, announced, build_encoder
 from multifid.model.layers import draw_weights
 from multifid.model.potential import ModelConfig, Potential
-from multifid.structures.batch import Batch
-from multifid.structures.neighbors import neighbor_list
 from multifid.structures.structure import Packed
 
 CUTOFF = 4.0

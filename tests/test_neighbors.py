@@ -5,7 +5,7 @@ import pytest
 from ase.build import bulk, fcc111, molecule
 from ase.neighborlist import primitive_neighbor_list
 
-from multifid.structures.neighbors import edges_per_atom, neighbor_list
+from multifid.graphs.neighbors import edges_per_atom, neighbor_list
 from multifid.structures.structure import Packed
 
 
@@ -109,7 +109,7 @@ def test_structures_too_large_for_all_images_have_the_same_neighbours(monkeypatc
     systems = [of_ase(bulk("NaCl", "rocksalt", 5.6)), of_ase(fcc111("Al", (1, 1, 3), vacuum=6.0))]
     packed = pack(*systems, free(RANDOM.uniform(0, 14, (150, 3))), *systems)
     by_images = entries(*neighbor_list(packed, 5.0))
-    monkeypatch.setattr("multifid.structures.images.ALL_IMAGES_UP_TO", 0)
+    monkeypatch.setattr("multifid.graphs.images.ALL_IMAGES_UP_TO", 0)
     assert entries(*neighbor_list(packed, 5.0)) == by_images
 
 

@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 
 from multifid.config import parse_config
-from multifid.data.prepare import prepare
-from multifid.data.store import Store
 from multifid.model.potential import Potential
 from multifid.model.saved import load_potential
-from multifid.train.checkpoint import load_checkpoint
-from multifid.train.journal import read_journal
-from multifid.train.run import train
-from multifid.train.step import Trainer
+from multifid.preparation.prepare import prepare
+from multifid.store.store import Store
+from multifid.training.checkpoint import load_checkpoint
+from multifid.training.journal import read_journal
+from multifid.training.run import train
+from multifid.training.step import Trainer
 from test_train import assert_same_bits, config_of, start
 
 
@@ -195,7 +195,7 @@ def test_what_is_not_finite_in_a_checkpoint_comes_back(stores, tmp_path):
     state, _, _ = load_checkpoint(run)
     assert state["schedule"]["best"] < 1e9
     path = run / "checkpoints" / "step-000008" / "state.json"
-    from multifid.train.checkpoint import _read, _written
+    from multifid.training.checkpoint import _read, _written
 
     odd = {"a": [1.0, float("nan"), {"b": float("-inf")}], "c": 3, "d": None}
     text = json.dumps(_written(odd), allow_nan=False)
@@ -251,6 +251,6 @@ def test_an_update_that_is_skipped_is_explained_and_looking_for_it_changes_no_bi
     told = start(values)
     text = (told / "train.log").read_text()
     assert f"the update is skipped: task cherry: the energy of structure {index} of {stores['cherry']}" in text
-    monkeypatch.setattr("multifid.train.watch.in_step", lambda *arguments, **options: "")
+    monkeypatch.setattr("multifid.training.watch.in_step", lambda *arguments, **options: "")
     untold = start(values | {"run": str(tmp_path / "untold")})
     assert_same_bits(told, untold)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multifid.data.order import Blocks, Draw, Order, SamplingConfig, rates
+from multifid.feed.order import Blocks, Draw, Order, SamplingConfig, rates
 
 CUTS = st.builds(Blocks, st.integers(5, 90), st.integers(1, 9))
 

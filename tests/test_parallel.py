@@ -17,16 +17,16 @@ from torch import nn
 from torch.distributed import HashStore, TCPStore
 
 from multifid.config import parse_config
-from multifid.data.prepare import prepare
 from multifid.parallel import heartbeat
 from multifid.parallel.gradients import Gradients, Part
 from multifid.parallel.groups import Group
 from multifid.parallel.launch import Launch, launch
 from multifid.parallel.layout import Load, place
-from multifid.train.checkpoint import load_checkpoint
-from multifid.train.journal import read_journal
-from multifid.train.optimizer import OPTIMIZERS
-from multifid.train.resolve import needs_trial
+from multifid.preparation.prepare import prepare
+from multifid.training.checkpoint import load_checkpoint
+from multifid.training.journal import read_journal
+from multifid.training.optimizer import OPTIMIZERS
+from multifid.training.resolve import needs_trial
 from parallel_worker import HOST, train_until_killed
 
 TASKS = ("apple", "berry", "cherry", "damson", "elder")

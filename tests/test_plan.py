@@ -15,27 +15,27 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from multifid.config import parse_config
-from multifid.data.loader import open_sources
+from multifid.feed.loader import open_sources
+from multifid.forecast import this_machine as here
+from multifid.forecast.estimate import forecast, update_bytes
+from multifid.forecast.machines import MACHINES, Link, Machine, all_reduce, read_machine, write_machine
+from multifid.forecast.plan import STATE, make_plan, plan, ranges
+from multifid.forecast.subject import TaskLoad, make_subject
+from multifid.forecast.this_machine import this_machine
+from multifid.forecast.waiting import Kind, expected_slowest, exposed, taking_turns, unevenness
 from multifid.graphs import edges
 from multifid.model import footprint as footprints
 from multifid.model.footprint import Size, count, footprint
 from multifid.model.potential import ModelConfig
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
-from multifid.parallel.machines import MACHINES, Link, Machine, all_reduce, read_machine, write_machine
-from multifid.parallel.predict import Kind, expected_slowest, exposed, taking_turns, unevenness
 from multifid.parallel.shares import shares
-from multifid.train.build import build
-from multifid.train.feed import Feed, make_draws
-from multifid.train.optimizer import OPTIMIZERS, update
-from multifid.train.resolve import resolve
-from multifid.train.step import Totals
-from multifid.train.work import UPDATES, count_update
-from multifid.workflows import here
-from multifid.workflows.forecast import forecast, update_bytes
-from multifid.workflows.here import this_machine
-from multifid.workflows.plan import STATE, make_plan, plan, ranges
-from multifid.workflows.subject import TaskLoad, make_subject
+from multifid.training.build import build
+from multifid.training.feed import Feed, make_draws
+from multifid.training.optimizer import OPTIMIZERS, update
+from multifid.training.resolve import resolve
+from multifid.training.step import Totals
+from multifid.training.work import UPDATES, count_update
 from test_model import KINDS
 from test_train import config_of
 

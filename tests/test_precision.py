@@ -11,7 +11,8 @@ from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multifid.config import parse_config
-from multifid.data.loader import open_sources
+from multifid.feed.loader import open_sources
+from multifid.graphs.batch import edge_vectors, laid_out
 from multifid.model import potential as potential_file
 from multifid.model.branch import BranchConfig
 from multifid.model.compiled import compile_training
@@ -20,9 +21,8 @@ from multifid.model.encoders.tensors import Invariants
 from multifid.model.potential import ModelConfig, Potential
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
-from multifid.structures.batch import edge_vectors, laid_out
-from multifid.train.build import build
-from multifid.train.step import Totals
+from multifid.training.build import build
+from multifid.training.step import Totals
 from test_compile import batches_of, potential_of
 from test_model import FORCES, KINDS, batch_of, model_of, system
 from test_train import config_of, feed_of

@@ -11,12 +11,12 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 
-from multifid.data.references import References
-from multifid.data.store import Store
-from multifid.evaluate.evaluate import data_of, evaluate_run
+from multifid.evaluation.evaluate import data_of, evaluate_run
 from multifid.model.model_file import export_model, load_model, read_model_file
 from multifid.model.potential import ModelConfig, Potential
 from multifid.model.predictor import Predictor, load
+from multifid.store.references import References
+from multifid.store.store import Store
 from multifid.workflows.export import export
 from test_train import config_of, start
 

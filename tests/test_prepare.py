@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from multifid.data import prepare as module
-from multifid.data.prepare import prepare
-from multifid.data.readers import IsolatedAtom, LabelSet, Skip, one_part
-from multifid.data.store import Store
+from multifid.preparation import prepare as module
+from multifid.preparation.prepare import prepare
+from multifid.readers import IsolatedAtom, LabelSet, Skip, one_part
+from multifid.store.store import Store
 from multifid.structures.structure import SPLITS, Labels, Structure
 
 
@@ -283,7 +283,7 @@ def test_an_unknown_option_or_format_names_those_there_are(fake, tmp_path):
     with pytest.raises(ValueError, match=r"options of fake: shft.*\(there are: shift\)"):
         fake(molecules(), options={"shft": 1})
     with pytest.raises(ValueError, match=r"unknown format 'xyz': known are .*extxyz"):
-        from multifid.data.readers import reader
+        from multifid.readers import reader
 
         reader("xyz")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from conftest import write_molecules
-from multifid.data.content import content_of
-from multifid.data.fields import CHECKSUMS, block_checksums, npy_header
-from multifid.data.store import Store
+from multifid.store.content import content_of
+from multifid.store.fields import CHECKSUMS, block_checksums, npy_header
+from multifid.store.store import Store
 from multifid.structures.reproducible import cos_and_sin, cube_root, determinant, inverse, times
 
 FITTED = ("references", "undetermined", "rank", "residual", "scale")  # of a task; they may differ in their last bits
@@ -38,9 +38,9 @@ import numpy as np
 import multifid
 files, out, version, workers = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 multifid.__version__ = version
-from multifid.data.order import Order, SamplingConfig, rates
-from multifid.data.prepare import prepare
-from multifid.data.store import Store
+from multifid.feed.order import Order, SamplingConfig, rates
+from multifid.preparation.prepare import prepare
+from multifid.store.store import Store
 options = dict(trust_units=True, drop_duplicates=True, workers=workers, progress=False)
 stores = [prepare(f, [files / name], out / f, **options) for f, name in (("extxyz", "a.xyz"), ("mptrj", "b.json"))]
 told = {s.path.name: Order(0, s.content.key, "t", s.size("train"))(0, 40).tolist() for s in stores}

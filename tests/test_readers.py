@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from multifid.data.block import pack
-from multifid.data.readers import (
+from multifid.preparation.validate import NO_VOLUME, screen
+from multifid.readers import (
     IsolatedAtom,
     Skip,
     alexandria,
@@ -34,7 +34,7 @@ from multifid.data.readers import (
     transition1x,
     unpack,
 )
-from multifid.data.validate import NO_VOLUME, screen
+from multifid.store.block import pack
 from multifid.structures.structure import Structure
 
 READERS = [qm7x, transition1x, mptrj, alexandria, aselmdb]

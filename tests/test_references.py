@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multifid.data import references
-from multifid.data.references import References, count_elements, fit, fit_by
+from multifid.store import references
+from multifid.store.references import References, count_elements, fit, fit_by
 
 HCNO = [1, 6, 7, 8]
 

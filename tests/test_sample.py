@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from multifid.data.readers import reader
+from multifid.readers import reader
 from multifid.structures.structure import Structure
 from multifid.workflows.sample import (
     SOURCES,

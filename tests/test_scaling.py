@@ -9,15 +9,15 @@ from typer.testing import CliRunner
 
 from multifid.cli import app
 from multifid.config import load_config, parse_config
+from multifid.forecast.estimate import forecast
+from multifid.forecast.machines import Link, Machine, read_machine
+from multifid.forecast.scaling import launch, report, scaling_here
+from multifid.forecast.scaling.beyond import scaled
+from multifid.forecast.scaling.calibrate import Case, calibrate, used
+from multifid.forecast.scaling.measure import PHASES, Measured, Point, points
+from multifid.forecast.subject import TaskLoad, make_subject
 from multifid.model.potential import ModelConfig
 from multifid.parallel.layout import place
-from multifid.parallel.machines import Link, Machine, read_machine
-from multifid.workflows.forecast import forecast
-from multifid.workflows.scaling import launch, report, scaling_here
-from multifid.workflows.scaling.beyond import scaled
-from multifid.workflows.scaling.calibrate import Case, calibrate, used
-from multifid.workflows.scaling.measure import PHASES, Measured, Point, points
-from multifid.workflows.subject import TaskLoad, make_subject
 from test_train import config_of
 
 TRUE = Machine(

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from multifid.config import parse_config
 from multifid.model.potential import Potential
-from multifid.train.costs import encoder_bytes, kept_beside
-from multifid.train.optimizer import OPTIMIZERS, adamw, moments, set_moments, updates_of
-from multifid.train.shampoo import DAMPING, EPSILON, EVERY, Shampoo, inverse_root, is_map
+from multifid.training.costs import encoder_bytes, kept_beside
+from multifid.training.optimizer import OPTIMIZERS, adamw, moments, set_moments, updates_of
+from multifid.training.shampoo import DAMPING, EPSILON, EVERY, Shampoo, inverse_root, is_map
 from test_train import assert_same_bits, config_of, start
 
 torch.set_num_threads(1)

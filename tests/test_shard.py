@@ -9,7 +9,7 @@ import torch
 from multifid.config import parse_config
 from multifid.model.encoders import build_encoder
 from multifid.parallel.layout import GIB
-from multifid.train.costs import bytes_per_parameter, encoder_bytes, memory
+from multifid.training.costs import bytes_per_parameter, encoder_bytes, memory
 from test_parallel import assert_equal_to_one_process, assert_same_run, random_placement, values_of
 
 EGNN = {"name": "egnn", "layers": 2, "hidden": 7, "vectors": 2}  # rows that no number of ranks divides

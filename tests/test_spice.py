@@ -9,10 +9,10 @@ from ase import units
 from ase.calculators.lj import LennardJones
 from ase.cluster import Octahedron
 
-from multifid.data.block import relative_hash
-from multifid.data.prepare import prepare
-from multifid.data.readers import Skip, spice
-from multifid.data.readers.smiles import read_smiles
+from multifid.preparation.prepare import prepare
+from multifid.readers import Skip, spice
+from multifid.readers.smiles import read_smiles
+from multifid.store.block import relative_hash
 from multifid.structures.structure import Structure
 from records import expanded
 

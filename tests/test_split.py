@@ -6,8 +6,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multifid.data.fields import NO_SPLIT
-from multifid.data.split import TEST, TRAIN, UNUSED, VALIDATION, divide, fitted, set_unseen_aside
+from multifid.preparation.split import TEST, TRAIN, UNUSED, VALIDATION, divide, fitted, set_unseen_aside
+from multifid.store.fields import NO_SPLIT
 
 
 def hashes(names) -> np.ndarray:

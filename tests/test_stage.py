@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from multifid.data import stage as module
-from multifid.data.fields import file_checksum
-from multifid.data.stage import stage, staged_path
-from multifid.data.store import Store
+from multifid.feed import stage as module
+from multifid.feed.stage import stage, staged_path
+from multifid.store.fields import file_checksum
+from multifid.store.store import Store
 
 
 def content(folder):

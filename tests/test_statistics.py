@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from multifid.data.prepare import prepare
-from multifid.data.statistics import Range, statistics
-from multifid.data.store import Store
-from multifid.data.writer import StoreWriter
+from multifid.preparation.prepare import prepare
+from multifid.store.statistics import Range, statistics
+from multifid.store.store import Store
+from multifid.store.writer import StoreWriter
 from multifid.structures.structure import SPLITS, Labels, Structure
 from multifid.workflows.stats import _percent, stats, tables
 

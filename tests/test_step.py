@@ -6,11 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multifid.config import parse_config
-from multifid.data.loader import open_sources
+from multifid.feed.loader import open_sources
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
-from multifid.train.build import build
-from multifid.train.step import Totals
+from multifid.training.build import build
+from multifid.training.step import Totals
 from test_train import config_of, feed_of
 
 POISONED = 3

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from multifid.data.fields import BLOCK, CHECKSUMS, HEADER, npy_header
-from multifid.data.store import Store
-from multifid.data.writer import StoreWriter
+from multifid.store.fields import BLOCK, CHECKSUMS, HEADER, npy_header
+from multifid.store.store import Store
+from multifid.store.writer import StoreWriter
 from multifid.structures.structure import SPLITS, Labels, Structure
 
 SPLIT_CYCLE = [0, 0, 0, 1, 2, 3]
@@ -308,7 +308,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 from test_store import structures, StoreWriter
 from pathlib import Path
-import multifid.data.writer as module
+import multifid.store.writer as module
 writer = StoreWriter(Path({path!r}))
 for structure in structures():
     writer.append(structure)

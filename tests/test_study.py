@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from multifid.config import parse_config
-from multifid.data.loader import open_sources
-from multifid.data.references import References
-from multifid.data.store import Store
-from multifid.evaluate.evaluate import data_of, evaluate_run, references_row
-from multifid.train.run import make_draws
+from multifid.evaluation.evaluate import data_of, evaluate_run, references_row
+from multifid.feed.loader import open_sources
+from multifid.store.references import References
+from multifid.store.store import Store
+from multifid.training.run import make_draws
 from multifid.workflows.study import models_of, study
 from test_train import config_of, start
 

@@ -21,17 +21,17 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from multifid.config import load_config, parse_config
-from multifid.data.loader import collate, open_sources
+from multifid.feed.loader import collate, open_sources
 from multifid.model.saved import load_potential
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
-from multifid.train.build import build
-from multifid.train.checkpoint import load_checkpoint
-from multifid.train.feed import Feed, make_draws
-from multifid.train.journal import read_journal
-from multifid.train.record import MEASURED
-from multifid.train.run import train
-from multifid.train.step import Totals, Trainer
+from multifid.training.build import build
+from multifid.training.checkpoint import load_checkpoint
+from multifid.training.feed import Feed, make_draws
+from multifid.training.journal import read_journal
+from multifid.training.record import MEASURED
+from multifid.training.run import train
+from multifid.training.step import Totals, Trainer
 
 
 def config_of(stores, run: Path, **changes) -> dict:
@@ -97,7 +97,7 @@ def test_a_split_is_validated_in_pieces_and_each_structure_once(stores, monkeypa
     config = parse_config(config_of(stores, Path("unused")), "test")
     sources = open_sources(config.tasks)
     whole = [b.natoms.tolist() for b in feed_of(config, sources).split("validation")]
-    monkeypatch.setattr("multifid.train.feed.AT_ONCE", 4)
+    monkeypatch.setattr("multifid.training.feed.AT_ONCE", 4)
     pieces = [b.natoms.tolist() for b in feed_of(config, sources).split("validation")]
     assert len(pieces) > len(whole) and sorted(chain(*pieces)) == sorted(chain(*whole))
 
@@ -137,7 +137,7 @@ def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(stores, t
     seconds = read_journal(whole)[-1]["seconds"]
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config_of(stores, tmp_path / "killed", train=length)))
     children = get_context("forkserver")
-    children.set_forkserver_preload(["torch._dynamo", "multifid.train.run", "test_train"])  # the optimizer imports it
+    children.set_forkserver_preload(["torch._dynamo", "multifid.training.run", "test_train"])  # for the optimizer
     generator, kills, steps = random.Random(0), 0, set()
     while True:
         running = children.Event()
@@ -193,7 +193,7 @@ def test_training_goes_on_while_a_checkpoint_is_being_written(stores, tmp_path, 
         save_file(tensors, path)
 
     monkeypatch.setattr(Trainer, "step", step)
-    monkeypatch.setattr("multifid.train.checkpoint.save_file", slow_disk)
+    monkeypatch.setattr("multifid.training.checkpoint.save_file", slow_disk)
     run = start(
         config_of(stores, tmp_path / "run", train={"steps": 8, "epoch_steps": 8, "checkpoint_every": 3, "keep": 9})
     )

@@ -13,7 +13,7 @@ import pytest
 
 from multifid.config import dump_config, parse_config
 from multifid.parallel import heartbeat
-from multifid.train.checkpoint import load_checkpoint
+from multifid.training.checkpoint import load_checkpoint
 from parallel_worker import Pool
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from multifid.data import parts as parts_module
-from multifid.data import prepare as module
-from multifid.data import survey, unfinished
-from multifid.data.prepare import prepare
-from multifid.data.readers import IsolatedAtom, LabelSet, Skip, cut
-from multifid.data.store import Store
+from multifid.preparation import parts as parts_module
+from multifid.preparation import prepare as module
+from multifid.preparation import survey, unfinished
+from multifid.preparation.prepare import prepare
+from multifid.readers import IsolatedAtom, LabelSet, Skip, cut
+from multifid.store.store import Store
 from multifid.structures.structure import Labels, Structure
 
 COUNT, PART = 240, 20

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multifid.config import Config
-    from multifid.data.store import Store
     from multifid.model.predictor import Output, Predictor, load
+    from multifid.store.store import Store
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Output", "Predictor", "Store", "__version__", "load"]
@@ -25,7 +25,7 @@ _WHERE = {
     "Config": "multifid.config",
     "Output": "multifid.model.predictor",
     "Predictor": "multifid.model.predictor",
-    "Store": "multifid.data.store",
+    "Store": "multifid.store.store",
     "load": "multifid.model.predictor",
 }
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from multifid.data.formats import FORMATS
+from multifid.readers.formats import FORMATS
 
 app = typer.Typer(
     help="Pre-train graph foundation models for atoms on many inconsistent sources of quantum-mechanical data at once.",
@@ -65,8 +65,8 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn published files into a store; the same command goes on with one that was killed."""
-    from multifid.data.prepare import prepare as run
     from multifid.parallel.launch import launch
+    from multifid.preparation.prepare import prepare as run
 
     shares = [_float(x, "--fractions") for x in fractions.split(",")]
     if len(shares) != 3:
@@ -109,7 +109,7 @@ def train(
 ) -> None:
     """Train a model; the same command goes on with a run that was stopped."""
     from multifid.config import load_config
-    from multifid.train.run import train as run
+    from multifid.training.run import train as run
 
     path = config / "config.yaml" if config.is_dir() else config
     run(load_config(path, overrides))
@@ -227,7 +227,7 @@ def plan(
 ) -> None:
     """Placement, memory of a rank, largest batch and time of a step, before anything is run."""
     from multifid.config import load_config
-    from multifid.workflows.plan import plan as run
+    from multifid.forecast.plan import plan as run
 
     run(load_config(config / "config.yaml" if config.is_dir() else config, overrides), ranks, machine, json)
 
@@ -255,7 +255,7 @@ def scaling(
 ) -> None:
     """Weak and strong scaling: measured on the ranks at hand, forecast for Perlmutter, Frontier and Aurora."""
     from multifid.config import load_config
-    from multifid.workflows.scaling import EPOCHS, launch, report, scaling_here
+    from multifid.forecast.scaling import EPOCHS, launch, report, scaling_here
 
     if epoch is not None and not here:
         raise ValueError(f"--epoch {epoch} is for measuring by hand, with --here; without it all epochs are measured")

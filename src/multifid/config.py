@@ -9,13 +9,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from multifid.data.loader import TaskConfig
-from multifid.data.order import SamplingConfig
+from multifid.feed.loader import TaskConfig
+from multifid.feed.order import SamplingConfig
 from multifid.model.encoders import all_encoders
 from multifid.model.potential import ModelConfig
 from multifid.parallel.layout import ParallelConfig
-from multifid.train.loss import ObjectiveConfig
-from multifid.train.settings import TrainConfig
+from multifid.training.loss import ObjectiveConfig
+from multifid.training.settings import TrainConfig
 
 
 class StudyConfig(BaseModel):

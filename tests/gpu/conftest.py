@@ -12,8 +12,8 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
-from multifid.data.prepare import prepare
 from multifid.parallel.devices import lacking
+from multifid.preparation.prepare import prepare
 
 PLACES = {"cpu": None, "first": 0, "second": 1}
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from ase.build import bulk, fcc111, molecule
 
+from multifid.graphs import candidates, device_neighbors
+from multifid.graphs.candidates import missing
+from multifid.graphs.device_neighbors import device_neighbor_list
+from multifid.graphs.neighbors import neighbor_list
 from multifid.parallel.devices import use
-from multifid.structures import candidates, device_neighbors
-from multifid.structures.candidates import missing
-from multifid.structures.device_neighbors import device_neighbor_list
-from multifid.structures.neighbors import neighbor_list
 from test_neighbors import free, of_ase, pack, random_cell
 
 PBC = ((1, 1, 1), (1, 1, 0), (0, 0, 1), (0, 0, 0))

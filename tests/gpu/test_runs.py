@@ -9,11 +9,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from multifid.config import parse_config
-from multifid.data.store import Store
-from multifid.evaluate.evaluate import Data, Share, evaluate_run
-from multifid.structures.candidates import missing
-from multifid.train.journal import read_journal
-from multifid.train.run import train
+from multifid.evaluation.evaluate import Data, Share, evaluate_run
+from multifid.graphs.candidates import missing
+from multifid.store.store import Store
+from multifid.training.journal import read_journal
+from multifid.training.run import train
 from test_train import assert_same_bits, config_of
 
 MEASURES = ("loss", "energy_mae", "forces_mae")

@@ -5,16 +5,16 @@ import pytest
 import torch
 
 from multifid.config import parse_config
-from multifid.data.loader import open_sources
+from multifid.feed.loader import open_sources
+from multifid.graphs.batch import edge_vectors
 from multifid.model.encoders import ENCODERS
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
-from multifid.structures.batch import edge_vectors
-from multifid.train.build import build
-from multifid.train.feed import Feed, lists_of, make_draws
-from multifid.train.outcome import Later
-from multifid.train.state import tensors_of
-from multifid.train.step import Totals
+from multifid.training.build import build
+from multifid.training.feed import Feed, lists_of, make_draws
+from multifid.training.outcome import Later
+from multifid.training.state import tensors_of
+from multifid.training.step import Totals
 from test_train import config_of
 
 KINDS = {name: {"name": name} for name in ENCODERS} | {"egnn with tensors": {"name": "egnn", "tensors": 2}}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from multifid.structures.batch import Batch, edge_vectors
+from multifid.graphs.batch import Batch, edge_vectors
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A potential whose training passes are compiled, for batches of few shapes (`structures/padding.py`).
+"""A potential whose training passes are compiled, for batches of few shapes (`graphs/padding.py`).
 
 A pass is first written down for the shapes at hand as a list of plain operations (`make_fx`), and the list is compiled.
 
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, functionalize
 
+from multifid.graphs.batch import TENSORS, Batch
 from multifid.graphs.edges import in_tiles
 from multifid.graphs.graph import Graph, completed
 from multifid.model.contract import Features
 from multifid.model.inductor import options
 from multifid.model.potential import Potential, Prediction
-from multifid.structures.batch import TENSORS, Batch
 
 Compile = Literal[False, True, "reduce-overhead"]
 Function = Callable[[list[Tensor], list[Tensor]], list[Tensor]]  # (parameters, inputs) -> outputs

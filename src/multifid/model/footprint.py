@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from multifid.graphs.batch import Batch, Targets
 from multifid.graphs.edges import edges_of_tile, in_tiles
 from multifid.graphs.graph import GraphNeeds
 from multifid.model.encoders import build_encoder
 from multifid.model.potential import ModelConfig, Potential
-from multifid.structures.batch import Batch, Targets
 
 PER_STRUCTURE = 16  # atoms of a structure while counting: what structures cost by themselves is next to nothing
 # Tiles of edges in a batch that is counted: from some on, one more is like the one before. What a tile needs for itself

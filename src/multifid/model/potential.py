@@ -13,12 +13,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from multifid.graphs.batch import Batch, rows_times_matrices
 from multifid.graphs.graph import Graph, completed, graph_of
 from multifid.model.branch import Branch, BranchConfig
 from multifid.model.contract import Features
 from multifid.model.encoders import DEFAULT, AnyEncoderConfig, all_encoders, build_encoder, why_unknown
 from multifid.model.layers import draw_weights, sum_over
-from multifid.structures.batch import Batch, rows_times_matrices
 from multifid.structures.cells import FLAT
 
 

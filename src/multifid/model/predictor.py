@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multifid.graphs.batch import Batch, edge_vectors
 from multifid.graphs.graph import completed
+from multifid.graphs.neighbors import neighbor_list
 from multifid.model.model_file import load_model
 from multifid.model.potential import Potential, Prediction
 from multifid.model.saved import Description
 from multifid.structures.atoms import pack_atoms
-from multifid.structures.batch import Batch, edge_vectors
 from multifid.structures.elements import MAX_Z, SYMBOLS
-from multifid.structures.neighbors import neighbor_list
 from multifid.structures.structure import Packed
 
 EDGES = 50_000  # of a batch, unless the caller says otherwise

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 SPLITS = ("train", "validation", "test", "unused")  # the code of a split is its place in this tuple
+TRAIN, VALIDATION, TEST, UNUSED = range(4)
 
 
 @dataclass(slots=True)

@@ -7,14 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
-from multifid.data.cache import Files, cached, place_of
-from multifid.data.fields import MANIFEST, TASK_NAME
-from multifid.data.formats import FORMATS
-from multifid.data.readers import reader
-from multifid.data.recognise import recognise
-from multifid.data.store import Store
-from multifid.evaluate.evaluate import Data, label_sets
+from multifid.evaluation.evaluate import Data, label_sets
 from multifid.parallel.groups import World
+from multifid.preparation.cache import Files, cached, place_of
+from multifid.readers import reader
+from multifid.readers.formats import FORMATS
+from multifid.readers.recognise import recognise
+from multifid.store.fields import MANIFEST, TASK_NAME
+from multifid.store.store import Store
 
 # Of these formats a file can hold anything: it is called by its own name, not by that of the format.
 ANYTHING = ("extxyz", "aselmdb")

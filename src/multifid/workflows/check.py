@@ -6,12 +6,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from multifid.data.check import check_store
-from multifid.data.leakage import Leaks, leaks
-from multifid.data.outliers import Outliers, outliers
-from multifid.data.store import Store
-from multifid.data.summary import GPA, told
-from multifid.evaluate.fitted import FittedTable
+from multifid.evaluation.fitted import FittedTable
+from multifid.preparation.summary import GPA, told
+from multifid.quality.check import check_store
+from multifid.quality.leakage import Leaks, leaks
+from multifid.quality.outliers import Outliers, outliers
+from multifid.store.store import Store
 
 UNITS = {"energy": (1000.0, "meV/atom"), "forces": (1000.0, "meV/angstrom"), "stress": (GPA, "GPa")}
 

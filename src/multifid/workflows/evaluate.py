@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from multifid.evaluate.evaluate import Data, Share, evaluate_run, size_of
-from multifid.evaluate.matrix import Row, quantities
-from multifid.evaluate.table import rich_table
+from multifid.evaluation.evaluate import Data, Share, evaluate_run, size_of
+from multifid.evaluation.matrix import Row, quantities
+from multifid.evaluation.table import rich_table
 from multifid.parallel import groups
 from multifid.parallel.groups import World
 from multifid.parallel.launch import cache_directory

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from multifid.evaluate.rows import read_rows
+from multifid.evaluation.rows import read_rows
 from multifid.model.model_file import export_model, with_tasks
 from multifid.model.saved import Description, load_description
 from multifid.structures.elements import SYMBOLS

@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from multifid.data.formats import FORMATS
-from multifid.data.readers import reader
+from multifid.readers import reader
+from multifid.readers.formats import FORMATS
 
 
 def formats(names: Sequence[str] = (), console: Console | None = None) -> None:

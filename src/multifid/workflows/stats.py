@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from multifid.data.statistics import Range, StoreStatistics, statistics
-from multifid.data.store import Store
-from multifid.evaluate.fitted import FittedTable
+from multifid.evaluation.fitted import FittedTable
+from multifid.store.statistics import Range, StoreStatistics, statistics
+from multifid.store.store import Store
 from multifid.structures.elements import SYMBOLS
 from multifid.structures.structure import SPLITS
 
@@ -139,8 +139,8 @@ def _symbols(numbers: Iterable[int]) -> str:
 
 def _draw(found: Sequence[StoreStatistics], figure: Path) -> None:
     """Imported here only: without a figure the command does not wait for matplotlib."""
-    from multifid.evaluate.figures import save
-    from multifid.evaluate.periodic_table import periodic_tables
+    from multifid.evaluation.figures import save
+    from multifid.evaluation.periodic_table import periodic_tables
 
     names = [s.name for s in found]
     counts = {s.name if names.count(s.name) == 1 else f"{s.name} ({k})": s.elements for k, s in enumerate(found, 1)}

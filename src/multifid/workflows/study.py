@@ -15,19 +15,19 @@ import yaml
 from rich.console import Console
 
 from multifid.config import Config, StudyConfig, differences, dump_config, load_config, parse_config
-from multifid.data.loader import open_sources
-from multifid.evaluate.evaluate import Data, Share, evaluate, references_row
-from multifid.evaluate.figures import Parity, convergence, error_matrix, parity, save
-from multifid.evaluate.matrix import BASELINE, TWO_LEVEL, Row, own_model, quantities
-from multifid.evaluate.parity import ParityCollector
-from multifid.evaluate.rows import add_rows, write_rows
-from multifid.evaluate.table import rich_table, write_tables
+from multifid.evaluation.evaluate import Data, Share, evaluate, references_row
+from multifid.evaluation.figures import Parity, convergence, error_matrix, parity, save
+from multifid.evaluation.matrix import BASELINE, TWO_LEVEL, Row, own_model, quantities
+from multifid.evaluation.parity import ParityCollector
+from multifid.evaluation.rows import add_rows, write_rows
+from multifid.evaluation.table import rich_table, write_tables
+from multifid.feed.loader import open_sources
 from multifid.model.saved import load_potential
 from multifid.parallel import groups
 from multifid.parallel.groups import World
-from multifid.train.journal import read_journal
-from multifid.train.resolve import resolve
-from multifid.train.run import make_draws, total_steps, train
+from multifid.training.journal import read_journal
+from multifid.training.resolve import resolve
+from multifid.training.run import make_draws, total_steps, train
 
 
 def study(config: Config, console: Console | None = None) -> Path:

@@ -1,0 +1,328 @@
+"""Ask trained models about stores: one row of errors for each model and dataset.
+
+On any device, and on any number of processes: each takes every so-manieth batch, and only the sums of `Errors` are
+added over them, by the function that is handed down. The batches are the same however many processes there are.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from multifid.evaluation.failures import Failures, failed
+from multifid.evaluation.metrics import Errors, Row
+from multifid.evaluation.rows import add_rows
+from multifid.feed.loader import Source, ahead, collate, cut, edge_costs
+from multifid.graphs.batch import Batch, Targets
+from multifid.model.potential import Potential, Prediction
+from multifid.model.saved import Description, load_potential
+from multifid.store.references import References
+from multifid.store.store import Store
+
+CPU = torch.device("cpu")
+EDGES = 20_000  # of a batch on a processor: large enough to keep it busy
+MEMORY = 1 << 30  # bytes of a batch's features on a processor
+PART = 0.25  # of an accelerator's free memory
+KEPT = 16  # numbers for each edge, hidden unit and layer that a pass keeps if autograd needs them, at most
+MOST_WAYS = 12  # that an error offers
+AT_ONCE = 1 << 16  # structures whose costs are looked at together
+Collector = Callable[[Prediction, Batch, str], None]  # hears (prediction in eV, batch, data) of this process's batches
+
+
+def _as_it_is(sums: Tensor) -> Tensor:
+    return sums
+
+
+def _unheard(structures: int) -> None:
+    """Nobody looks at how far it is."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process does of an evaluation, and how the sums of all are added."""
+
+    device: torch.device = CPU
+    rank: int = 0
+    size: int = 1
+    sum_: Callable[[Tensor], Tensor] = _as_it_is  # of a float64 tensor on the host, over all processes
+    workers: int = 1  # threads that prepare batches ahead
+    max_edges: int | None = None  # of a batch; None: by the width of the model and the memory of the device
+    advance: Callable[[int], None] = _unheard  # is told how many more structures are done, over all processes
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset to ask about: one label set of a store, and what it is called in tables."""
+
+    name: str
+    store: Store
+    label_set: str
+    source: Path | None = None  # the file that the store was made of, where one was asked about
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        return self.source or self.store.path
+
+
+def data_of(text: str, verify: str = "touch") -> list[Data]:
+    """`[TASK=]STORE`: the label set TASK (or the only one) under the name TASK; without TASK all label sets."""
+    name, equals, path = text.rpartition("=")
+    return label_sets(Store(Path(path), verify=verify), name if equals else None)
+
+
+def label_sets(store: Store, name: str | None) -> list[Data]:
+    """The label set of a store that is called `name`, or its only one under that name; without a name all of them."""
+    if name is None:
+        return [Data(n, store, n) for n in store.tasks]
+    if name not in store.tasks and len(store.tasks) > 1:
+        sets = ", ".join(store.tasks)
+        raise ValueError(f"--data {name}={store.path}: it has the label sets {sets}; none is called {name!r}")
+    return [Data(name, store, name if name in store.tasks else store.tasks[0])]
+
+
+def evaluate_run(
+    run: Path,
+    data: list[Data],
+    split: str = "test",
+    branch: str | None = None,
+    weights: str = "model.safetensors",
+    unseen: bool = False,
+    share: Share = Share(),
+) -> list[Row]:
+    """Rows of one trained run on several datasets, also added to RUN/evaluation.json by the first process."""
+    potential, description = load_potential(run, weights)
+    asked = [d if branch or d.name in description["tasks"] else _as_trained_on(run, d) for d in data]
+    rows = [evaluate(potential, description, run.name, d, split, branch, unseen=unseen, share=share) for d in asked]
+    if share.rank == 0:
+        add_rows(run, rows)
+    return rows
+
+
+def evaluate(
+    potential: Potential,
+    description: Description,
+    model: str,
+    data: Data,
+    split: str = "test",
+    branch: str | None = None,
+    collect: Collector | None = None,
+    unseen: bool = False,
+    share: Share = Share(),
+) -> Row:
+    """The errors of one model on one split of one dataset, in eV/atom, eV/angstrom and eV/angstrom^3.
+
+    A model that was trained on the task answers with its branch and its reference energies, and total energies are
+    compared. Another answers with its only branch (or the one named), and its aligned energies are compared with the
+    store's aligned labels: its zero of energy says nothing about another source. Structures with elements that the
+    branch has never seen are predicted and counted; `unseen`: they enter the means too. The row says whether they do.
+    Structures whose prediction is not finite are counted and named, and enter no mean.
+    Called on all processes of a `share`, with the same on each; all get the same row.
+    """
+    answers, references, whose = _who_answers(description, data, branch, model)
+    source = Source(data.store, {answers: data.label_set}, {answers: references})
+    known, scale = _elements(description, answers), description["tasks"][answers]["scale"]
+    potential, errors = potential.to(share.device).eval(), Errors(share.device)
+    failures = Failures(share.device)
+    for index, whole in _batches(source, split, description["cutoff"], edge_budget(potential, share), share):
+        for part, batch, p in _predictions(potential, source, index, whole, share.device):
+            strange = _unseen(batch, known).to(share.device)
+            targets, structure = _moved(batch.targets[answers], share.device), batch.structure.to(share.device)
+            p = _times(p, scale)
+            bad = failed(p, targets, structure)
+            left_out = torch.zeros_like(bad) if unseen else strange
+            failures.add(bad, left_out, part)
+            targets = _without(targets, bad | left_out, structure)
+            errors.add(p.energy, p.forces, p.stress, targets, batch.natoms.to(share.device), strange)
+            if collect is not None:
+                collect(_at(p, CPU), batch, answers)
+        share.advance(len(index) * share.size)
+    row = Errors.from_tensor(share.sum_(errors.as_tensor().cpu())).row(model, data.name, split)
+    nonfinite, lost = failures.row(data.store, share.rank, share.size, share.sum_)
+    counted = row["structures"] - lost - (0 if unseen else row["unseen_structures"])
+    return row | nonfinite | _about(counted, unseen, data, description["tasks"][answers]["branch"], whose)
+
+
+def _as_trained_on(run: Path, data: Data) -> Data:
+    """Under the name of the task that the run trained on this very label set, where it is the only such task."""
+    config = run / "config.yaml"
+    about = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    tasks = about.get("tasks", {}) if isinstance(about, dict) else {}
+    same = [
+        name
+        for name, task in tasks.items()
+        if Path(task["store"]).resolve() == data.store.path.resolve()
+        and (task.get("labels") or (name if name in data.store.tasks else data.store.tasks[0])) == data.label_set
+    ]
+    return replace(data, name=same[0]) if len(same) == 1 else data
+
+
+def references_row(data: Data, split: str = "test") -> Row:
+    """The row of a model that knows the reference energies and nothing else: aligned energy zero, forces zero."""
+    about = data.store.manifest["tasks"][data.label_set]
+    source = Source(data.store, {data.name: data.label_set}, {data.name: References.from_manifest(about)})
+    errors = Errors()
+    for pieces in _pieces(data.store, split, lambda i: data.store.rows("natoms", i).astype(float), EDGES):
+        for index in pieces:
+            packed = collate([(source, index)], 0.1)
+            targets = packed.targets[data.name]
+            zero = torch.zeros_like
+            errors.add(zero(targets.energy), zero(packed.positions), zero(packed.cell), targets, packed.natoms)
+    row = errors.row("References", data.name, split)
+    return row | _about(row["structures"], True, data, None, _of_data(data))
+
+
+def _of_data(data: Data) -> str:
+    """How rows call the data's own reference energies, which a store without a train split has from what is asked."""
+    fitted_on = data.store.fitted_on
+    return "data" if fitted_on == "train" else f"data, fitted to its {fitted_on} split"
+
+
+def _about(counted: int, unseen: bool, data: Data, branch: str | None, references: str) -> Row:
+    """What a row says of its numbers: what the means cover, who answered, in which energies, and where the data lie."""
+    return {
+        "counted_structures": counted,
+        "unseen": "included" if unseen else "excluded",
+        "branch": branch,
+        "references": references,
+        "source": str(data.path),
+    }
+
+
+def edge_budget(potential: Potential, share: Share) -> int:
+    """Edges of a batch, so that what a pass keeps of them stays within the memory."""
+    if share.max_edges is not None:
+        return share.max_edges
+    encoder, number = potential.encoder, next(potential.parameters())
+    of_edge = KEPT * encoder.degrees[0] * max(encoder.depth, 1) * number.element_size()
+    if share.device.type == "cpu":
+        return max(1, min(EDGES, MEMORY // of_edge))
+    free, _ = torch.accelerator.get_memory_info(share.device)
+    return max(EDGES // 10, min(100 * EDGES, int(PART * free) // of_edge))
+
+
+def size_of(data: Data, split: str) -> int:
+    """Structures of a split, or of `all`."""
+    return data.store.structures if split == "all" else data.store.size(split)
+
+
+def _batches(source: Source, split: str, cutoff: float, edges: int, share: Share) -> Iterator[tuple[np.ndarray, Batch]]:
+    """This process's batches of a split (or "all"), prepared ahead; memory does not grow with the split."""
+    first = 0
+    for pieces in _pieces(source.store, split, lambda i: edge_costs(source, i, cutoff), edges):
+        mine = pieces[(share.rank - first) % share.size :: share.size]
+        first += len(pieces)  # goes on where the part before has ended, so that all have nearly as many
+
+        def prepared(k: int, mine: list[np.ndarray] = mine) -> tuple[np.ndarray, Batch]:
+            return mine[k], collate([(source, mine[k])], cutoff)
+
+        yield from ahead(prepared, 0, len(mine), share.workers)
+
+
+def _pieces(
+    store: Store, split: str, costs: Callable[[np.ndarray], np.ndarray], most: int
+) -> Iterator[list[np.ndarray]]:
+    """The structures of a split (or "all") part by part, each cut into batches of about so much cost."""
+    size = store.structures if split == "all" else store.size(split)
+    for start in range(0, size, AT_ONCE):
+        part = slice(start, min(start + AT_ONCE, size))
+        index = np.arange(part.start, part.stop) if split == "all" else store.pick(split, part)
+        yield [index[piece] for piece in cut(costs(index), most)]
+
+
+def _predictions(
+    potential: Potential, source: Source, index: np.ndarray, batch: Batch, device: torch.device
+) -> Iterator[tuple[np.ndarray, Batch, Prediction]]:
+    """A batch and what the model says of it, in scaled units; in halves where the device has no memory for the whole.
+
+    index: of its structures in the source's store; comes back with the batch, or with each half.
+    """
+    (task, label_set), cutoff = next(iter(source.tasks.items())), potential.config.cutoff
+    conservative = potential.config.branch.forces == "conservative"
+    stress = conservative and source.store.manifest["tasks"][label_set]["labels"]["stress"] > 0
+    number = next(potential.parameters())
+    prediction = None
+    try:
+        with torch.no_grad():
+            prediction = potential(replace(batch, targets={}).to(device, number.dtype), stress=stress)[task]
+    except torch.OutOfMemoryError as error:
+        if len(index) == 1:
+            where = f"structure {index[0]} of {source.store.path} ({int(batch.natoms[0])} atoms)"
+            raise ValueError(f"{device} has not enough memory for {where}: try --device cpu") from error
+    if prediction is not None:
+        yield index, batch, prediction
+        return
+    for half in (index[: len(index) // 2], index[len(index) // 2 :]):
+        yield from _predictions(potential, source, half, collate([(source, half)], cutoff), device)
+
+
+def _times(p: Prediction, scale: float) -> Prediction:
+    """In eV and in float64."""
+    stress = None if p.stress is None else p.stress.double() * scale
+    return Prediction(p.energy.double() * scale, p.forces.double() * scale, stress)
+
+
+def _at(p: Prediction, device: torch.device) -> Prediction:
+    return Prediction(p.energy.to(device), p.forces.to(device), None if p.stress is None else p.stress.to(device))
+
+
+def _moved(targets: Targets, device: torch.device) -> Targets:
+    forces, stress = (None if x is None else x.to(device) for x in (targets.forces, targets.stress))
+    return Targets(targets.energy.to(device), forces, stress)
+
+
+def _without(targets: Targets, left_out: Tensor, structure: Tensor) -> Targets:
+    """The labels without those of some structures, (S,) bool. structure (N,): of each atom."""
+
+    def blank(labels: Tensor | None, rows: Tensor) -> Tensor | None:
+        return None if labels is None else labels.masked_fill(rows.reshape(-1, *[1] * (labels.dim() - 1)), torch.nan)
+
+    energy = targets.energy.masked_fill(left_out, torch.nan)
+    return Targets(energy, blank(targets.forces, left_out[structure]), blank(targets.stress, left_out))
+
+
+def _who_answers(description: Description, data: Data, branch: str | None, model: str) -> tuple[str, References, str]:
+    """The task of the model whose branch answers, the references that labels are aligned by, and whose they are.
+
+    Never one of several branches that was not named: the answer of another head looks like any other.
+    """
+    tasks = description["tasks"]
+    about = data.store.manifest["tasks"][data.label_set]
+    store = References.from_manifest(about)
+    if data.name in tasks and branch in (None, data.name, tasks[data.name]["branch"]):
+        own = {int(z): e for z, e in tasks[data.name]["references"].items()}
+        return data.name, References({**store.energies, **own}, store.undetermined, store.rank, store.residual), "model"
+    named = [t for t in tasks if branch in (t, tasks[t]["branch"])] if branch is not None else list(tasks)
+    if branch is not None and not named:
+        raise ValueError(f"--branch {branch}: the model has the branches {description['branches']}")
+    if len({tasks[t]["branch"] for t in named}) > 1:
+        path, branches = data.path, description["branches"]
+        ways = [
+            *(f"  --data {task}={path}     if it is data of {task}: total energies are compared" for task in tasks),
+            *(f"  --data {path} --branch {name}     else: energies without references" for name in branches),
+        ]
+        listed = "\n".join(ways[:MOST_WAYS] + ["  ..."] * (len(ways) > MOST_WAYS))
+        raise ValueError(
+            f"{model} has not been trained on {data.name!r} and has several branches: say which one answers:\n{listed}"
+        )
+    return named[0], store, _of_data(data)
+
+
+def _elements(description: Description, task: str) -> Tensor:
+    """Which elements the branch of a task has seen in training, under any of its tasks: (119,) bool."""
+    tasks = description["tasks"]
+    seen = torch.zeros(119, dtype=torch.bool)
+    for about in tasks.values():
+        if about["branch"] == tasks[task]["branch"]:
+            seen[torch.tensor(about["elements"], dtype=torch.int64)] = True
+    return seen
+
+
+def _unseen(batch: Batch, elements: Tensor) -> Tensor:
+    """Which structures have an element that was never seen: (S,) bool."""
+    strange = (~elements[batch.numbers]).to(torch.int64)
+    return torch.zeros(batch.structures, dtype=torch.int64).index_add_(0, batch.structure, strange) > 0

@@ -1,0 +1,223 @@
+"""ASE databases in LMDB (`*.aselmdb`): OMat24, sAlex, OMol25, newer OC20.
+
+One LMDB file; keys are ascii integers from 1, each value is zlib(JSON) of a database row. Other keys (`nextid`,
+`metadata`, `deleted_ids`) are not rows. Arrays come in two encodings, as plain nested lists and as
+`{"__ndarray__": [shape, dtype, flat values]}`. Energies in eV, forces in eV/angstrom, stress (Voigt xx yy zz yz xz xy)
+in eV/angstrom^3, tension-positive: the units of ASE and ours. Charge and multiplicity are in `data` (OMol25), or in
+`key_value_pairs`, see `charges`; an OMol25 row without a charge is skipped.
+
+The file does not say which data set it is part of, and their levels of theory differ: the option `dataset` says it to
+the manifest. Rows whose `data.sid` starts with the name of a material (`agm011722394_0_0`: material, run, step) have
+that material as relative; others, as OMol25's molecules, have their formula, which is what OMol25 splits by itself.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import lmdb
+import numpy as np
+from pydantic import Field
+
+from multifid.readers import LabelSet, Part, Progress, Record, Skip, cut
+from multifid.readers.charges import ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
+from multifid.readers.holdings import listed
+from multifid.readers.records import (
+    BadRecord,
+    array,
+    atomic_numbers,
+    number,
+    periodicity,
+    stress_tensor,
+    structure_or_skip,
+    vectors,
+)
+from multifid.readers.units import UnitOptions
+from multifid.structures.elements import formula
+from multifid.structures.structure import Labels, Structure
+
+TASKS = {
+    "aselmdb": LabelSet("not stated in the file", "total"),
+    "omat24": LabelSet("PBE / PBE+U (VASP, PBE_54 potentials)", "total, uncorrected (VASP)"),
+    "salex": LabelSet("PBE / PBE+U (VASP, Alexandria)", "total, uncorrected (VASP)"),
+    "omol25": LabelSet("wB97M-V/def2-TZVPD (ORCA 6)", "total"),
+    "oc20": LabelSet("RPBE (VASP)", "total, uncorrected (VASP)"),
+}
+RELATIVE = "material or formula"
+ENDINGS = (".aselmdb",)
+
+PART = 20_000  # keys of a part
+LARGEST_ROW = 1 << 25  # bytes of JSON; the largest published rows are below 2^22
+MATERIAL = re.compile(r"(agm\d+|mp-\d+|mvc-\d+|wbm-\d+-\d+)(?:_|$)")
+
+
+class Options(ChargeOptions, UnitOptions):
+    """What to read of an ASE database."""
+
+    dataset: Literal["aselmdb", "omat24", "salex", "omol25", "oc20"] = Field(
+        "aselmdb", description="the data set the file is part of, and with it the level of theory in the manifest"
+    )
+
+
+def parts(path: Path, options: Options) -> list[Part]:
+    """Keys in the order of the file, PART at a time."""
+    with _rows(path) as (_, entries, _):
+        return cut([1] * entries, PART)
+
+
+def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
+    """Every row of the database, or why it is skipped; part: which of its keys. Memory holds one row.
+
+    A row without energy is a skip; without forces or stress, a missing label. `source_id` is the row's key. ValueError
+    if the file is truncated or not LMDB.
+    """
+    with _rows(path) as (cursor, entries, deleted):
+        start, stop = part or (0, entries)
+        keys = 0
+        for place, key in enumerate(islice(cursor.iternext(values=False), stop)):
+            if place < start:
+                keys += key.isdigit()
+                continue
+            if place % 100 == 0:
+                progress((place - start) / (stop - start))
+            if not key.isdigit():
+                continue
+            keys += 1
+            where = key.decode("ascii")
+            if int(where) in deleted:
+                yield Skip("row is deleted", where)
+            else:
+                yield structure_or_skip(where, _structure, cursor.value(), where, options)
+        if not keys and stop == entries:
+            raise ValueError(f"{path}: not an ASE database: no key is the number of a row")
+    progress(1.0)
+
+
+def holds(path: Path) -> list[str]:
+    """Keys of the first row."""
+    with _rows(path) as (cursor, _, _):
+        for key in cursor.iternext(values=False):
+            if key.isdigit():
+                row = _json(cursor.value())
+                return listed(row) if isinstance(row, dict) else []
+    return []
+
+
+@contextmanager
+def _rows(path: Path) -> Iterator[tuple[Any, int, set[int]]]:
+    """(cursor, number of keys, deleted rows). LMDB maps the file: a truncated one would end the process, not raise."""
+    size = path.stat().st_size
+    try:
+        with lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=True, max_readers=1) as database:
+            needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+            if size < needed:
+                raise ValueError(f"{path}: truncated: {size:,} bytes, but its header says {needed:,}")
+            with database.begin() as transaction:
+                deleted = transaction.get(b"deleted_ids")
+                yield (
+                    transaction.cursor(),
+                    max(database.stat()["entries"], 1),
+                    _ids(deleted, path) if deleted else set(),
+                )
+    except lmdb.Error as error:
+        raise ValueError(f"{path}: damaged or not an LMDB file: {error}") from error
+
+
+def _ids(value: bytes, path: Path) -> set[int]:
+    try:
+        return {int(i) for i in _json(value)}
+    except (BadRecord, TypeError, ValueError):
+        raise ValueError(f"{path}: deleted_ids is not a list of row numbers") from None
+
+
+def _json(value: bytes) -> Any:
+    """The JSON inside a compressed value (Python's dialect: ASE writes NaN as a bare token)."""
+    decoder = zlib.decompressobj()
+    try:
+        text = decoder.decompress(value, LARGEST_ROW)
+        if decoder.unconsumed_tail:
+            raise BadRecord("row is implausibly large")
+        if not decoder.eof:
+            raise BadRecord("row is truncated")
+        return json.loads(text)
+    except (zlib.error, ValueError, RecursionError):
+        raise BadRecord("row is not compressed JSON") from None
+
+
+def _array(value: Any, what: str) -> np.ndarray:
+    """float64 array from either encoding."""
+    if not isinstance(value, dict):
+        return array(value, what)
+    match value.get("__ndarray__"):
+        case [list(shape), str(), flat] if all(isinstance(n, int) and n >= 0 for n in shape):
+            values = array(flat, what)
+            if values.size == int(np.prod(shape)):
+                return values.reshape(shape)
+    raise BadRecord(f"{what} are not an array of numbers")
+
+
+def _structure(value: bytes, where: str, options: Options) -> Structure:
+    row = _json(value)
+    if not isinstance(row, dict) or "numbers" not in row or "positions" not in row:
+        raise BadRecord("row without numbers and positions")
+    data = row.get("data")
+    data = data if isinstance(data, dict) else {}
+    numbers = atomic_numbers(_array(row["numbers"], "atomic numbers"))
+    forces, stress = row.get("forces"), row.get("stress")
+    cell, pbc = periodicity(_array(row.get("cell"), "cell"), _array(row.get("pbc", [False] * 3), "pbc"))
+    tensor = None if stress is None else stress_tensor(_array(stress, "stress"))
+    factors = options.factors()
+    labels = Labels(
+        energy=number(row.get("energy"), "energy") * factors.energy,
+        forces=None if forces is None else vectors(_array(forces, "forces"), len(numbers), "forces") * factors.force,
+        stress=None if tensor is None else tensor * factors.stress,
+    )
+    charge, spin = _charge_and_spin(row, data, numbers, pbc is None, options)
+    return Structure(
+        numbers=numbers,
+        positions=vectors(_array(row["positions"], "positions"), len(numbers), "positions") * factors.length,
+        labels={options.dataset: labels},
+        relative=_relative(data.get("sid"), numbers),
+        source_id=where,
+        cell=None if cell is None else cell * factors.length,
+        pbc=pbc,
+        charge=charge,
+        spin=spin,
+    )
+
+
+def _charge_and_spin(
+    row: dict[str, Any], data: dict[str, Any], numbers: np.ndarray, molecule: bool, options: Options
+) -> tuple[int | None, int | None]:
+    """What `data`, `key_value_pairs` or `info` state; else, of a molecule, what ASE's values of its atoms add up to."""
+    places = (data, row.get("key_value_pairs"), row.get("info"), data.get("info"))
+    stated: dict[str, Any] = {}
+    for place in places:
+        if isinstance(place, dict):
+            stated |= {key: value for key, value in place.items() if stated.get(key) is None}
+    charge, spin = charge_of(stated, options), spin_of(stated, options)
+    if molecule and charge is None:
+        charge = of_atoms(_optional(row.get("initial_charges")))
+    if molecule and spin is None:
+        spin = spin_of_moments(row.get("magmom"), _optional(row.get("initial_magmoms")), numbers, charge)
+    if charge is None and options.dataset == "omol25":
+        raise BadRecord("no charge is stated (--option charge=0 states it)")
+    return charge, spin
+
+
+def _optional(value: Any) -> np.ndarray | None:
+    """An array in either encoding, or None where there is none that can be read."""
+    try:
+        return None if value is None else _array(value, "charges")
+    except BadRecord:
+        return None
+
+
+def _relative(sid: Any, numbers: np.ndarray) -> str:
+    material = MATERIAL.match(sid) if isinstance(sid, str) else None
+    return material[1] if material else formula(numbers)

@@ -1,0 +1,25 @@
+"""The formats that `prepare` reads: name -> the module of its reader, and what it is in a line.
+
+Apart from the readers, so that help lists them without importing what they need.
+"""
+
+from typing import NamedTuple
+
+
+class Format(NamedTuple):
+    """reader: its module, see `multifid.readers`. about: a line for people."""
+
+    reader: str
+    about: str
+
+
+FORMATS: dict[str, Format] = {
+    "ani1x": Format("multifid.readers.ani1x", "ANI-1x and ANI-1ccx, ani1x-release.h5"),
+    "qm7x": Format("multifid.readers.qm7x", "QM7-X, 1000.xz ... 8000.xz"),
+    "transition1x": Format("multifid.readers.transition1x", "Transition1x, Transition1x.h5"),
+    "mptrj": Format("multifid.readers.mptrj", "MPtrj, MPtrj_2022.9_full.json"),
+    "alexandria": Format("multifid.readers.alexandria", "Alexandria entries and trajectories, *.json.bz2"),
+    "extxyz": Format("multifid.readers.extxyz", "extended XYZ, as ASE, MACE and others write it"),
+    "aselmdb": Format("multifid.readers.aselmdb", "ASE databases in LMDB: OMat24, sAlex, OMol25, OC20"),
+    "spice": Format("multifid.readers.spice", "SPICE, SPICE-2.0.1.hdf5"),
+}

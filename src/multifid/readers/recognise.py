@@ -1,0 +1,39 @@
+"""Which published format a file is of: by the ending of its name, and where several share that, by its first records.
+
+No reader says of itself what its files look like; each is asked to read, and the one that finds a structure is right.
+"""
+
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+
+from multifid.readers import reader
+from multifid.readers.formats import FORMATS
+from multifid.store.block import Block
+from multifid.structures.structure import Structure
+
+LOOK = 200  # records of a file that a reader is shown
+
+
+def recognise(path: Path) -> str:
+    """The format of a file. ValueError, with how to say it, where none or several of the readers can read it.
+
+    A name with an ending of one format alone is of that format; without a known ending, all formats are tried.
+    """
+    by_name = [name for name in FORMATS if path.name.lower().endswith(reader(name).ENDINGS)]
+    if len(by_name) == 1:
+        return by_name[0]
+    found = [name for name in by_name or FORMATS if holds(path, reader(name))]
+    if len(found) == 1:
+        return found[0]
+    why = f"can be read as {' and as '.join(found)}" if found else "is in none of the formats that are known"
+    raise ValueError(f"{path} {why}: say which one it is, FORMAT:{path}, with FORMAT one of {', '.join(FORMATS)}")
+
+
+def holds(path: Path, module: ModuleType) -> bool:
+    """Whether a reader finds a structure among the first records of a file."""
+    try:
+        records = list(islice(module.read(path, module.Options(), lambda far: None, None), LOOK))
+    except Exception:  # whatever a library makes of a file of another format: it is of another format
+        return False
+    return any(isinstance(record, Structure | Block) for record in records)

@@ -1,0 +1,107 @@
+"""What trains, at its beginning: potential, gradients, optimizer, schedule and moving average of this rank.
+
+A branch is built only where it lives; nothing is built to be deleted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from multifid.config import Config
+from multifid.feed.loader import Source
+from multifid.model.compiled import compile_training
+from multifid.model.inherit import start_from
+from multifid.model.potential import Potential
+from multifid.parallel.gradients import Gradients, Part
+from multifid.parallel.groups import World, in_one_order
+from multifid.parallel.shard import Shards, shard
+from multifid.training.optimizer import OPTIMIZERS, MovingAverage, Schedule
+from multifid.training.step import ENCODER, Task, Trainer, part_of_branch
+
+
+def build(
+    config: Config,
+    sources: list[Source],
+    placement: Mapping[str, Sequence[int]],
+    per_epoch: int,
+    world: World,
+    begins: bool = True,
+) -> Trainer:
+    """The trainer of this rank, with the branches of the tasks that the placement (task -> ranks) gives it.
+
+    begins: whether the run does; one that goes on has its weights from a checkpoint, and needs no `init` any more.
+    """
+    t, branch_of = config.train, config.branch_of()
+    torch.manual_seed(config.seed)  # nothing here draws from the global generator; what may one day is a function of it
+    groups = world.groups(holders(branch_of, placement))
+    mine = [branch for branch, group in groups.items() if world.rank in group.ranks]
+    potential = Potential(config.model, mine, {k: b for k, b in branch_of.items() if b in mine}, config.seed)
+    if config.init is not None and begins:
+        start_from(potential, Path(config.init))
+    potential.to(dtype=torch.float64 if t.precision == "fp64" else torch.float32).train()
+    shards = apply_shards(potential, config, world)
+    potential.encoder.recompute = t.recompute
+    potential.branches.to(world.device)
+    # Of the whole process: products of float32 are exact unless a run asks for TF32.
+    torch.set_float32_matmul_precision("high" if t.precision == "tf32" else "highest")
+    in_one_order(t.deterministic)
+    if t.compile:
+        compile_training(potential, t.compile)
+    parts = [Part(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]
+    encoder = dict(potential.encoder_parameters()) if shards is None else shards.pieces
+    parts.append(Part(ENCODER, list(encoder.values()), world.group, shards))
+    parameters = encoder | {name: p for b in mine for name, p in potential.branch_parameters(b)}
+    scales = task_scales(config, sources)
+    return Trainer(
+        potential=potential,
+        parameters=parameters,
+        gradients=Gradients(parts),
+        optimizer=OPTIMIZERS[t.optimizer](parameters, t.lr, t.weight_decay),
+        schedule=Schedule(
+            t.schedule, t.warmup, t.steps or t.epochs * per_epoch, factor=t.plateau_factor, patience=t.plateau_patience
+        ),
+        average=None if t.ema is None else MovingAverage(parameters, t.ema),
+        objective=config.objective,
+        tasks=[Task(name, config.tasks[name].weight, scales[name]) for name in config.tasks],
+        world=world.group,
+        device=world.device,
+        precision=t.precision,
+        padded=bool(t.compile),
+        clip=t.clip,
+        lr=t.lr,
+    )
+
+
+def apply_shards(potential: Potential, config: Config, world: World) -> Shards | None:
+    """The encoder on the device of this rank: in pieces (`parallel.shard_encoder`, several ranks), or whole."""
+    conservative = config.model.branch.forces == "conservative"
+    wanted = config.parallel.shard_encoder
+    shards = shard(potential.encoder, ENCODER, world, keep_gathered=conservative) if wanted else None
+    if shards is None:
+        potential.encoder.to(world.device)
+    else:
+        potential.inner_gradient = shards.inner_gradient
+    return shards
+
+
+def holders(branch_of: Mapping[str, str], placement: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The ranks of every branch: those of all its tasks. In the order of their names, which is the global one."""
+    return {
+        branch: sorted({rank for task, b in branch_of.items() if b == branch for rank in placement[task]})
+        for branch in sorted(set(branch_of.values()))
+    }
+
+
+def task_scales(config: Config, sources: list[Source]) -> dict[str, float]:
+    """What divides the residuals of each task; one pooled scale where all tasks share a branch."""
+    about = {task: source.about(task) for source in sources for task in source.tasks}
+    if config.objective.scale == "none":
+        return dict.fromkeys(about, 1.0)
+    own = {t: float(a["scale"]) for t, a in about.items()}
+    if config.branches == "per_task":
+        return own
+    counts = {t: max(a["labels"]["forces"], a["labels"]["energy"]) for t, a in about.items()}
+    pooled = math.sqrt(sum(counts[t] * own[t] ** 2 for t in own) / sum(counts.values()))
+    return dict.fromkeys(own, pooled)

@@ -1,0 +1,116 @@
+"""What a task asks of a rank, estimated before anything is built: work of a step, and bytes. For `parallel.placement`.
+
+Work is counted in multiplications: two passes backward and one forward, each over all encoder parameters for an edge
+and over all branch parameters for an atom. That is too much by the same factor for all tasks, which is what matters.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from multifid.config import Config
+from multifid.feed.loader import Source, edge_costs
+from multifid.feed.order import Draw
+from multifid.model.branch import Branch
+from multifid.model.encoders import build_encoder
+from multifid.parallel.layout import GIB, Load, Memory
+from multifid.parallel.shard import elements, layers_of
+from multifid.training.optimizer import beside_moments
+
+SAMPLE = 1000  # structures of a train split whose edges are estimated
+# Multiplications, in the unit above, that could be made while one parameter is summed over ranks and updated. AdamW,
+# average, norm and zeroing move 48 bytes; processors make about 3 multiplications in the time of a byte, accelerators
+# 7 to 14. Trial steps (`trial.py`) on two cores said 323 (EGNN 4 x 866, heads 3 x 889), 416 (4 x 128, 3 x 128) and 167
+# (the same with conservative forces).
+UPDATE = 300.0
+
+
+def loads(config: Config, sources: list[Source], draws: list[Draw]) -> dict[str, Load]:
+    """The load of every task in a mean step."""
+    encoder, branch = parameters(config)
+    held = branch * bytes_per_parameter(config) + kept_beside(config)[1] * _bytes_of_number(config)
+    out = {}
+    for source, draw in zip(sources, draws, strict=True):
+        edges = mean_edges(source, config.model.cutoff)
+        atoms = float(source.store.rows("natoms", sample_of(source)).mean())
+        for task in draw.tasks:  # tasks of one store share the encoder's pass, and their ranks
+            work = 3 * float(draw.rate) * (edges * encoder / len(draw.tasks) + atoms * branch)
+            own = config.branches != "shared"
+            out[task] = Load(cost=work, holding=UPDATE * branch * own, bytes=held * own)
+    return out
+
+
+def mean_edges(source: Source, cutoff: float) -> float:
+    """Estimated edges of a structure of the train split."""
+    return float(edge_costs(source, sample_of(source), cutoff).mean())
+
+
+def sample_of(source: Source) -> np.ndarray:
+    """Structures that stand for a train split."""
+    return source.store.pick("train", slice(None, None, max(1, source.store.size("train") // SAMPLE)))
+
+
+def memory(config: Config, ranks: int = 1) -> Memory | None:
+    """The limit of a rank, and what it holds besides branches of its own."""
+    if config.parallel.memory is None:
+        return None
+    _, branch = parameters(config)
+    everywhere = encoder_bytes(config, ranks)
+    if config.branches == "shared":
+        everywhere += branch * bytes_per_parameter(config) + kept_beside(config)[1] * _bytes_of_number(config)
+    return Memory(limit=int(config.parallel.memory * GIB), encoder=everywhere)
+
+
+def encoder_bytes(config: Config, ranks: int) -> int:
+    """Of the encoder on a rank, the most in a step: all copies whole, or pieces and what is gathered for a while.
+
+    Gathered at once are the weights of two layers, the gradients of one and these once more as they are sent; for
+    conservative forces all weights and gradients, and one layer as it is sent; in steps of several micro-batches all
+    gradients.
+    """
+    with torch.device("meta"):
+        encoder = build_encoder(config.model.encoder, config.model.cutoff)
+    copies, number = bytes_per_parameter(config), _bytes_of_number(config)
+    if ranks == 1 or not config.parallel.shard_encoder:
+        return copies * sum(p.numel() for p in encoder.parameters()) + number * kept_beside(config)[0]
+    pieces = sum(elements(p.shape, ranks) for p in encoder.parameters())
+    conservative = config.model.branch.forces == "conservative"
+    return copies * pieces + number * gathered(encoder, conservative, config.train.max_edges is not None)
+
+
+def gathered(encoder: nn.Module, conservative: bool, micro_batches: bool) -> int:
+    """Numbers of a sharded encoder that a rank holds beside its pieces at the fullest moment; see `encoder_bytes`."""
+    whole = sum(p.numel() for p in encoder.parameters())
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(encoder)]
+    if conservative:
+        return 2 * whole + max(layers)
+    return 2 * (whole - sum(layers)) + 4 * max(layers) + (whole if micro_batches else 0)
+
+
+def parameters(config: Config) -> tuple[int, int]:
+    """Parameters of the encoder and of a branch, counted on modules without memory."""
+    encoder, branch = _modules(config)
+    return sum(p.numel() for p in encoder.parameters()), sum(p.numel() for p in branch.parameters())
+
+
+def kept_beside(config: Config) -> tuple[int, int]:
+    """Numbers that the optimizer keeps of the encoder and of a branch besides two moments."""
+    encoder, branch = (beside_moments(config.train.optimizer, dict(m.named_parameters())) for m in _modules(config))
+    return encoder, branch
+
+
+def _modules(config: Config) -> tuple[nn.Module, nn.Module]:
+    """Encoder and branch without memory."""
+    with torch.device("meta"):
+        encoder = build_encoder(config.model.encoder, config.model.cutoff)
+        return encoder, Branch(encoder, config.model.branch, config.model.cutoff)
+
+
+def bytes_per_parameter(config: Config) -> int:
+    """Weight, gradient, two moments, and the average."""
+    copies = 4 + (config.train.ema is not None)
+    return copies * _bytes_of_number(config)
+
+
+def _bytes_of_number(config: Config) -> int:
+    return 8 if config.train.precision == "fp64" else 4

@@ -1,0 +1,140 @@
+"""The objective, written once: sums over labels divided by the counts of the whole step.
+
+    L = sum_t w_t [ lambda_E / S_t    sum_s     loss(dE_s / (N_s scale_t))
+                  + lambda_F / (3 A_t) sum_i,xyz loss(dF_i / scale_t)
+                  + lambda_S / (9 V_t) sum_s,kl  loss(dsigma_s / scale_t) ]
+
+S_t, A_t, V_t count the structures with an energy, atoms with forces and structures with stress of task t in the whole
+step, over all ranks and micro-batches. So each part back-propagates sums over global counts, and gradients are summed:
+no factor depends on how many parts there are. Terms with a zero count are zero; a NaN label reaches no gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from multifid.graphs.batch import Labels, Rows, components
+from multifid.model.potential import Prediction
+
+
+class ObjectiveConfig(BaseModel):
+    """What is minimised."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    loss: Literal["l1", "mse", "huber", "l2norm"] = Field("l1", description="of the scaled residuals")
+    energy: float = Field(1.0, ge=0.0, description="lambda_E, weight of the energy per atom")
+    forces: float = Field(1.0, ge=0.0, description="lambda_F, weight of the force components")
+    stress: float = Field(0.0, ge=0.0, description="lambda_S, weight of the stress (needs branch.forces: conservative)")
+    scale: Literal["task", "none"] = Field("task", description="task: residuals in units of each task's force RMS")
+
+    @model_validator(mode="after")
+    def _something(self) -> "ObjectiveConfig":
+        if not self.energy + self.forces + self.stress:
+            raise ValueError(
+                "energy, forces and stress are all 0, so there is nothing to learn: give one of them weight"
+            )
+        return self
+
+
+Loss = Callable[[Tensor], Tensor]  # residuals (n, components) -> the loss of each row (n,)
+
+
+def l1(residual: Tensor) -> Tensor:
+    return residual.abs().mean(dim=1)
+
+
+def mse(residual: Tensor) -> Tensor:
+    return residual.square().mean(dim=1)
+
+
+def huber(residual: Tensor) -> Tensor:
+    """Quadratic below 1 (one `scale` of the task), linear above; by component."""
+    return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), reduction="none").mean(dim=1)
+
+
+def l2norm(residual: Tensor) -> Tensor:
+    """The length of each row: rotation-invariant for forces. Rows of zeros have gradient zero."""
+    return torch.linalg.vector_norm(residual, dim=1)
+
+
+LOSSES: dict[str, Loss] = {"l1": l1, "mse": mse, "huber": huber, "l2norm": l2norm}
+KINDS = ("energy", "forces", "stress")
+
+
+def label_counts(labels: Labels, tasks: int) -> Tensor:
+    """(S, A, V) of each task: structures with an energy, atoms with forces, structures with stress: (tasks, 3)."""
+    counts = labels.natoms.new_zeros((tasks, len(KINDS)), dtype=torch.float64)
+    for k, kind in enumerate(KINDS):
+        rows: Rows = getattr(labels, kind)
+        counts[:, k].index_add_(0, rows.owner, _labelled(rows.label).to(torch.float64))
+    return counts
+
+
+def _labelled(label: Tensor) -> Tensor:
+    """Which rows carry a label: (n,) bool; a row with one NaN carries none."""
+    return torch.isfinite(components(label)).all(dim=1)
+
+
+def in_rows(predictions: Mapping[str, Prediction], labels: Labels) -> dict[str, Tensor]:
+    """Predictions by kind, laid out like the labels; no kind that has no labels or is not predicted."""
+    out = {}
+    for kind in KINDS:
+        parts = [getattr(predictions[task], kind) for task in getattr(labels, kind).tasks]
+        if parts and parts[0] is not None:
+            out[kind] = torch.cat(parts)
+    return out
+
+
+def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: Labels, scales: Tensor) -> Tensor:
+    """Sums of the loss over each task's labels in this batch, by kind, each in its mean's unit: (tasks, 3) float64.
+
+    Divided by the global (S, A, V) and weighted, they are the batch's part of the objective.
+    predicted: as by `in_rows`, in scaled units; scales (tasks,) eV/angstrom.
+    """
+    out = []
+    for kind, losses in loss_rows(config, predicted, labels, scales).items():
+        sums = scales.new_zeros(len(scales), dtype=torch.float64)
+        if losses is not None:
+            sums = sums.index_add(0, getattr(labels, kind).owner, getattr(config, kind) * losses.to(torch.float64))
+        out.append(sums)
+    return torch.stack(out, dim=1)
+
+
+def loss_rows(
+    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: Labels, scales: Tensor
+) -> dict[str, Tensor | None]:
+    """The loss of each row of labels (n,), by kind, before its weight; None where it has none, or is not predicted."""
+    out: dict[str, Tensor | None] = {}
+    for kind in KINDS:
+        out[kind] = None
+        if kind in predicted and getattr(config, kind) > 0.0:
+            natoms = labels.natoms if kind == "energy" else None
+            out[kind] = LOSSES[config.loss](_residual(predicted[kind], getattr(labels, kind), scales, natoms))
+    return out
+
+
+def _residual(predicted: Tensor, rows: Rows, scales: Tensor, natoms: Tensor | None) -> Tensor:
+    """Residuals of the labelled rows, zero (with zero gradient) elsewhere: (n, components)."""
+    labelled = _labelled(rows.label)[:, None]
+    scale = scales.to(predicted.dtype).index_select(0, rows.owner)[:, None]
+    residual = components(predicted) - torch.where(labelled, components(rows.label), 0.0) / scale
+    if natoms is not None:
+        residual = residual / natoms.clamp(min=1)[:, None]
+    return torch.where(labelled, residual, 0.0)
+
+
+def objective(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tasks of weight x sum over kinds of sums / counts, zero where the count is zero.
+
+    sums, counts (tasks, 3), weights (tasks,).
+    """
+    return (weights * task_objectives(sums, counts)).sum()
+
+
+def task_objectives(sums: Tensor, counts: Tensor) -> Tensor:
+    """Of each task, the sum over kinds of sums / counts, zero where the count is zero: (tasks,)."""
+    return torch.where(counts > 0, sums / counts.clamp(min=1), 0.0).sum(dim=1)

@@ -1,0 +1,104 @@
+"""What a run says when it starts: what it trains, on what, and where."""
+
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+import torch
+
+import multifid
+from multifid.config import Config
+from multifid.feed.loader import Source
+from multifid.feed.order import Draw
+from multifid.parallel.groups import World
+from multifid.parallel.layout import ranges
+from multifid.structures.structure import SPLITS
+from multifid.training.costs import parameters
+from multifid.training.lines import UNITS
+
+LABELS = ("energy", "forces", "stress")
+
+
+def heading(run: str, step: int) -> str:
+    """The line that every start of a run begins with."""
+    doing = f"resumes {run} at step {step}" if step else f"begins {run}"
+    return f"multifid {multifid.__version__} {doing}, {datetime.now():%Y-%m-%d %H:%M:%S}"
+
+
+def opening(
+    config: Config,
+    sources: Sequence[Source],
+    draws: Sequence[Draw],
+    placement: Mapping[str, Sequence[int]],
+    world: World,
+    length: str,
+) -> list[str]:
+    """Where the run is, what it optimises, how large the model is, and a table of its tasks.
+
+    length: how many steps there will be, in words. Called on one rank.
+    """
+    rate = {task: float(draw.rate) for draw in draws for task in draw.tasks}
+    whole = sum(float(draw.rate) for draw in draws)
+    lines = {
+        "place": _place(world),
+        "model": _model(config),
+        "parameters": _parameters(config),
+        "training": _training(config),
+        "length": f"{length}; {whole:.6g} structures a step",
+        "units": UNITS,
+    }
+    return [*(f"  {name:<10}  {text}" for name, text in lines.items()), *_tasks(config, sources, rate, placement)]
+
+
+def _place(world: World) -> str:
+    device = str(world.device)
+    if world.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(world.device)})"
+    ranks = f"{world.size} ranks" if world.size > 1 else "1 rank"
+    return f"{socket.gethostname()}, {device}, {ranks}, threads {torch.get_num_threads()}, torch {torch.__version__}"
+
+
+def _model(config: Config) -> str:
+    encoder, branch = config.model.encoder, config.model.branch
+    size = ", ".join(f"{key} {value}" for key, value in encoder if key != "name")
+    size = f"{encoder.name}, {size}" if size else encoder.name
+    return f"{size}; branches {'-'.join(map(str, branch.hidden))}, {branch.forces} forces; cutoff {config.model.cutoff}"
+
+
+def _parameters(config: Config) -> str:
+    encoder, branch = parameters(config)
+    number = len(set(config.branch_of().values()))
+    branches = f"{number} branch{'es' if number > 1 else ''}"
+    return f"encoder {encoder:,}; each branch {branch:,}; in all, with {branches}, {encoder + number * branch:,}"
+
+
+def _training(config: Config) -> str:
+    t, o = config.train, config.objective
+    weights = ", ".join(f"{kind} {getattr(o, kind):g}" for kind in LABELS if getattr(o, kind))
+    begun = "" if config.init is None else f"; from the weights of {config.init}"
+    return f"{o.loss} of {weights}; {t.optimizer}, lr {t.lr:g}, {t.schedule}, {t.precision}, seed {config.seed}{begun}"
+
+
+def _tasks(
+    config: Config, sources: Sequence[Source], rate: Mapping[str, float], placement: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """Structures in each split, labels in all splits together, structures in a step, weight and ranks of each task."""
+    splits = SPLITS[:3]
+    found = {}
+    for source in sources:
+        for task, label_set in source.tasks.items():
+            labels = source.store.manifest["tasks"][label_set]["labels"]
+            found[task] = [source.store.size(split) for split in splits] + [labels[kind] for kind in LABELS]
+    heads, rows = [*splits, *LABELS, "a step", "weight", "ranks"], []
+    for task in config.tasks:
+        numbers = [f"{n:,}" for n in found[task]] + [f"{rate[task]:.4g}", f"{config.tasks[task].weight:g}"]
+        rows.append([task, *numbers, ranges(placement[task])])
+    columns = list(zip(["task", *heads], *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    wide = [sum(widths[i : i + 3]) + 4 for i in (1, 4)]
+    lines = [f"{'':<{widths[0]}}  {'structures':^{wide[0]}}  {'structures with':^{wide[1]}}"]
+    for cells in zip(*columns, strict=True):
+        lines.append(
+            "  ".join(f"{c:>{w}}" if k else f"{c:<{w}}" for k, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        )
+    return [f"  | {line.rstrip()}" for line in lines]

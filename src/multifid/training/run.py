@@ -1,0 +1,384 @@
+"""A training run, read from top to bottom. READ FIRST.
+
+    join the ranks -> open the run and the stores -> place the tasks -> build what lives here -> restore the newest
+    checkpoint -> step, log, validate, save -> write the model
+
+Everything between two checkpoints is a function of the config and of the step, so a run that is killed and started
+again with the same command ends with the same bits; on another number of ranks, with the same numbers to rounding. All
+ranks go through these lines; rank 0 talks, keeps the journal and commits what all have written.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from rich.console import Console
+from rich.markup import escape
+
+from multifid.config import Config
+from multifid.feed.loader import ahead, open_sources
+from multifid.model.inherit import inherited
+from multifid.model.saved import describe, save_description
+from multifid.parallel import groups
+from multifid.parallel.devices import use
+from multifid.training.boards import find_boards, open_boards
+from multifid.training.build import build
+from multifid.training.checkpoint import Saver, folder_of, load_checkpoint
+from multifid.training.counts import announced
+from multifid.training.feed import Feed, Step, lists_of, make_draws, near, total_steps
+from multifid.training.identity import Kept, contents_of, kept_of, own_data, refuse_apart
+from multifid.training.journal import Journal
+from multifid.training.length import Length, length_of
+from multifid.training.lines import Lines
+from multifid.training.log import Bar, Log, duration
+from multifid.training.opening import heading, opening
+from multifid.training.pace import Pace
+from multifid.training.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
+from multifid.training.resolve import needs_trial, open_run, placement_of, write_config
+from multifid.training.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
+from multifid.training.step import ENCODER, Norms, Totals, Trainer
+from multifid.training.tensor_file import consolidate
+from multifid.training.trial import measured
+from multifid.training.unlabelled import missing_labels
+from multifid.training.watch import Watch
+
+__all__ = ["make_draws", "total_steps", "train"]
+TOLD = 0.05  # a number of steps that differs by more than this part from the one before is told
+
+
+@dataclass
+class Run:
+    """A run under way, on one of its ranks."""
+
+    config: Config  # resolved
+    folder: Path
+    world: groups.World
+    feed: Feed
+    trainer: Trainer
+    position: Position
+    length: Length
+    saver: Saver
+    pace: Pace  # since the last rows of training
+    log: Log  # on the console and in RUN/train.log; silent but on rank 0
+    recorders: list[Recorder]  # of what is said at log steps and validations; on rank 0
+    clock: Callable[[], float]  # seconds
+    watch: Watch
+    said: Moment | None = None  # last
+
+
+def train(
+    config: Config,
+    console: Console | None = None,
+    joined: groups.World | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Path:
+    """Train, or go on training, what a config describes. Returns the run's directory.
+
+    joined: the ranks, where the caller has joined them already.
+
+    The same on every rank of a launch by torchrun or srun. Raises SystemExit(143) after SIGTERM on any rank, when the
+    step is finished and everything saved; FloatingPointError when the gradient was not finite several steps in a row,
+    or no validation value of the whole run: on rank 0, with what began it, and SystemExit(1) on the others.
+    clock: seconds from any beginning.
+    """
+    ranks = groups.world(config.train.device, config.parallel.silence) if joined is None else nullcontext(joined)
+    with ranks as world, ExitStack() as atlast:
+        log = Log(console or Console(stderr=True), world.first)
+        atlast.callback(log.close)
+        try:
+            run = open_all(config, world, log, clock)
+            atlast.callback(close, run)
+            with stop_on_sigterm() as stop:
+                keep_beginning(run)
+                loop(run, stop)
+            finish(run)
+        except Exception as error:  # the caller prints it
+            log.note(f"{type(error).__name__}: {error}")
+            raise
+        except SystemExit as leaving:
+            if leaving.code != groups.STOPPED:
+                log.note("ended because another rank failed, which says why in the output of the job")
+            raise
+    return run.folder
+
+
+def close(run: Run) -> None:
+    """Whatever happened: nothing is written any more, and what was written is complete."""
+    run.saver.give_up()
+    for recorder in run.recorders:
+        recorder.close()
+
+
+def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], float]) -> Run:
+    """Everything at the newest whole checkpoint, or at the beginning where there is none."""
+    with world.together():
+        if world.first:
+            find_boards(config.train.tensorboard, config.train.wandb)
+        config, folder = open_run(config, world.size)
+        sources = open_sources(config.tasks, config.train.verify)
+    with world.together():
+        found = load_checkpoint(folder, world)
+    contents = world.share(contents_of(sources))
+    with world.together():
+        refuse_apart(contents_of(sources), contents)
+        kept: Kept = {}
+        if found is not None:
+            sources, kept, said = own_data(folder, config, sources, found[0])
+            for line in [*(f"{bad}; going back to the checkpoint before it" for bad in found[2]), *said]:
+                log.print(f"[yellow]{escape(line)}[/yellow]")
+        elif config.init is not None:
+            elements = {z for source in sources for task in source.tasks for z in source.elements(task)}
+            for line in inherited(Path(config.init), config.model, set(config.branch_of().values()), elements):
+                log.print(escape(line))
+        draws = make_draws(config, sources)
+        lists = lists_of(config, world.device)
+        trial = needs_trial(config, world.size)
+        lacking = missing_labels(config.objective, sources) if world.first else []
+    costs = measured(config, sources, draws, world) if trial else None
+    with world.together():
+        placement = placement_of(config, sources, draws, world.size, costs)
+    placement = world.share(placement)  # computed from floats: one rank decides
+    with world.together():  # only now: a run that cannot start leaves nothing behind
+        if world.first:
+            write_config(config, folder, placement, world.size)
+    if config.train.stage is not None:
+        sources = near(sources, placement, Path(config.train.stage), world)
+    feed = Feed(config, sources, draws, placement, world.rank, lists)
+    with world.together():
+        trainer = build(config, sources, placement, feed.epoch_steps, world, begins=found is None)
+        position, state = Position(Totals([t.name for t in trainer.tasks], trainer.device)), None
+        if found is not None:
+            state, files, _ = found
+            position = restore(trainer, state, files)
+            feed = Feed(config, sources, go_on(draws, state, kept), placement, world.rank, lists)
+        length = length_at(config, feed, position, trainer, state)
+        log.open(folder, position.step)
+        recorders = open_recorders(config, folder, position.step, log, world.device) if world.first else []
+    saver, pace = Saver(folder, world, config.train.keep), Pace(position, length.pace.validated)
+    watch = Watch(folder, world, trainer, feed, position, saver, log, config.train.nonfinite)
+    run = Run(config, folder, world, feed, trainer, position, length, saver, pace, log, recorders, clock, watch)
+    if world.first:
+        log.print(f"[bold]{escape(heading(str(folder), position.step))}[/bold]", highlight=False)
+        log.record(opening(config, sources, draws, placement, world, length_in_words(run)))
+        for text in lacking:
+            log.print(f"[yellow]{escape(text)}[/yellow]")
+        run.recorders.append(Bar(log.console, lambda: (position.step, length.known)))
+    return run
+
+
+def open_recorders(config: Config, folder: Path, step: int, log: Log, device: torch.device) -> list[Recorder]:
+    """Who writes down what the run says, where it goes on at a step. On rank 0."""
+    t = config.train
+    return [
+        Journal(folder, step),
+        Lines(log, list(config.tasks), config.objective.stress > 0, device.type != "cpu"),
+        *open_boards(folder, step, t.tensorboard, t.wandb, config.model_dump(mode="json")),
+    ]
+
+
+def length_at(config: Config, feed: Feed, position: Position, trainer: Trainer, state: dict[str, Any] | None) -> Length:
+    """How long the run is; `state` of the checkpoint it goes on from, if there is one."""
+    minutes, held = config.train.minutes, (state or {}).get("length")
+    if minutes is None or held is None or held["minutes"] != minutes:
+        trainer.schedule.straighten()
+    steps = total_steps(config, feed.draws)
+    return length_of(minutes, steps, feed.epoch_steps, position, feed.size("validation") / feed.structures, held)
+
+
+def length_in_words(run: Run) -> str:
+    length, per_epoch = run.length, run.feed.epoch_steps
+    if length.minutes is None:
+        return f"{length.total:,} steps, {length.total / per_epoch:.4g} epochs of {per_epoch:,} steps"
+    over = f", of which {run.position.seconds / 60:.3g} are over" if run.position.step else ""
+    known = "" if length.known is None else f", {length.known:,} steps as it seems"
+    return f"{length.minutes:g} min of training{over}{known}; epochs of {per_epoch:,} steps"
+
+
+def loop(run: Run, stop: list[int]) -> None:
+    """Steps from the position to the end of the run."""
+    t, feed, trainer, position = run.config.train, run.feed, run.trainer, run.position
+    per_epoch, length = feed.epoch_steps, run.length
+
+    def prepared(step: int) -> Step:
+        made = feed.step(step)
+        return made._replace(batches=[trainer.ready(batch) for batch in made.batches])
+
+    end = length.total if length.minutes is None else sys.maxsize  # by the clock it may come later than it seems
+    steps = ahead(prepared, position.step, end, t.workers, begin=partial(use, trainer.device))
+    counted = announced(steps, lambda made: trainer.counts(made.batches, made.known))
+    began = run.clock() - position.seconds
+    while position.step < length.total and not position.ended:
+        (micro, identities, _), counts = next(counted)
+        trainer.step(micro, position.totals, counts, stop=bool(stop))
+        position.step += 1
+        position.seen = xxhash.xxh3_64_hexdigest(bytes.fromhex(position.seen) + identities)
+        position.seconds = run.clock() - began
+        run.saver.check()
+        run.watch.step()
+        if position.step == length.next:
+            fix_length(run, began)
+        if position.step % t.log_every == 0:
+            trainer.settle()
+            record(run, position.totals, "train")
+            position.totals, trainer.norms = Totals(position.totals.tasks, trainer.device), Norms()
+            run.pace.mark(position)
+        at_epoch_end = position.step % per_epoch == 0 or position.step == length.total
+        better = end_epoch(run, began) if at_epoch_end else False
+        if at_epoch_end or position.step % t.checkpoint_every == 0 or trainer.stopped:
+            save(run, better)
+        if trainer.stopped and position.step < length.total:
+            run.saver.wait()
+            run.log.print(f"stopped by a signal at step {position.step}; the same command goes on from there")
+            raise SystemExit(groups.STOPPED)
+
+
+def fix_length(run: Run, began: float) -> None:
+    """All ranks agree, anew, on how many steps fit into the minutes of the run, and the schedule follows."""
+    trainer, position, length = run.trainer, run.position, run.length
+    trainer.settle()
+    position.seconds = run.clock() - began
+    before = length.known
+    length.fix(position, run.world.share(length.fitting(position) if run.world.first else None))
+    trainer.schedule.bend(trainer.updates, length.total - position.step)
+    if before is None or abs(length.total - before) > TOLD * before:
+        text = f"{length.total:,} steps, which is what fits into {length.minutes:g} min"
+        run.log.record([f" length at step {position.step}: {text}"])
+
+
+def end_epoch(run: Run, began: float) -> bool:
+    """Validate, record, decide whether to stop early, and say whether the model is better than ever before."""
+    trainer, position = run.trainer, run.position
+    totals = trainer.validate(run.feed.split("validation"))
+    losses = totals.objectives()
+    value = sum(task.weight * losses[task.name] for task in trainer.tasks)
+    run.watch.validation(totals, value)
+    trainer.schedule.validated(value)
+    position.epochs_without_better += 1
+    better = value < position.best and trainer.updates > 0  # untrained weights are no model
+    if better:
+        position.best, position.best_step, position.epochs_without_better = value, position.step, 0
+    patience = run.config.train.patience
+    position.ended = patience is not None and position.epochs_without_better >= patience
+    position.pause = run.clock() - began - position.seconds
+    position.seconds += position.pause
+    position.paused += position.pause
+    record(run, totals, "validation")
+    return better
+
+
+def save(run: Run, better: bool) -> None:
+    """A checkpoint of everything at the end of a step, and model.safetensors from its files if it is the best."""
+    run.saver.wait()  # its copies are dropped before new ones are made
+    description = describe_model(run)
+
+    def write_best(folder: Path) -> None:
+        consolidate(folder, run.folder / "model.safetensors")
+        save_description(run.folder / "model.json", description)
+
+    names = [*(part_of_branch(b) for b in sorted(set(run.config.branch_of().values()))), ENCODER]
+    state = state_of(run.trainer, run.position, run.feed.draws)
+    if run.length.minutes is not None:
+        state["length"] = run.length.state(run.position)
+    state["data"] = kept_of(run.config, run.feed.sources, run.feed.draws)
+    state["layout"] = {task: list(ranks) for task, ranks in run.feed.placement.items()}
+    run.saver.save(run.position.step, tensors_of(run.trainer), names, state, write_best if better else None)
+
+
+def keep_beginning(run: Run) -> None:
+    """What `init` gave is kept before the first step: from then on nobody asks for the other run again."""
+    if run.config.init is not None and run.position.step == 0 and not folder_of(run.folder, 0).exists():
+        save(run, better=False)
+
+
+def finish(run: Run) -> None:
+    """Write the last model beside the best one and say where both are."""
+    run.saver.wait()
+    run.watch.end()
+    if not run.world.first:
+        return
+    position = run.position
+    consolidate(folder_of(run.folder, position.step), run.folder / "last.safetensors")
+    save_description(run.folder / "model.json", describe_model(run))
+    why = "stopped early" if position.ended else "complete"
+    run.log.print(
+        escape(
+            f"{run.folder}: {why} after {position.step} steps ({duration(position.seconds)}); best validation value "
+            f"{position.best:.4g} at step {position.best_step}: {run.folder / 'model.safetensors'}"
+        )
+    )
+
+
+def record(run: Run, totals: Totals, split: str) -> None:
+    """Tell all recorders what the run has reached."""
+    if run.recorders:
+        p, tasks = run.position, run.trainer.tasks
+        told = rows(totals, tasks, p.step, p.step / run.feed.epoch_steps, split, p.seconds, moment(run, split))
+        for recorder in run.recorders:
+            recorder.write(told)
+
+
+def moment(run: Run, split: str) -> Moment:
+    """What is said of the run as a whole, with the rows of a split."""
+    trainer, position, feed = run.trainer, run.position, run.feed
+    spent = run.pace.spent(position)
+    norm = trainer.norms.mean
+    if norm is None and run.said is not None:  # a validation right after rows of training
+        norm = run.said.grad_norm
+    run.said = Moment(
+        lr=trainer.lr * trainer.schedule(max(0, trainer.updates - 1)),
+        grad_norm=norm,
+        skipped=trainer.norms.skipped,
+        best=finite(position.best),
+        structures_per_second=feed.structures / spent.step if spent is not None and spent.step > 0 else None,
+        seconds_left=run.length.seconds_left(position, run.pace, validated=split == "validation"),
+        memory=peak_memory(),
+        device_memory=peak_device_memory(trainer.device),
+    )
+    return run.said
+
+
+def describe_model(run: Run) -> dict[str, Any]:
+    """The content of model.json: what the model is, and what its branches know."""
+    config, position = run.config, run.position
+    scales = {t.name: t.scale for t in run.trainer.tasks}
+    tasks = {}
+    for source in run.feed.sources:
+        for task in source.tasks:
+            about = source.about(task)
+            tasks[task] = {
+                "elements": source.elements(task),
+                "references": {str(z): e for z, e in source.references[task].energies.items()},
+                "undetermined": about["undetermined"],
+                "scale": scales[task],
+                "level_of_theory": about["level_of_theory"],
+                "structures": source.store.manifest["splits"]["train"],
+                "labels": about["labels"],
+            }
+    trained = {
+        "steps": position.step,
+        "epochs": position.step / run.feed.epoch_steps,
+        "seed": config.seed,
+        "best": finite(position.best),
+    }
+    return describe(config.model, config.branch_of(), dict(sorted(tasks.items())), trained)
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[list[int]]:
+    """A list that SIGTERM (or Ctrl-C) makes non-empty; the loop looks at it between steps."""
+    heard: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {s: signal.signal(s, lambda number, frame: heard.append(number)) for s in signals}
+    try:
+        yield heard
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

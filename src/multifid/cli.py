@@ -103,6 +103,24 @@ def formats(
 
 
 @app.command()
+def init(
+    stores: Stores,
+    out: Annotated[Path, typer.Option("--out", metavar="CONFIG.yaml", help="the new config")] = Path("config.yaml"),
+    run: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN", help="directory that the run will write into; default: runs/ and the name of the config"
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="length of the run by the clock")] = 20.0,
+) -> None:
+    """Write a first config for stores, with comments, ready to train. (Not the config key `init`.)"""
+    from multifid.workflows.first_config import first_config
+
+    first_config(stores, out, run, minutes)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run to go on with")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.lr=0.001")] = None,

@@ -52,7 +52,7 @@ def sample(
     these names are replaced, each only when the new one is whole; `sources.json` comes last.
 
     Worker processes are spawned: a script that calls this needs the usual `if __name__ == "__main__":`.
-    Raises ImportError without tblite (`pip install 'multifid[demo]'`).
+    Raises ValueError without tblite (`pip install 'multifid[demo]'`).
     """
     if structures < 1:
         raise ValueError(f"structures must be at least 1, not {structures}")

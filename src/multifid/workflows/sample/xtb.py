@@ -53,7 +53,7 @@ def interface() -> Any:
     try:
         import tblite.interface
     except ImportError as error:
-        raise ImportError("multifid sample computes its labels with tblite: pip install 'multifid[demo]'") from error
+        raise ValueError("multifid sample computes its labels with tblite: pip install 'multifid[demo]'") from error
     return tblite.interface
 
 

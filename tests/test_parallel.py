@@ -364,7 +364,7 @@ def test_a_flipped_byte_is_named_and_all_ranks_take_the_checkpoint_before(pool, 
         assert len(complaints) == 1 and str(damaged) in complaints[0]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("shampoo", marks=pytest.mark.full)])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("soap", marks=pytest.mark.full)])
 def test_tasks_join_and_leave_a_run_on_any_number_of_ranks_alike(pool, five, tmp_path, optimizer):
     def run(name: str, ranks: tuple[int, int, int]) -> Path:
         for n, tasks in zip(ranks, (2, 4, 3), strict=True):

@@ -71,8 +71,8 @@ class Config(BaseModel):
                 "train.neighbors: device works on the device from other threads, which must not be while a CUDA graph "
                 "is recorded: with train.compile: reduce-overhead set it to host"
             )
-        if self.train.optimizer == "shampoo" and self.parallel.shard_encoder:
-            raise ValueError("train.optimizer: shampoo needs whole matrices; with parallel.shard_encoder take adamw")
+        if self.train.optimizer == "soap" and self.parallel.shard_encoder:
+            raise ValueError("train.optimizer: soap needs whole matrices; with parallel.shard_encoder take adamw")
         return self
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multifid.training.shampoo import Shampoo
+from multifid.training.soap import SOAP
 
 Named = dict[str, nn.Parameter]
 
@@ -35,13 +35,13 @@ def update(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, clip: floa
     optimizer.step()
 
 
-OPTIMIZERS: dict[str, Callable[[Named, float, float], torch.optim.Optimizer]] = {"adamw": adamw, "shampoo": Shampoo}
+OPTIMIZERS: dict[str, Callable[[Named, float, float], torch.optim.Optimizer]] = {"adamw": adamw, "soap": SOAP}
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """What the optimizer keeps of a parameter, by name, also before the first update."""
     held = optimizer.state[parameter]
-    if not held and isinstance(optimizer, Shampoo):
+    if not held and isinstance(optimizer, SOAP):
         held = optimizer.first_state(parameter)
     elif not held:
         held = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -67,8 +67,8 @@ def set_moments(
     """Put back what `moments` gave, after `updates` updates."""
     if updates == 0:
         return
-    # The fused AdamW counts on the device; Shampoo reads the count in every update, and would wait for the device.
-    device = "cpu" if isinstance(optimizer, Shampoo) else parameter.device
+    # The fused AdamW counts on the device; SOAP reads the count in every update, and would wait for the device.
+    device = "cpu" if isinstance(optimizer, SOAP) else parameter.device
     step = torch.tensor(float(updates), dtype=torch.float32, device=device)
     optimizer.state[parameter] = {"step": step} | {name: x.to(parameter.device) for name, x in held.items()}
 

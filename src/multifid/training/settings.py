@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TrainConfig(BaseModel):
@@ -12,10 +12,10 @@ class TrainConfig(BaseModel):
 
     lr: float = Field(1.0e-3, gt=0.0, description="highest learning rate of the optimizer")
     weight_decay: float = Field(0.01, ge=0.0, description="decoupled decay of matrices; biases are not decayed")
-    optimizer: Literal["adamw", "shampoo"] = Field(
+    optimizer: Literal["adamw", "soap"] = Field(
         "adamw",
-        description="shampoo: gradients of a matrix are divided by square roots of the covariances of their rows and "
-        "columns; fewer steps to the same error, for 2 (m^2 + n^2) - m n more numbers for an m x n matrix",
+        description="soap: Adam in the eigenbasis of running averages of G G^T and G^T G; fewer steps to the same "
+        "error, for 2 (m^2 + n^2) more numbers for an m x n matrix",
     )
     clip: float | None = Field(10.0, gt=0.0, description="highest norm of the gradient over encoder and all branches")
     ema: float | None = Field(0.999, gt=0.0, lt=1.0, description="decay of the moving average of weights; null: off")
@@ -88,17 +88,6 @@ class TrainConfig(BaseModel):
     nonfinite: int = Field(
         5, gt=0, description="updates skipped in a row, for a loss or gradient that is not finite, before the run stops"
     )
-
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _no_soap(cls, optimizer: object) -> object:
-        if optimizer == "soap":
-            raise ValueError(
-                "soap is no longer offered, because what it made of equal gradients depended on rounding errors: take "
-                "shampoo, with the same learning rate; a run cannot change its optimizer, but `init` starts a new run "
-                "from its weights"
-            )
-        return optimizer
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

@@ -36,7 +36,7 @@ def errors(args: argparse.Namespace, precision: str, seed: int) -> tuple[float, 
                 "lr": 2e-3, "warmup": args.steps // 20, "ema": 0.99,
             },
         }  # fmt: skip
-        run = train(parse_config(values, "benchmarks/precision.py"), Console(quiet=True))
+        run = train(parse_config(values, "benchmarks/precision.py"), Console(quiet=True)).run
         last = [row for row in read_journal(run) if row["split"] == "validation"][-1]
     return 1000 * last["energy_mae"], 1000 * last["forces_mae"]
 

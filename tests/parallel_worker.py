@@ -315,12 +315,15 @@ def whole_run(values: dict, stop_at: int | None = None, told: int = 0) -> int:
 
     Trainer.step = step
     try:
-        train(parse_config(values, "test"), Console(quiet=True))
-    except SystemExit as leaving:
-        return leaving.code
+        return 0 if train(parse_config(values, "test"), Console(quiet=True), signals=True).complete else groups.STOPPED
     finally:
         Trainer.step = original
-    return 0
+
+
+def stopped_by_callback(values: dict, step: int) -> tuple[int, bool, str, float | None]:
+    """How a run ends that a callback stops at a step."""
+    result = multifid.train(values, [lambda rows: "enough" if rows[0]["step"] == step else None], quiet=True)
+    return result.steps, result.complete, result.reason, result.best
 
 
 def contexts_after_a_run(values: dict) -> list[int]:
@@ -341,7 +344,7 @@ def error_of(values: dict) -> str:
     """How a run that cannot start ends on this rank."""
     try:
         train(parse_config(values, "test"), Console(quiet=True))
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "it ran"
 
@@ -391,6 +394,7 @@ JOBS = {
         contexts_after_a_run,
         groups_of,
         recorded_steps,
+        stopped_by_callback,
         updated_weights,
         whole_run,
         newest_checkpoint,

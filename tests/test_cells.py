@@ -99,7 +99,7 @@ def test_training_and_evaluating_a_mixed_store_with_its_stress_is_finite_and_rig
             "precision": "fp64",
         },
     }
-    run = train(parse_config(values, "test"), Console(quiet=True))
+    run = train(parse_config(values, "test"), Console(quiet=True)).run
     assert all(np.isfinite(r["loss"]) for r in read_journal(run))
     (row,) = evaluate_run(run, data_of(str(store[0])), "all", branch="argon")
     potential, description = load_potential(run)

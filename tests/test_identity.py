@@ -44,7 +44,7 @@ def values_of(files: Path, run: str = "run", tasks: str = "ab", **changes) -> di
 def go(values: dict, upto: int | None = None) -> tuple[Path, str]:
     """A start of a run, killed after a checkpoint if `upto` says so: its directory, and what it printed."""
     console = Console(record=True, width=1000, file=io.StringIO())
-    run = train(parse_config(values, "test"), console)
+    run = train(parse_config(values, "test"), console).run
     for folder in (run / "checkpoints").iterdir() if upto is not None else ():
         if int(folder.name.removeprefix("step-")) > upto:
             shutil.rmtree(folder)

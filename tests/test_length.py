@@ -109,7 +109,7 @@ def test_interrupted_at_any_moment_it_makes_the_same_steps(stores, tmp_path, mon
         clock.fail_at = fail_at
         timed = {"minutes": 0.05, "steps": None, "checkpoint_every": 3, "epoch_steps": 20, "patience": None}
         config = parse_config(config_of(stores, tmp_path / name, train=timed), "test")
-        return train(config, Console(file=io.StringIO()), clock=clock)
+        return train(config, Console(file=io.StringIO()), clock=clock).run
 
     whole = go("whole")
     state, _, _ = load_checkpoint(whole)

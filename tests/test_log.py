@@ -161,7 +161,7 @@ def test_boards_get_the_numbers_of_the_journal_and_one_identity_for_a_run(stores
     board = FakeBoard()
     monkeypatch.setitem(sys.modules, "wandb", board)
     values = config_of(stores, tmp_path / "run", train={"steps": 8, "wandb": "planets"})
-    run = train(parse_config(values, "test"), console())
+    run = train(parse_config(values, "test"), console()).run
     train(parse_config(values, "test"), console())  # goes on at its end
     first, finished, again, _ = board.begun
     assert finished == "finished" and first["project"] == "planets" and first["config"]["train"]["lr"] == 0.001

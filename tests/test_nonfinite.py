@@ -145,7 +145,7 @@ def test_the_structure_is_found_on_whatever_rank_it_is_and_every_rank_fails(over
     values = overflow_of(overflowing, tmp_path / "run", shard_encoder=sharded)
     said = pool.run(3, "error_of", values)
     assert "the loss of the forces of structure 7 of" in said[0] and said[0].startswith("FloatingPointError: step 3")
-    assert said[1:] == ["SystemExit: 1"] * 2
+    assert all(text.startswith("OtherRankFailed") for text in said[1:])
 
 
 def test_a_run_that_has_skipped_every_update_has_no_model(overflowing, tmp_path):
@@ -164,7 +164,9 @@ def test_a_run_without_a_model_fails_on_every_rank(overflowing, tmp_path, pool):
     values = overflow_of(overflowing, tmp_path / "run") | {"objective": {"loss": "mse", "scale": "none", "forces": 0.0}}
     values["train"] |= {"steps": 2, "epoch_steps": 2, "lr": 1e30, "clip": None, "ema": None, "warmup": 0}
     said = pool.run(2, "error_of", values)
-    assert "no validation value of 2 steps is finite, so there is no model" in said[0] and said[1] == "SystemExit: 1"
+    assert "no validation value of 2 steps is finite, so there is no model" in said[0] and said[1].startswith(
+        "OtherRankFailed"
+    )
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 

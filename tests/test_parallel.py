@@ -393,7 +393,10 @@ def test_a_fault_of_one_rank_ends_all(pool, five, tmp_path):
     """A directory that only rank 0 looks into cannot be written: the others leave with it."""
     (tmp_path / "file").write_text("not a directory")
     said = pool.run(3, "error_of", values_of(five, 3, run=tmp_path / "file" / "run"))
-    assert said[0].startswith("NotADirectoryError") and said[1:] == ["SystemExit: 1"] * 2
+    assert (
+        said[0].startswith("NotADirectoryError")
+        and said[1:] == ["OtherRankFailed: another rank failed, and says why in its own output"] * 2
+    )
 
 
 class Recorded(Group):

@@ -56,7 +56,7 @@ def feed_of(config, sources) -> Feed:
 
 
 def start(values: dict) -> Path:
-    return train(parse_config(values, "test"), Console(quiet=True))
+    return train(parse_config(values, "test"), Console(quiet=True)).run
 
 
 def final_state(run: Path) -> tuple[dict, dict]:

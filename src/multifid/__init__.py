@@ -2,6 +2,7 @@
 
     import multifid
 
+    result = multifid.train("config.yaml")              result.run, result.best, result.rows, result.model()
     model = multifid.load("runs/demo")                  a trained run, or a model file
     out = model.predict(atoms, task="ani1x")            out.energy (eV), out.forces (eV/angstrom), out.stress
     store = multifid.Store("data/ani1x")                a prepared dataset
@@ -17,16 +18,20 @@ if TYPE_CHECKING:
     from multifid.config import Config
     from multifid.model.predictor import Output, Predictor, load
     from multifid.store.store import Store
+    from multifid.training.result import Result
+    from multifid.workflows.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Output", "Predictor", "Store", "__version__", "load"]
+__all__ = ["Config", "Output", "Predictor", "Result", "Store", "__version__", "load", "train"]
 
 _WHERE = {
     "Config": "multifid.config",
     "Output": "multifid.model.predictor",
     "Predictor": "multifid.model.predictor",
+    "Result": "multifid.training.result",
     "Store": "multifid.store.store",
     "load": "multifid.model.predictor",
+    "train": "multifid.workflows.train",
 }
 
 

@@ -127,10 +127,11 @@ def train(
 ) -> None:
     """Train a model; the same command goes on with a run that was stopped."""
     from multifid.config import load_config
-    from multifid.training.run import train as run
+    from multifid.parallel.groups import STOPPED
+    from multifid.workflows.train import train as run
 
-    path = config / "config.yaml" if config.is_dir() else config
-    run(load_config(path, overrides))
+    if not run(load_config(config, overrides), signals=True).complete:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()
@@ -247,7 +248,7 @@ def plan(
     from multifid.config import load_config
     from multifid.forecast.plan import plan as run
 
-    run(load_config(config / "config.yaml" if config.is_dir() else config, overrides), ranks, machine, json)
+    run(load_config(config, overrides), ranks, machine, json)
 
 
 @app.command()
@@ -277,8 +278,7 @@ def scaling(
 
     if epoch is not None and not here:
         raise ValueError(f"--epoch {epoch} is for measuring by hand, with --here; without it all epochs are measured")
-    path = config / "config.yaml" if config.is_dir() else config
-    loaded = load_config(path, overrides)
+    loaded = load_config(config, overrides)
     numbers = [] if ranks == "none" else [_count(text, "--ranks") for text in ranks.split(",")]
     local = local_batch or loaded.train.local_batch or (loaded.train.batch or 32)
     whole = global_batch or local * max([*numbers, 1])
@@ -289,7 +289,7 @@ def scaling(
     told = [f"--out={out}", f"--local-batch={local}", f"--global-batch={whole}", f"--epoch-steps={epoch_steps}"]
     for turn in range(EPOCHS):  # the pace of a shared machine changes: all points meet the same
         for number in numbers:
-            launch([str(path), *(overrides or []), *told, f"--epoch={turn}"], number)
+            launch([str(config), *(overrides or []), *told, f"--epoch={turn}"], number)
     report(loaded, out, local, forecast_batch=forecast_batch)
 
 
@@ -331,6 +331,12 @@ def main() -> None:
     """Entry point: the user's errors are one message and exit code 1, ours keep their traceback."""
     try:
         app()
+    except RuntimeError as error:
+        from multifid.parallel.launch import OtherRankFailed
+
+        if not isinstance(error, OtherRankFailed):
+            raise
+        sys.exit(1)  # the other rank says why: one message is read and not many
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"multifid: error: {error}", file=sys.stderr)
         sys.exit(1)

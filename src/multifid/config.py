@@ -1,8 +1,9 @@
 """The one config: composed of the rooms' own sections, strict, YAML in, resolved copy out."""
 
 import difflib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +78,10 @@ class Config(BaseModel):
 
     @classmethod
     def from_file(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Config":
-        """A config from YAML, with `key.key=value` overrides; ValueError names what is wrong."""
+        """A config from a YAML file, or from a run's directory, which holds one.
+
+        overrides: `key.key=value`, as on the command line. ValueError names the key, what was given and what is right.
+        """
         return load_config(Path(path), list(overrides))
 
     def branch_of(self) -> dict[str, str]:
@@ -85,8 +89,35 @@ class Config(BaseModel):
         return {task: task if self.branches == "per_task" else "shared" for task in self.tasks}
 
 
+def as_config(given: Config | Path | str | Mapping[str, Any]) -> Config:
+    """A config in whatever form it is given: itself, a path as in `load_config`, or a dict as YAML would give it.
+
+    A dict may hold paths. ValueError as of `load_config`.
+    """
+    if isinstance(given, Config):
+        return given
+    if isinstance(given, Mapping):
+        return parse_config(_plain(given), "config")
+    if isinstance(given, str | Path):
+        return load_config(Path(given))
+    raise ValueError(f"a config is a multifid.Config, a path or a dict, not {type(given).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    """Dicts, lists and paths as YAML would give them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """A config from YAML with `key.key=value` overrides. ValueError names the key, what was given and what is right."""
+    """A config with `key.key=value` overrides, from a YAML file or from a run's directory, which holds one.
+
+    ValueError names the key, what was given and what is right.
+    """
+    path = path / "config.yaml" if path.is_dir() else path
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

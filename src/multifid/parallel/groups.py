@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from multifid.parallel.devices import find_device
 from multifid.parallel.heartbeat import SILENCE, Heartbeat
-from multifid.parallel.launch import launch
+from multifid.parallel.launch import OtherRankFailed, launch
 
 # A rank that is gone is noticed by its heart; a rank that compiles or validates for an hour is not gone.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
@@ -148,7 +148,7 @@ class World:
     def together(self) -> Iterator[None]:
         """What all ranks do here must succeed on all: where one fails, the others leave with it.
 
-        The rank that failed raises its own error, the others SystemExit(1), so that one message is read and not many.
+        The rank that failed raises its own error, the others OtherRankFailed, so that one message is read and not many.
         """
         error: Exception | None = None
         try:
@@ -160,7 +160,7 @@ class World:
         if error is not None:
             raise error
         if failed:
-            raise SystemExit(1)
+            raise OtherRankFailed
 
     @contextmanager
     def apart(self, name: str) -> Iterator[None]:
@@ -175,7 +175,7 @@ class World:
     def fail(self, error: Exception) -> None:
         """End the run for a reason that all ranks found at the same place: rank 0 says it, the others just leave."""
         self._known = True
-        raise error if self.first else SystemExit(1)
+        raise error if self.first else OtherRankFailed
 
 
 def alone(name: str | None = "cpu") -> World:
@@ -247,7 +247,7 @@ def _tell(here: World, error: Exception) -> None:
         first = mine
     if first != mine:
         print(f"multifid: rank {here.rank} leaves because of {first}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from error
+        raise OtherRankFailed from error
 
 
 def side_by_side(number: int) -> None:

@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class OtherRankFailed(RuntimeError):
+    """Another rank failed, and says why in its own output; this one leaves with it."""
+
+    def __init__(self) -> None:
+        super().__init__("another rank failed, and says why in its own output")
+
+
 @dataclass(frozen=True)
 class Launch:
     """What torchrun or srun says of this process."""

@@ -4,7 +4,8 @@ A branch is built only where it lives; nothing is built to be deleted.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +20,19 @@ from multifid.parallel.groups import World, in_one_order
 from multifid.parallel.shard import Shards, shard
 from multifid.training.optimizer import OPTIMIZERS, MovingAverage, Schedule
 from multifid.training.step import ENCODER, Task, Trainer, part_of_branch
+
+
+@contextmanager
+def settings_of_torch_kept() -> Iterator[None]:
+    """What a run sets for the whole process (precision of products, one order of sums, seed) is as before after it."""
+    precision, order = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(order)
+        torch.set_rng_state(state)
 
 
 def build(

@@ -11,7 +11,7 @@ ranks go through these lines; rank 0 talks, keeps the journal and commits what a
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,10 @@ from multifid.model.inherit import inherited
 from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
 from multifid.parallel.devices import use
+from multifid.parallel.launch import OtherRankFailed
 from multifid.training.boards import find_boards, open_boards
-from multifid.training.build import build
+from multifid.training.build import build, settings_of_torch_kept
+from multifid.training.callbacks import Callback, Callbacks
 from multifid.training.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.training.counts import announced
 from multifid.training.feed import Feed, Step, lists_of, make_draws, near, total_steps
@@ -43,6 +45,7 @@ from multifid.training.opening import heading, opening
 from multifid.training.pace import Pace
 from multifid.training.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
 from multifid.training.resolve import needs_trial, open_run, placement_of, write_config
+from multifid.training.result import Result
 from multifid.training.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
 from multifid.training.step import ENCODER, Norms, Totals, Trainer
 from multifid.training.tensor_file import consolidate
@@ -51,6 +54,7 @@ from multifid.training.unlabelled import missing_labels
 from multifid.training.watch import Watch
 
 __all__ = ["make_draws", "total_steps", "train"]
+A_SIGNAL = "a signal"
 TOLD = 0.05  # a number of steps that differs by more than this part from the one before is told
 
 
@@ -79,35 +83,43 @@ def train(
     console: Console | None = None,
     joined: groups.World | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> Path:
-    """Train, or go on training, what a config describes. Returns the run's directory.
+    callbacks: Sequence[Callback] = (),
+    signals: bool = False,
+) -> Result:
+    """Train, or go on training, what a config describes; says how that ended.
 
-    joined: the ranks, where the caller has joined them already.
+    joined: the ranks, where the caller has joined them already.  clock: seconds from any beginning.
+    callbacks: called on rank 0 with the rows of every log step and validation; each may stop the run.
+    signals: SIGTERM and Ctrl-C stop the run when the step is finished and everything is saved (main thread only).
 
-    The same on every rank of a launch by torchrun or srun. Raises SystemExit(143) after SIGTERM on any rank, when the
-    step is finished and everything saved; FloatingPointError when the gradient was not finite several steps in a row,
-    or no validation value of the whole run: on rank 0, with what began it, and SystemExit(1) on the others.
-    clock: seconds from any beginning.
+    The same on every rank of a launch by torchrun or srun. FloatingPointError when the gradient was not finite several
+    steps in a row, or no validation value of the whole run: on rank 0, with what began it. Where one rank fails, the
+    others raise OtherRankFailed.
     """
     ranks = groups.world(config.train.device, config.parallel.silence) if joined is None else nullcontext(joined)
+    stop: list[str] = []
     with ranks as world, ExitStack() as atlast:
         log = Log(console or Console(stderr=True), world.first)
         atlast.callback(log.close)
+        atlast.enter_context(settings_of_torch_kept())
         try:
             run = open_all(config, world, log, clock)
             atlast.callback(close, run)
-            with stop_on_sigterm() as stop:
+            if world.first:
+                run.recorders.append(Callbacks(callbacks, stop))
+            with stop_on_signals(stop) if signals else nullcontext():
                 keep_beginning(run)
                 loop(run, stop)
-            finish(run)
+            return finish(run, stop)
+        except OtherRankFailed:
+            log.note("ended because another rank failed, which says why in the output of the job")
+            raise
         except Exception as error:  # the caller prints it
             log.note(f"{type(error).__name__}: {error}")
             raise
-        except SystemExit as leaving:
-            if leaving.code != groups.STOPPED:
-                log.note("ended because another rank failed, which says why in the output of the job")
+        except KeyboardInterrupt:
+            log.note("interrupted; the same command goes on from the newest checkpoint")
             raise
-    return run.folder
 
 
 def close(run: Run) -> None:
@@ -202,8 +214,8 @@ def length_in_words(run: Run) -> str:
     return f"{length.minutes:g} min of training{over}{known}; epochs of {per_epoch:,} steps"
 
 
-def loop(run: Run, stop: list[int]) -> None:
-    """Steps from the position to the end of the run."""
+def loop(run: Run, stop: list[str]) -> None:
+    """Steps from the position to the end of the run, or until a rank has a reason to stop and all have heard of it."""
     t, feed, trainer, position = run.config.train, run.feed, run.trainer, run.position
     per_epoch, length = feed.epoch_steps, run.length
 
@@ -234,10 +246,13 @@ def loop(run: Run, stop: list[int]) -> None:
         better = end_epoch(run, began) if at_epoch_end else False
         if at_epoch_end or position.step % t.checkpoint_every == 0 or trainer.stopped:
             save(run, better)
-        if trainer.stopped and position.step < length.total:
-            run.saver.wait()
-            run.log.print(f"stopped by a signal at step {position.step}; the same command goes on from there")
-            raise SystemExit(groups.STOPPED)
+        if unfinished(run):
+            return
+
+
+def unfinished(run: Run) -> bool:
+    """Whether the run was stopped before its end; the same on all ranks."""
+    return run.trainer.stopped and run.position.step < run.length.total and not run.position.ended
 
 
 def fix_length(run: Run, began: float) -> None:
@@ -298,12 +313,26 @@ def keep_beginning(run: Run) -> None:
         save(run, better=False)
 
 
-def finish(run: Run) -> None:
-    """Write the last model beside the best one and say where both are."""
+def finish(run: Run, stop: list[str]) -> Result:
+    """How the run ended. Where it is complete, the last model is written beside the best one."""
     run.saver.wait()
-    run.watch.end()
-    if not run.world.first:
-        return
+    position, patience = run.position, run.config.train.patience
+    if unfinished(run):
+        reason = f"stopped by {run.world.share(stop[0] if stop else A_SIGNAL)}"
+        run.log.print(escape(f"{reason} at step {position.step}; the same command goes on from there"))
+    else:
+        run.watch.end()
+        early = f"stopped early: no better validation value in {patience} epochs (train.patience)"
+        reason = early if position.ended else "complete"
+        if run.world.first:
+            write_last(run)
+    best = finite(position.best)
+    step = None if best is None else position.best_step
+    return Result(run.folder, position.step, best, step, complete=not unfinished(run), reason=reason)
+
+
+def write_last(run: Run) -> None:
+    """Write the last model beside the best one and say where both are. On rank 0."""
     position = run.position
     consolidate(folder_of(run.folder, position.step), run.folder / "last.safetensors")
     save_description(run.folder / "model.json", describe_model(run))
@@ -372,13 +401,12 @@ def describe_model(run: Run) -> dict[str, Any]:
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[list[int]]:
-    """A list that SIGTERM (or Ctrl-C) makes non-empty; the loop looks at it between steps."""
-    heard: list[int] = []
+def stop_on_signals(stop: list[str]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C are reasons to stop; the loop looks at the list between steps."""
     signals = (signal.SIGTERM, signal.SIGINT)
-    before = {s: signal.signal(s, lambda number, frame: heard.append(number)) for s in signals}
+    before = {s: signal.signal(s, lambda number, frame: stop.append(A_SIGNAL)) for s in signals}
     try:
-        yield heard
+        yield
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

@@ -27,6 +27,7 @@ from multifid.parallel import groups
 from multifid.parallel.groups import World
 from multifid.training.journal import read_journal
 from multifid.training.resolve import resolve
+from multifid.training.result import Result
 from multifid.training.run import make_draws, total_steps, train
 
 
@@ -136,7 +137,7 @@ def _train_all(runs: list[Config], processes: int, world: World, console: Consol
         for run in longest_first:
             console.print(f"training {run.run}")
             with world.apart(run.run):
-                train(run, console, world)
+                _finished(train(run, console, world, signals=True))
         return
     threads = max(1, torch.get_num_threads() // processes)
     console.print(f"training {processes} models at a time; each says how it goes in its train.log")
@@ -158,7 +159,14 @@ def _number(numbers: Any) -> None:
 
 def _train_one(text: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    train(parse_config(yaml.safe_load(text), "study"), Console(quiet=True))  # lines of several would be mixed
+    config = parse_config(yaml.safe_load(text), "study")
+    _finished(train(config, Console(quiet=True), signals=True))  # quiet: lines of several would be mixed
+
+
+def _finished(result: Result) -> None:
+    """The study ends where one of its models was told to stop."""
+    if not result.complete:
+        raise SystemExit(groups.STOPPED)
 
 
 def _datasets(config: Config) -> list[Data]:

@@ -7,7 +7,7 @@ from multifid.graphs import edges as over
 from multifid.graphs.edges import in_tiles, over_edges
 from multifid.graphs.graph import GraphNeeds, completed, graph_of
 from multifid.graphs.padding import pad
-from test_model import CUTOFF, assert_close, batch_of, mixed, skewed, system
+from multifid.model.suite.samples import CUTOFF, assert_close, batch_of, mixed, skewed, system
 
 
 def test_reverse_edges_and_triplets_are_those_of_loops():

@@ -238,7 +238,9 @@ def test_another_encoder_and_ranks_without_any_branch_equal_one_process(pool, fi
 
     one = pool.run(1, "five_steps", values("auto"), None, None, 10_000)[0]
     idle = {"apple": [1], "berry": [1, 3], "cherry": [3]}
-    assert_equal_to_one_process(one, pool.run(4, "five_steps", values(idle), None, None, 900), tolerance=1e-10)
+    for ranks, placement in ((2, "split"), (4, idle)):
+        many = pool.run(ranks, "five_steps", values(placement), None, None, 900)
+        assert_equal_to_one_process(one, many, tolerance=1e-10)
 
 
 def test_the_ranks_of_a_host_train_from_one_copy_of_each_store(pool, five, tmp_path):

@@ -19,18 +19,18 @@ from multifid.model.compiled import compile_training
 from multifid.model.contract import Features
 from multifid.model.encoders.tensors import Invariants
 from multifid.model.potential import ModelConfig, Potential
+from multifid.model.suite.samples import batch_of, potential_with, system
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
 from multifid.training.build import build
 from multifid.training.step import Totals
 from test_compile import batches_of, potential_of
-from test_model import FORCES, KINDS, batch_of, model_of, system
+from test_model import FORCES, KINDS, small
 from test_train import config_of, feed_of
 
 aten = torch.ops.aten
 ADDED = {aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_, aten.addmv, aten.addmv_}
 PRODUCTS = ADDED | {aten.mm, aten.bmm, aten.mv, aten.dot}
-SUMS = {aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_, aten.index_put, aten.index_put_}
 
 
 class Rounded(TorchDispatchMode):
@@ -49,19 +49,6 @@ class Rounded(TorchDispatchMode):
         if func.overloadpacket in PRODUCTS:
             added = func.overloadpacket in ADDED  # what is added to a product stays as it is
             args = (*args[:added], *(self.round(x) for x in args[added:]))
-        return func(*args, **(kwargs or {}))
-
-
-class Sums(TorchDispatchMode):
-    """Notes the types in which rows are added up by their index."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.types: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in SUMS:
-            self.types.add(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 
@@ -128,7 +115,7 @@ def test_geometry_and_strain_of_a_crystal_are_those_of_float32_to_the_last_bit(p
 def test_invariants_and_energies_of_atoms_are_not_rounded(precision):
     generator = torch.Generator().manual_seed(0)
     v, t = (torch.randn(9, 4, k, generator=generator) for k in (3, 5))
-    branch, seen = model_of("egnn", "direct", dtype=torch.float32).branches["a"], []
+    branch, seen = potential_with(small("egnn"), "direct", dtype=torch.float32).branches["a"], []
     *_, before, last = branch.energy.linears()
     before.register_forward_hook(lambda _, inputs, output: seen.append(output))
     exact = Invariants(4, 4)(v, t)
@@ -158,20 +145,6 @@ def test_crystals_and_molecules_are_near_float32_and_a_cell_near_its_supercell(e
     if forces == "conservative":
         assert_within(cell.stress, exact[0].stress, TOLERANCE[precision])
         assert_within(large.stress, cell.stress, TOLERANCE[precision])
-
-
-@pytest.mark.parametrize("forces", FORCES)
-@pytest.mark.parametrize("encoder", KINDS)
-def test_no_sum_over_neighbours_or_structures_or_of_their_gradients_is_in_half_precision(encoder, forces):
-    """On a GPU such a sum rounds at every term."""
-    model = usual_model(encoder, forces).train()
-    batch = batch_of(crystal()[0], system(9), cutoff=5.0, dtype=torch.float32)
-    with Sums() as sums:
-        with torch.autocast("cpu", torch.bfloat16):
-            found = model(batch, stress=True)["a"]
-        stress = found.energy.sum() if found.stress is None else found.stress[0].square().sum()
-        (found.energy.square().sum() + found.forces.square().sum() + stress).backward()
-    assert sums.types == {torch.float32}
 
 
 @pytest.mark.parametrize("forces", ["direct", pytest.param("conservative", marks=pytest.mark.full)])

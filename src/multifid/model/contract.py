@@ -16,13 +16,15 @@ An encoder is a module with a config of its own. It gets a graph and gives featu
 
 * Features are unchanged by translation; those of degree l rotate as the spherical harmonics of that degree do, and take
   the sign (-1)^l under inversion. They are continuous when a neighbour crosses the cutoff: messages carry `envelope`.
-* It is twice differentiable, also where atoms have no neighbours, and works on no atoms at all.
+* It is twice differentiable, also where atoms have no neighbours, and works on no atoms at all. Numbers of atoms and
+  edges are read as `x.shape[0]`, a symbol while a pass is traced; `len(x)` would write down the number at hand.
 * Weights live in the blocks of `model/layers.py`, which know how to draw them.
 * What is large stands in layers, in a `ModuleList`, which take and return tensors and are called once in a pass:
   between them a sharded encoder is cut.
 
 Encoders of this package are the entries of `model/encoders/__init__.py`; those of other packages are found by the entry
-point group `multifid.encoders`. `model/suite.py` holds every encoder to this contract.
+point group `multifid.encoders`. `multifid.model.suite` holds every encoder to this contract, those of other packages in
+their own tests.
 """
 
 from collections.abc import Sequence

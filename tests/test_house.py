@@ -26,6 +26,7 @@ FLOORS = {
     "parallel": 2,
     "evaluation": 3,
     "training": 4,
+    "apply": 5,
     "forecast": 5,
     "workflows": 5,
 }

@@ -161,7 +161,7 @@ def test_export_writes_a_model_and_its_card(run, tmp_path):
 def test_the_package_is_imported_without_torch_and_offers_its_names():
     code = "import multifid, sys; assert 'torch' not in sys.modules; print(multifid.load.__module__, dir(multifid))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "multifid.model.predictor" in done.stdout and "'Store'" in done.stdout
+    assert "multifid.apply.model" in done.stdout and "'Store'" in done.stdout
 
 
 def test_damaged_and_foreign_model_files_are_errors_that_say_what_to_do(run, tmp_path):

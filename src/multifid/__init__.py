@@ -5,6 +5,7 @@
     result = multifid.train("config.yaml")              result.run, result.best, result.rows, result.model()
     model = multifid.load("runs/demo")                  a trained run, or a model file
     out = model.predict(atoms, task="ani1x")            out.energy (eV), out.forces (eV/angstrom), out.stress
+    atoms.calc = model.calculator(task="ani1x")         an ASE calculator; multifid.Calculator([...]) averages models
     store = multifid.Store("data/ani1x")                a prepared dataset
     config = multifid.Config.from_file("config.yaml")   everything that a run is told
 
@@ -15,22 +16,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from multifid.apply.calculator import Calculator
+    from multifid.apply.model import Model, load
     from multifid.config import Config
-    from multifid.model.predictor import Output, Predictor, load
+    from multifid.model.predictor import Output, Predictor
     from multifid.store.store import Store
     from multifid.training.result import Result
     from multifid.workflows.train import train
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Output", "Predictor", "Result", "Store", "__version__", "load", "train"]
+__all__ = ["Calculator", "Config", "Model", "Output", "Predictor", "Result", "Store", "__version__", "load", "train"]
 
 _WHERE = {
+    "Calculator": "multifid.apply.calculator",
     "Config": "multifid.config",
+    "Model": "multifid.apply.model",
     "Output": "multifid.model.predictor",
     "Predictor": "multifid.model.predictor",
     "Result": "multifid.training.result",
     "Store": "multifid.store.store",
-    "load": "multifid.model.predictor",
+    "load": "multifid.apply.model",
     "train": "multifid.workflows.train",
 }
 

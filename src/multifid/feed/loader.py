@@ -25,6 +25,7 @@ from multifid.structures.structure import Packed, PackedLabels
 T = TypeVar("T")
 Lists = Callable[[Packed, float], tuple[torch.Tensor, torch.Tensor]]  # cutoff -> edges (2, E), shifts (E, 3)
 
+AT_ONCE = 1 << 20  # structures whose charges are looked at together
 MOLECULAR_DENSITY = 0.09  # atoms per cubic angstrom in a molecule, hydrogen included; calibrated by each store
 
 
@@ -60,6 +61,17 @@ class Source:
         """What a branch of the task sees in training: the elements of its energies; where it has none, of the split."""
         unseen = self.store.manifest["splits"].get("unseen_elements", [])
         return sorted(self.references[task].energies or set(self.store.elements) - set(unseen))
+
+
+@lru_cache
+def trained_values(store: Store, field: str) -> list[int]:
+    """The charges ("charge") or multiplicities ("spin") of a store's train split, ascending; [0] or [1] without any."""
+    if f"{field}.npy" not in store.manifest["files"]:
+        return [{"charge": 0, "spin": 1}[field]]
+    found: set[int] = set()
+    for start in range(0, store.size("train"), AT_ONCE):
+        found |= set(np.unique(store.rows(field, store.pick("train", slice(start, start + AT_ONCE)))).tolist())
+    return sorted(found)
 
 
 Piece = list[tuple[Source, np.ndarray]]  # structures of several sources, by their indices in the stores

@@ -9,9 +9,9 @@ another branch looks like any other, and is wrong by thousands of eV.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from multifid.graphs.batch import Batch, edge_vectors
 from multifid.graphs.graph import completed
 from multifid.graphs.neighbors import neighbor_list
+from multifid.graphs.origin import near_origin
+from multifid.model.electrons import as_trained
 from multifid.model.model_file import load_model
 from multifid.model.potential import Potential, Prediction
 from multifid.model.saved import Description
@@ -105,14 +107,13 @@ class Predictor:
 
         precision: fp32 or fp64; by default that of the model. features: those of the encoder too. max_edges: of a
         batch; larger structures are taken alone. Charge and multiplicity are read from `info["charge"]` and
-        `info["spin"]`. ValueError for an element that the branch has never seen, and for structures that `pack_atoms`
-        or `refuse_coincident` refuse.
+        `info["spin"]`, and used where the task was trained with several. ValueError for an element that the branch has
+        never seen, and for structures that `pack_atoms`, `as_trained` or `refuse_coincident` refuse.
         """
         alone = not isinstance(structures, list | tuple)
         given = [structures] if alone else list(structures)
         name, model = self.task(task), self.in_precision(precision)
-        packed = pack_atoms(given)
-        model.refuse_unseen(packed, name)
+        packed = model.ready(pack_atoms(given), name)
         parts = [
             part
             for first, last in _pieces(packed, model.cutoff, max_edges)
@@ -125,7 +126,12 @@ class Predictor:
             energy, forces, stress if model.conservative else None, energies, of_atoms if features else None, name
         )
 
-    def in_precision(self, precision: str | None) -> "Predictor":
+    def ready(self, packed: Packed, task: str) -> Packed:
+        """Structures with the charges and spins that a task answers for. ValueError where it has no answer to one."""
+        self.refuse_unseen(packed, task)
+        return as_trained(packed, self.description["tasks"][task], task)
+
+    def in_precision(self, precision: str | None) -> Self:
         """This model in another precision, a copy; itself where that is its own."""
         if precision is None or PRECISIONS.get(precision) == self.dtype:
             return self
@@ -134,7 +140,7 @@ class Predictor:
         config, branch_of = self.potential.config, self.potential.branch_of
         copy = Potential(config, list(self.potential.branches), branch_of, seed=0)
         copy.load_state_dict(self.potential.state_dict())
-        return Predictor(copy, self.description, self.device, PRECISIONS[precision])
+        return replace(self, potential=copy, dtype=PRECISIONS[precision])
 
     def physical(self, prediction: Prediction, task: str) -> Prediction:
         """A prediction of the potential in eV, float64, reference energies still subtracted."""
@@ -172,12 +178,18 @@ class Predictor:
         """(energy, forces, stress, energies, features) of each structure of a batch."""
         batch = batch_of(packed, self.cutoff, task)
         refuse_coincident(batch, first)
+        yield from self.answer(packed, batch, task, stress=self.conservative, features=features)
+
+    def answer(
+        self, packed: Packed, batch: Batch, task: str, *, stress: bool, features: bool = False
+    ) -> Iterator[tuple[float, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]]:
+        """The same of structures whose batch is at hand; stress only where it is asked for."""
         moved = completed(batch, self.potential.encoder.needs).to(self.device, self.dtype)
         seen: list[Tensor] = []
         hook = self.potential.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.scalars))
         try:
             with torch.no_grad():
-                found = self.physical(self.potential(moved, stress=self.conservative)[task], task)
+                found = self.physical(self.potential(moved, stress=stress)[task], task)
         finally:
             hook.remove()
         table, known = np.zeros(MAX_Z + 1), self._references(task)
@@ -186,20 +198,28 @@ class Predictor:
         assert found.energies is not None
         energies = found.energies.cpu().numpy() + references
         forces = found.forces.cpu().numpy()
-        stress = None if found.stress is None else found.stress.cpu().numpy()
+        stresses = None if found.stress is None else found.stress.cpu().numpy()
         of_atoms = seen[0].detach().double().cpu().numpy() if features else None
         aligned = found.energy.cpu().numpy()
         for k, (a, b) in enumerate(zip(packed.offsets[:-1], packed.offsets[1:], strict=True)):
             yield (
                 float(aligned[k] + references[a:b].sum()),
                 forces[a:b],
-                None if stress is None else stress[k],
+                None if stresses is None else stresses[k],
                 energies[a:b],
                 None if of_atoms is None else of_atoms[a:b],
             )
 
 
-def load(path: Path | str, device: str | torch.device | None = None, precision: str = "fp32") -> Predictor:
+P = TypeVar("P", bound=Predictor)
+
+
+def load(
+    path: Path | str,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+    kind: type[P] = Predictor,  # type: ignore[assignment]
+) -> P:
     """A trained model: a run's directory or a model file. device: the CPU where nothing is said.
 
     ValueError names what is missing or damaged. Nothing global is changed: no default type, no threads, no seed.
@@ -207,12 +227,17 @@ def load(path: Path | str, device: str | torch.device | None = None, precision: 
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
     potential, description = load_model(Path(path))
-    return Predictor(potential, description, torch.device(device or "cpu"), PRECISIONS[precision])
+    return kind(potential, description, torch.device(device or "cpu"), PRECISIONS[precision])
 
 
 def batch_of(packed: Packed, cutoff: float, task: str) -> Batch:
     """Packed structures with their edges as one batch, all of them asked of one task; float64, on the host."""
-    edges, shifts = neighbor_list(packed, cutoff)
+    home = near_origin(packed)
+    return batch_with(home, *neighbor_list(home, cutoff), task)
+
+
+def batch_with(packed: Packed, edges: np.ndarray, shifts: np.ndarray, task: str) -> Batch:
+    """The same for edges (2, E) and shifts (E, 3) that are at hand."""
     place = (slice(0, len(packed.natoms)), slice(0, len(packed.numbers)))
     return Batch.from_packed(
         packed, torch.from_numpy(edges.astype(np.int64)), torch.from_numpy(shifts.astype(np.float64)), {task: place}

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from multifid.config import Config
-from multifid.feed.loader import ahead, open_sources
+from multifid.feed.loader import ahead, open_sources, trained_values
 from multifid.model.inherit import inherited
 from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
@@ -386,6 +386,8 @@ def describe_model(run: Run) -> dict[str, Any]:
                 "elements": source.elements(task),
                 "references": {str(z): e for z, e in source.references[task].energies.items()},
                 "undetermined": about["undetermined"],
+                "charges": trained_values(source.store, "charge"),
+                "spins": trained_values(source.store, "spin"),
                 "scale": scales[task],
                 "level_of_theory": about["level_of_theory"],
                 "structures": source.store.manifest["splits"]["train"],

@@ -10,7 +10,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,tensorboard,test,check]'
 	touch $@
 
-.PHONY: demo test test-full test-gpu bench bench-short lint check format clean
+.PHONY: demo test test-full test-gpu bench bench-short docs lint check format clean
 
 demo: demo/elements.png      ## five small sources, stores, and the paper's two tables, in demo/
 	$(MULTIFID) study configs/demo.yaml
@@ -61,6 +61,13 @@ bench: $(VENV)/installed     ## training steps beside the plain published form; 
 bench-short: $(VENV)/installed   ## the same for a small model; fails where the ratio to the plain form has dropped
 	@test -e $(MOLECULES) || $(MAKE) demo/elements.png
 	$(BIN)/python benchmarks/training.py --molecules $(MOLECULES) --short
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/installed-docs ## the site of docs/, in site/; fails at a link or an anchor that leads nowhere
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/installed
 	$(BIN)/ruff format src tests

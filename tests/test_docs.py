@@ -1,17 +1,24 @@
-"""docs/config.md names every key of the config. `python tests/test_docs.py` writes it anew."""
+"""docs/config.md names every key of the config, docs/commands.md every command with its options.
 
+`python tests/test_docs.py` writes both anew.
+"""
+
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import typer.main
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from multifid.cli import app
 from multifid.config import Config, _section, load_config
 from multifid.model.encoders import DEFAULT, ENCODERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "config.md"
+COMMANDS = ROOT / "docs" / "commands.md"
 
 
 def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -67,8 +74,67 @@ def page() -> str:
     return head + "\n".join(reference()) + "\n"
 
 
+def commands() -> str:
+    """Every command as `--help` has it."""
+    known = typer.main.get_command(app).commands
+    lines = [
+        "# Commands\n",
+        "`multifid COMMAND --help` prints the same. RUN is the directory of a run, STORE that of a prepared dataset.\n",
+        "| command | what it does |\n|---|---|",
+        *(f"| [`{name}`](#{name}) | {_first_line(command)} |" for name, command in known.items()),
+    ]
+    for name, command in known.items():
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        options = [p for p in command.params if p.param_type_name == "option"]
+        usage = " ".join([f"multifid {name}", *map(_usage, arguments), *(["[OPTIONS]"] if options else [])])
+        lines += [f"\n## {name}\n", f"    {usage}\n", f"{_first_line(command)}\n", "| | default | |\n|---|---|---|"]
+        lines += [f"| `{_usage(p)}` |  | {_cell(p.help)} |" for p in arguments]
+        lines += [f"| `{_usage(p)}` | {_default(p)} | {_cell(p.help)} |" for p in options]
+    return "\n".join(lines) + "\n"
+
+
+def _first_line(command: Any) -> str:
+    return _cell(" ".join(command.help.split()))
+
+
+def _usage(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        name = _cell(parameter.metavar or parameter.name.upper())
+        return name if parameter.required or name.startswith("[") else f"[{name}]"
+    value = "" if parameter.is_flag else f" {parameter.metavar or _value(parameter.type_descriptor.annotation)}"
+    return f"{parameter.opts[0]}{value}{' ...' if parameter.multiple else ''}"
+
+
+def _value(annotation: Any) -> str:
+    """What follows an option, for one that does not say it itself."""
+    kind = next((a for a in get_args(annotation) if a is not type(None)), annotation)
+    return {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
+
+
+def _default(option: Any) -> str:
+    if option.required:
+        return "required"
+    return "" if option.default is None or option.default is False else f"`{option.default}`"
+
+
+def _cell(text: str | None) -> str:
+    """Text without what would end a cell of a table."""
+    return (text or "").replace(" | ", ", ").replace("|", " or ")
+
+
+def test_every_command_is_documented_with_its_options():
+    assert COMMANDS.read_text(encoding="utf-8") == commands(), "run `python tests/test_docs.py`"
+
+
 def test_every_key_is_documented_with_its_default():
     assert PAGE.read_text(encoding="utf-8") == page(), "run `python tests/test_docs.py`"
+
+
+def test_every_link_to_a_file_leads_to_one():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))]
+    assert len(links) > 40
+    assert not [f"{p.name}: {a}" for p, a in links if "://" not in a and not (p.parent / a).exists()]
 
 
 def test_the_configs_that_are_shipped_are_valid():
@@ -80,3 +146,4 @@ def test_the_configs_that_are_shipped_are_valid():
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    COMMANDS.write_text(commands(), encoding="utf-8")

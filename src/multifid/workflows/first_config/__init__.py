@@ -42,7 +42,7 @@ class Size(NamedTuple):
     warmup: int
 
 
-SMALL = Size(20_000, 3, 64, 8, 8, "shampoo", 5e-3, 0.995, 50)  # as measured in docs/accuracy.md
+SMALL = Size(20_000, 3, 64, 8, 8, "soap", 5e-3, 0.995, 50)  # as measured in docs/accuracy.md
 MEDIUM = Size(500_000, 3, 128, 0, 16, "adamw", 2e-3, 0.999, 500)
 LARGE = Size(float("inf"), 4, 256, 0, 32, "adamw", 1e-3, 0.999, 500)
 
@@ -168,10 +168,10 @@ def _scalar(text: str) -> str:
 
 
 def _say(console: Console, config: Config, out: Path) -> None:
-    encoder = config.model.encoder
+    encoder = config.model.encoder.model_dump()
     console.print(
-        f"{out}: {len(config.tasks)} task(s) ({', '.join(config.tasks)}), {encoder.name} of {encoder.layers} layers, "
-        f"width {encoder.hidden}, cutoff {config.model.cutoff:g} angstrom, {config.train.minutes:g} minutes\n"
+        f"{out}: {len(config.tasks)} task(s) ({', '.join(config.tasks)}), {encoder['name']} of {encoder['layers']} "
+        f"layers, width {encoder['hidden']}, cutoff {config.model.cutoff:g} angstrom, {config.train.minutes:g} min\n"
         f"next: multifid train {shlex.quote(str(out))}",
         soft_wrap=True,
         highlight=False,

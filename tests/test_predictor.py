@@ -3,18 +3,22 @@
 import json
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from multifid.evaluation.evaluate import data_of, evaluate_run
 from multifid.model.model_file import export_model, load_model, read_model_file
 from multifid.model.potential import ModelConfig, Potential
 from multifid.model.predictor import Predictor, load
+from multifid.model.undetermined import UndeterminedEnergy
+from multifid.preparation.prepare import prepare
 from multifid.store.references import References
 from multifid.store.store import Store
 from multifid.workflows.export import export
@@ -132,6 +136,34 @@ def test_forces_and_stress_are_slopes_of_the_energy_of_a_crystal():
 def test_what_cannot_be_predicted_is_refused_with_the_reason(atoms, task, wrong):
     with pytest.raises(ValueError, match=wrong):
         planted().predict([Atoms("Na"), atoms], task=task)
+
+
+def test_totals_that_the_data_do_not_determine_are_named(tmp_path):
+    """All data of a task are water: what an atom of oxygen adds is the choice of a fit."""
+    rng = np.random.default_rng(0)
+    water = molecule("H2O")
+    for _ in range(20):
+        moved = water.copy()
+        moved.positions += rng.normal(0, 0.05, (3, 3))
+        moved.calc = SinglePointCalculator(moved, energy=-2076.0 + rng.normal(), forces=rng.normal(size=(3, 3)))
+        moved.write(tmp_path / "water.xyz", append=True)
+    prepare("extxyz", [tmp_path / "water.xyz"], tmp_path / "water", task="water", trust_units=True, progress=False)
+    model = load(
+        start(config_of({"water": tmp_path / "water"}, tmp_path / "run", train={"steps": 2, "epoch_steps": 2}))
+    )
+    export_model(tmp_path / "run", tmp_path / "m.mfid")
+    hydroxide = water[:2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not model.predict([water, water + Atoms("H2O", water.positions + 3)]).undetermined.any()
+    for one in (model, load(tmp_path / "m.mfid")):
+        with pytest.warns(UndeterminedEnergy, match="structure 1 and 1 more: .* task 'water' .* combinations of H, O"):
+            out = one.predict([water, hydroxide, Atoms("O")])
+        assert out.undetermined.tolist() == [False, True, True] and np.isfinite(out.energy).all()
+    del model.description["tasks"]["water"]["null_space"]  # a model of an earlier version says nothing
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not model.predict(hydroxide).undetermined.any()
 
 
 def test_a_model_file_is_the_run_and_some_tasks_of_it(run, tmp_path, stores):

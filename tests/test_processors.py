@@ -15,7 +15,14 @@ from multifid.store.fields import CHECKSUMS, block_checksums, npy_header
 from multifid.store.store import Store
 from multifid.structures.reproducible import cos_and_sin, cube_root, determinant, inverse, times
 
-FITTED = ("references", "undetermined", "rank", "residual", "scale")  # of a task; they may differ in their last bits
+FITTED = (
+    "references",
+    "undetermined",
+    "null_space",
+    "rank",
+    "residual",
+    "scale",
+)  # of a task; they may differ in their last bits
 # An older processor, as its libraries would see it, with other threads, another seed of hashes and the next version.
 DISPATCHED = " ".join(np.show_config(mode="dicts")["SIMD Extensions"]["found"])
 OLDER = {

@@ -54,6 +54,12 @@ def test_collinear_elements_are_grouped_and_the_others_still_come_back():
     assert np.abs(recovered(found, counts, elements) - energies).max() < 1e-9
     assert found.energies[11] == pytest.approx(found.energies[17], abs=1e-9)  # min-norm shares equally
     assert found.energies[8] == pytest.approx(2 * found.energies[22], abs=1e-9)
+    table = np.array([[direction.get(z, 0.0) for z in elements] for direction in found.null_space])
+    np.testing.assert_allclose(table @ table.T, np.eye(2), atol=1e-12)
+    trial = np.concatenate([random.integers(0, 3, (40, 7)), counts[:40]])  # determined: in the span of the data
+    inside = [np.linalg.matrix_rank(np.vstack([counts, row])) == 5 for row in trial]
+    assert inside == (np.linalg.norm(trial @ table.T, axis=1) < 1e-9).tolist() and not all(inside)
+    assert References.from_manifest(json.loads(json.dumps(found.to_manifest()))) == found
 
 
 def test_the_fit_is_the_minimum_norm_solution_of_numpy():
@@ -127,6 +133,7 @@ def test_an_element_of_no_structure_gets_no_energy_and_no_group():
     counts = np.array([[1.0, 0.0], [2.0, 0.0]])
     found = fit([(counts, counts @ [-5.0, 0.0])], [3, 4])
     assert found.energies == {3: pytest.approx(-5.0)} and found.undetermined == [] and found.rank == 1
+    assert found.null_space == []
 
 
 def test_a_fit_to_nothing_is_refused():

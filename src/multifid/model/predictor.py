@@ -8,6 +8,7 @@ knows of its task: reference energies, scale, elements. The task is always named
 another branch looks like any other, and is wrong by thousands of eV.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from multifid.model.electrons import as_trained
 from multifid.model.model_file import load_model
 from multifid.model.potential import Potential, Prediction
 from multifid.model.saved import Description
+from multifid.model.undetermined import UndeterminedEnergy, undetermined, warning
 from multifid.structures.atoms import pack_atoms
 from multifid.structures.elements import MAX_Z, SYMBOLS
 from multifid.structures.structure import Packed
@@ -47,6 +49,7 @@ class Output:
     energies: Any  # (N,) eV: what each atom adds to the total
     features: Any = None  # (N, H), of the encoder, where they were asked for
     task: str = ""
+    undetermined: Any = None  # (S,) bool: the training data say nothing about the total energy of this composition
 
 
 @dataclass
@@ -108,7 +111,9 @@ class Predictor:
         precision: fp32 or fp64; by default that of the model. features: those of the encoder too. max_edges: of a
         batch; larger structures are taken alone. Charge and multiplicity are read from `info["charge"]` and
         `info["spin"]`, and used where the task was trained with several. ValueError for an element that the branch has
-        never seen, and for structures that `pack_atoms`, `as_trained` or `refuse_coincident` refuse.
+        never seen, and for structures that `pack_atoms`, `as_trained` or `refuse_coincident` refuse. The warning
+        `UndeterminedEnergy` names compositions whose total energy the training data do not determine
+        (`Output.undetermined`).
         """
         alone = not isinstance(structures, list | tuple)
         given = [structures] if alone else list(structures)
@@ -123,12 +128,24 @@ class Predictor:
         rest = [[p[k] for p in parts] for k in range(1, 5)]
         forces, stress, energies, of_atoms = ((x[0] if alone else x) for x in rest) if parts else ([], [], [], [])
         return Output(
-            energy, forces, stress if model.conservative else None, energies, of_atoms if features else None, name
+            energy,
+            forces,
+            stress if model.conservative else None,
+            energies,
+            of_atoms if features else None,
+            name,
+            model.undetermined(packed, name),
         )
 
     def ready(self, packed: Packed, task: str) -> Packed:
-        """Structures with the charges and spins that a task answers for. ValueError where it has no answer to one."""
+        """Structures with the charges and spins that a task answers for. ValueError where it has no answer to one.
+
+        The warning `UndeterminedEnergy` names compositions whose total energy the training data do not determine.
+        """
         self.refuse_unseen(packed, task)
+        if (which := self.undetermined(packed, task)).any():
+            groups = self.description["tasks"][task]["undetermined"]
+            warnings.warn(warning(which, groups, packed, task), UndeterminedEnergy, stacklevel=3)
         return as_trained(packed, self.description["tasks"][task], task)
 
     def in_precision(self, precision: str | None) -> Self:
@@ -168,6 +185,10 @@ class Predictor:
             f"structure {structure}: task {task!r} has never seen {names}; "
             f"it knows {', '.join(self.elements(task))}{hint}"
         )
+
+    def undetermined(self, packed: Packed, task: str) -> np.ndarray:
+        """Which structures have a total energy that the training data do not determine: (S,) bool."""
+        return undetermined(self.description["tasks"][task].get("null_space"), packed)
 
     def _references(self, task: str) -> dict[int, float]:
         return {int(z): float(e) for z, e in self.description["tasks"][task]["references"].items()}

@@ -37,12 +37,16 @@ class References:
 
     energies: Z -> eV. undetermined: groups of elements whose energies the data do not determine separately (only
     combinations of them). rank: number of determined directions. residual: RMS of the fit, meV/atom.
+    null_space: orthonormal directions, Z -> coefficient, along which the energies could be moved without a change of
+    the fit: the energy of a composition is determined where it is at right angles to all of them. None: not known,
+    in manifests of earlier versions.
     """
 
     energies: dict[int, float]
     undetermined: list[list[int]]
     rank: int
     residual: float
+    null_space: list[dict[int, float]] | None = None
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -78,10 +82,12 @@ class References:
         return np.asarray(aligned, np.float64) + self.total(numbers, natoms)
 
     def to_manifest(self) -> dict[str, Any]:
-        """The keys references, undetermined, rank and residual of a task in the manifest."""
+        """The keys references, undetermined, null_space, rank and residual of a task in the manifest."""
+        null_space = [{str(z): c for z, c in direction.items()} for direction in self.null_space or []]
         return {
             "references": {str(z): e for z, e in sorted(self.energies.items())},
             "undetermined": self.undetermined,
+            **({} if self.null_space is None else {"null_space": null_space}),
             "rank": self.rank,
             "residual": self.residual,
         }
@@ -90,7 +96,11 @@ class References:
     def from_manifest(cls, task: dict[str, Any]) -> "References":
         """The inverse of `to_manifest`; other keys of the task are ignored."""
         energies = {int(z): float(e) for z, e in task["references"].items()}
-        return cls(energies, [list(group) for group in task["undetermined"]], task["rank"], task["residual"])
+        null_space = task.get("null_space")
+        if null_space is not None:
+            null_space = [{int(z): float(c) for z, c in direction.items()} for direction in null_space]
+        undetermined = [list(group) for group in task["undetermined"]]
+        return cls(energies, undetermined, task["rank"], task["residual"], null_space)
 
 
 def count_elements(numbers: np.ndarray, natoms: np.ndarray, elements: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -207,6 +217,7 @@ def fit_by(
         undetermined=_groups(names[~fixed], null, seen[~fixed]),
         rank=int((seen & fixed).sum() + (~fixed).sum() - null.shape[1]),
         residual=float(1000 * residual),
+        null_space=_directions(names[~fixed], null, seen[~fixed]),
     )
 
 
@@ -234,6 +245,16 @@ def _solve(factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rank = int((s > RANK_TOLERANCE * s[0]).sum())
     solution = vh[:rank].T @ ((u[:, :rank].T @ right) / s[:rank])
     return solution, vh[rank:].T
+
+
+def _directions(elements: np.ndarray, null: np.ndarray, seen: np.ndarray) -> list[dict[int, float]]:
+    """The null space of the elements that occur, direction by direction; coefficients of rounding are left out."""
+    basis, sizes, _ = np.linalg.svd(null[seen], full_matrices=False)  # an element that never occurs is one by itself
+    inside = basis[:, : int((sizes > 0.5).sum())].T
+    return [
+        {int(z): float(c) for z, c in zip(elements[seen], direction, strict=True) if abs(c) > SHARE}
+        for direction in inside
+    ]
 
 
 def _groups(elements: np.ndarray, null: np.ndarray, seen: np.ndarray) -> list[list[int]]:

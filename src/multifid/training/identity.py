@@ -126,7 +126,9 @@ def _of_a_run_without(run: Path, config: Config, sources: list[Source], state: M
             name = task if len(held) == 1 else source.store.tasks[0]
             drawn = {"drawn_with": held[0], "order": [name, source.store.checksum]}
             data, own = _data(source, task), model.get(task, {})
-            data["about"] |= {key: own[key] for key in ("references", "undetermined", "labels") if key in own}
+            data["about"] |= {
+                key: own[key] for key in ("references", "undetermined", "null_space", "labels") if key in own
+            }
             data["splits"] |= {"train": own["structures"]} if own else {}
             kept[task] = {"store": config.tasks[task].store, **drawn, **data}
     return kept

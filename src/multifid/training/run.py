@@ -386,6 +386,7 @@ def describe_model(run: Run) -> dict[str, Any]:
                 "elements": source.elements(task),
                 "references": {str(z): e for z, e in source.references[task].energies.items()},
                 "undetermined": about["undetermined"],
+                "null_space": about.get("null_space"),  # None: the store is of a version that did not keep it
                 "charges": trained_values(source.store, "charge"),
                 "spins": trained_values(source.store, "spin"),
                 "scale": scales[task],

@@ -175,6 +175,37 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a trained run, or a model file")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="files that ASE reads, .aselmdb, or prepared stores")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="extended XYZ with energy, forces, stress")],
+    task: Annotated[str | None, typer.Option(help="whose branch answers; needed where there are several")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator if there is one")] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or fp64")] = "fp32",
+    max_edges: Annotated[int | None, typer.Option(min=1, help="edges of a batch; default: 50,000")] = None,
+    skip_refused: Annotated[
+        bool,
+        typer.Option("--skip-refused", help="leave out what has no prediction, as elements never seen, and count it"),
+    ] = False,
+) -> None:
+    """Energies, forces and stresses of the structures in files, as ASE reads them back."""
+    from multifid.apply.predict import predict as run
+
+    run(
+        model,
+        files,
+        out,
+        task,
+        device=device,
+        precision=precision,
+        max_edges=max_edges,
+        skip=skip_refused,
+    )
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a trained run")],
     out: Annotated[Path, typer.Option("--out", metavar="NAME.mfid", help="the model file")],

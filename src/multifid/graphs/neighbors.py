@@ -26,7 +26,8 @@ def neighbor_list(packed: Packed, cutoff: float) -> tuple[np.ndarray, np.ndarray
     cutoff = float(cutoff)
     if not cutoff > 0:
         raise ValueError(f"the cutoff must be a positive number of angstrom, got {cutoff}")
-    by_images = np.asarray(packed.pbc, bool).any(axis=1) | (packed.natoms > ALL_PAIRS_UP_TO)
+    periodic = np.asarray(packed.pbc, bool).any(axis=1) & (packed.natoms > 0)
+    by_images = periodic | (packed.natoms > ALL_PAIRS_UP_TO)
     parts: list[Pairs] = []
     at = packed.offsets
     for start, stop in _runs(by_images):
@@ -76,6 +77,8 @@ def _pairs_of_molecules(packed: Packed, at: np.ndarray, start: int, stop: int, c
     """Pairs of non-periodic structures, from all pairs of each."""
     natoms, first = packed.natoms[start:stop], at[start:stop]
     largest = int(natoms.max())
+    if not largest:
+        return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
     number = np.arange(largest)
     there = number < natoms[:, None]
     atoms = first[:, None] + np.where(there, number, 0)  # (structures, largest)

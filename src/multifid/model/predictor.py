@@ -197,6 +197,10 @@ class Predictor:
         self, packed: Packed, task: str, first: int, features: bool
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]]:
         """(energy, forces, stress, energies, features) of each structure of a batch."""
+        if not len(packed.numbers):
+            none = np.zeros((0, 3))
+            yield from [(0.0, none, np.zeros((3, 3)), none[:, 0], none)] * len(packed.natoms)
+            return
         batch = batch_of(packed, self.cutoff, task)
         refuse_coincident(batch, first)
         yield from self.answer(packed, batch, task, stress=self.conservative, features=features)

@@ -14,7 +14,7 @@ that material as relative; others, as OMol25's molecules, have their formula, wh
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -76,6 +76,17 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
     A row without energy is a skip; without forces or stress, a missing label. `source_id` is the row's key. ValueError
     if the file is truncated or not LMDB.
     """
+    return _records(path, options, progress, part, _structure)
+
+
+def geometries(path: Path) -> Iterator[Structure | Skip]:
+    """Every row of the database without its labels, which it need not have, or why it is skipped."""
+    return _records(path, Options(), lambda far: None, None, _geometry)
+
+
+def _records(
+    path: Path, options: Options, progress: Progress, part: Part, structure: Callable[..., Structure]
+) -> Iterator[Any]:
     with _rows(path) as (cursor, entries, deleted):
         start, stop = part or (0, entries)
         keys = 0
@@ -92,7 +103,7 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
             if int(where) in deleted:
                 yield Skip("row is deleted", where)
             else:
-                yield structure_or_skip(where, _structure, cursor.value(), where, options)
+                yield structure_or_skip(where, structure, cursor.value(), where, options)
         if not keys and stop == entries:
             raise ValueError(f"{path}: not an ASE database: no key is the number of a row")
     progress(1.0)
@@ -162,29 +173,44 @@ def _array(value: Any, what: str) -> np.ndarray:
 
 
 def _structure(value: bytes, where: str, options: Options) -> Structure:
+    row = _row(value)
+    structure = _geometry_of(row, where, options)
+    forces, stress = row.get("forces"), row.get("stress")
+    tensor = None if stress is None else stress_tensor(_array(stress, "stress"))
+    factors, atoms = options.factors(), len(structure.numbers)
+    structure.labels[options.dataset] = Labels(
+        energy=number(row.get("energy"), "energy") * factors.energy,
+        forces=None if forces is None else vectors(_array(forces, "forces"), atoms, "forces") * factors.force,
+        stress=None if tensor is None else tensor * factors.stress,
+    )
+    return structure
+
+
+def _geometry(value: bytes, where: str, options: Options) -> Structure:
+    return _geometry_of(_row(value), where, options)
+
+
+def _row(value: bytes) -> dict[str, Any]:
     row = _json(value)
     if not isinstance(row, dict) or "numbers" not in row or "positions" not in row:
         raise BadRecord("row without numbers and positions")
+    return row
+
+
+def _geometry_of(row: dict[str, Any], where: str, options: Options) -> Structure:
     data = row.get("data")
     data = data if isinstance(data, dict) else {}
     numbers = atomic_numbers(_array(row["numbers"], "atomic numbers"))
-    forces, stress = row.get("forces"), row.get("stress")
     cell, pbc = periodicity(_array(row.get("cell"), "cell"), _array(row.get("pbc", [False] * 3), "pbc"))
-    tensor = None if stress is None else stress_tensor(_array(stress, "stress"))
-    factors = options.factors()
-    labels = Labels(
-        energy=number(row.get("energy"), "energy") * factors.energy,
-        forces=None if forces is None else vectors(_array(forces, "forces"), len(numbers), "forces") * factors.force,
-        stress=None if tensor is None else tensor * factors.stress,
-    )
+    length = options.factors().length
     charge, spin = _charge_and_spin(row, data, numbers, pbc is None, options)
     return Structure(
         numbers=numbers,
-        positions=vectors(_array(row["positions"], "positions"), len(numbers), "positions") * factors.length,
-        labels={options.dataset: labels},
+        positions=vectors(_array(row["positions"], "positions"), len(numbers), "positions") * length,
+        labels={},
         relative=_relative(data.get("sid"), numbers),
         source_id=where,
-        cell=None if cell is None else cell * factors.length,
+        cell=None if cell is None else cell * length,
         pbc=pbc,
         charge=charge,
         spin=spin,

@@ -1,0 +1,133 @@
+"""`multifid predict`: files in, one file out that ASE reads back, whole or not there."""
+
+import subprocess
+import sys
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from safetensors.torch import save_file
+
+import multifid
+from multifid.apply.predict import predict
+from multifid.model.saved import describe, save_description
+from multifid.store.store import Store
+from test_calculator import crystal, model, slab
+from test_hostile import write_aselmdb
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An untrained model of two tasks as the directory of a run."""
+    folder, made = tmp_path_factory.mktemp("run"), model(charges=[-1, 0, 1], spins=[1])
+    save_file(made.potential.state_dict(), folder / "model.safetensors")
+    description = describe(made.potential.config, {"a": "a", "b": "b"}, made.description["tasks"], {})
+    save_description(folder / "model.json", description)
+    return folder
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """An extended XYZ file with labels of its own, a trajectory, and an ASE database in LMDB."""
+    ion = molecule("CH3")
+    ion.info |= {"charge": 1, "name": "methyl", "energy_of_old": -3.0}
+    fixed = slab()
+    fixed.set_constraint(FixAtoms([0, 1]))
+    fixed.calc = SinglePointCalculator(fixed, energy=-1.0, forces=np.ones((8, 3)), stress=np.ones(6))
+    ase.io.write(tmp_path / "some.xyz", [ion, fixed, molecule("H2O")])
+    ase.io.write(tmp_path / "more.traj", [crystal(), bulk("Cu", "fcc", 3.6)])
+    write_aselmdb(tmp_path / "rows.aselmdb")
+    return [tmp_path / "some.xyz", tmp_path / "more.traj", tmp_path / "rows.aselmdb"]
+
+
+def test_what_is_written_is_what_the_model_says_and_ase_reads_it_back(run, mixed, tmp_path):
+    assert predict(run, mixed, tmp_path / "out.xyz", "a", device="cpu", max_edges=300) == 45
+    there = ase.io.read(tmp_path / "out.xyz", ":")
+    given = [*ase.io.read(mixed[0], ":"), *ase.io.read(mixed[1], ":")]
+    assert len(there) == 45 and {a.info["task"] for a in there} == {"a"}
+    loaded = multifid.load(run)
+    for before, after in zip(given, there, strict=False):
+        said = loaded.predict(before, "a")
+        assert after.get_potential_energy() == pytest.approx(said.energy[0], abs=1e-5)
+        np.testing.assert_allclose(after.get_forces(apply_constraint=False), said.forces, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(after.pbc, before.pbc)
+        if before.cell.rank == 3:
+            np.testing.assert_allclose(after.get_stress(voigt=False), said.stress, rtol=0, atol=1e-6)
+        else:
+            assert "stress" not in after.calc.results
+    assert there[0].info["charge"] == 1 and there[0].info["name"] == "methyl"
+    assert there[1].constraints and not there[2].constraints
+    assert sorted(a.info["source"] for a in there[5:]) == list(range(1, 41))  # LMDB sorts keys as text
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_store_is_predicted_like_the_structures_that_it_holds(run, stores, tmp_path):
+    store = Store(stores["apple"])
+    assert predict(run, [stores["apple"]], tmp_path / "out.xyz", "b", device="cpu") == store.structures
+    packed = store.read(np.array([3]), [])
+    said = multifid.load(run).predict(Atoms(packed.numbers, packed.positions), "b")
+    assert ase.io.read(tmp_path / "out.xyz", "3").get_potential_energy() == pytest.approx(said.energy[0], abs=1e-4)
+
+
+def test_ranks_write_the_file_of_one_process(run, mixed, tmp_path):
+    files = [str(path) for path in mixed] * 13  # two chunks
+    command = ["-m", "multifid", "predict", str(run), *files, "--task", "a", "--device", "cpu", "--precision", "fp64"]
+    for out, before in (("one.xyz", []), ("two.xyz", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        done = subprocess.run(
+            [sys.executable, *before, *command, "--out", str(tmp_path / out)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{out}: 585 structures, task a" in done.stdout
+    assert (tmp_path / "one.xyz").read_bytes() == (tmp_path / "two.xyz").read_bytes()
+
+
+def test_what_has_no_prediction_is_named_or_left_out_and_counted(run, tmp_path, capsys):
+    close = molecule("H2O")
+    close.positions[1] = close.positions[0] + [0, 0, 1e-5]
+    ion = molecule("H2O")
+    ion.info["charge"] = 4
+    strange = [molecule("H2O"), molecule("SiH4"), close, ion, Atoms("H")]
+    ase.io.write(tmp_path / "in.xyz", strange)
+    with pytest.raises(
+        ValueError, match=r"(?s)no prediction for.*in.xyz, structure 1: task 'a' has never seen Si"
+    ) as e:
+        predict(run, [tmp_path / "in.xyz"], tmp_path / "out.xyz", "a", device="cpu")
+    assert "structure 2: atoms 0 and 1 are 1e-05" in str(e.value) and "--skip-refused" in str(e.value)
+    assert "structure 3: info['charge'] is 4, but" in str(e.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.xyz"]
+    assert predict(run, [tmp_path / "in.xyz"], tmp_path / "out.xyz", "a", device="cpu", skip=True) == 2
+    assert "2 structures, task a; 3 left out, as" in capsys.readouterr().out
+    assert [len(a) for a in ase.io.read(tmp_path / "out.xyz", ":")] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wrong"),
+    [
+        ("in.xyz", b"", "in.xyz: .*"),
+        ("in.xyz", b"2\n\nH 0 0 0\n", r"in\.xyz: ASE cannot read structure 0"),
+        ("in.xyz", b"1\n\nH 0 0 0\n2\nbroken\n", r"in\.xyz: ASE cannot read structure 1"),
+        ("in.unknown", b"what is this?", r"in\.unknown: ASE cannot read"),
+        ("in.aselmdb", b"no database", r"in\.aselmdb: damaged or not an LMDB file"),
+    ],
+)
+def test_files_that_are_none_are_refused_by_name_and_nothing_is_written(run, tmp_path, name, content, wrong):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=wrong):
+        predict(run, [tmp_path / name], tmp_path / "out.xyz", "a", device="cpu")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_where_nothing_can_be_written_is_said_before_the_work(run, mixed, tmp_path):
+    for out, wrong in (("out.cif", "ends in .xyz"), ("no/out.xyz", "there is no directory"), ("some.xyz", "exists")):
+        with pytest.raises((ValueError, FileExistsError), match=wrong):
+            predict(run, mixed, tmp_path / out, "a", device="cpu")
+    with pytest.raises(ValueError, match="several tasks"):
+        predict(run, mixed, tmp_path / "out.xyz", device="cpu")
+    with pytest.raises(ValueError, match="nothing: not found"):
+        predict(run, [tmp_path / "nothing"], tmp_path / "out.xyz", "a", device="cpu")

@@ -266,6 +266,30 @@ def study(
 
 
 @app.command()
+def report(
+    path: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="a run's or a study's directory")],
+    out: Annotated[Path, typer.Option(help="the page that is written")] = Path("report.html"),
+    structures: Annotated[int, typer.Option(help="of each task's test split, for errors in detail")] = 1_000,
+) -> None:
+    """One page about a run or a study, for a browser, without a network: data, curves, errors, outliers, speed."""
+    from multifid.workflows.report import report as run
+
+    run(path, out, structures)
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the directory of a run")],
+    interval: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="show what there is and return")] = False,
+) -> None:
+    """A run in the terminal while it goes on: errors and their curves, speed, time left. Reads its metrics only."""
+    from multifid.workflows.watch import watch as run_watch
+
+    run_watch(run, interval, once)
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.batch=64")] = None,

@@ -1,0 +1,142 @@
+"""`multifid report RUN|STUDY --out report.html`: what was trained, on what, and how good it is, as one page.
+
+The page needs no network: the plotting library is inside. It is written for people who decide whether to use a model.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import multifid
+from multifid.config import Config, dump_config, load_config
+from multifid.evaluation.matrix import TWO_LEVEL
+from multifid.evaluation.matrix import Row as Errors
+from multifid.evaluation.rows import read_rows
+from multifid.feed.loader import open_sources
+from multifid.model.saved import Description, load_description, load_potential
+from multifid.store.store import Store
+from multifid.training.journal import read_journal
+from multifid.workflows.report.sample import TaskErrors, errors_of
+
+STRUCTURES = 1_000  # of each task's test split, unless told
+
+
+@dataclass
+class Content:
+    """What the page is made of."""
+
+    title: str
+    run: Path  # the run whose curves and errors are shown in detail
+    config: Config
+    description: Description
+    journal: list[dict[str, Any]]
+    rows: list[Errors]  # evaluation.json
+    errors: dict[str, TaskErrors]  # task -> errors on a sample of its test split
+    stores: dict[str, Store]
+    warnings: list[str]
+    study: bool
+
+
+def report(path: Path, out: Path, structures: int = STRUCTURES, console: Console | None = None) -> Path:
+    """Write the page about a run's or a study's directory; returns `out`.
+
+    structures: of each task's test split, spread evenly, on which parity, errors by element and size, and outliers are
+    computed. ValueError where the directory holds neither, and where plotly is missing. A store that is gone costs its
+    task's errors, with a warning on the page.
+    """
+    from multifid.workflows.report.page import render
+
+    if structures < 1:
+        raise ValueError(f"--structures {structures}: at least one structure of each task is needed")
+    console = console or Console(stderr=True)
+    with console.status("gathering"):
+        content = gather(Path(path), structures)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(render(content), encoding="utf-8")
+    part.replace(out)
+    console.print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+    return out
+
+
+def gather(path: Path, structures: int) -> Content:
+    """All numbers of the page."""
+    run, study = _run_of(path)
+    config, description = load_config(run / "config.yaml"), load_description(run)
+    journal, warnings = read_journal(run), []
+    stores: dict[str, Store] = {}
+    errors: dict[str, TaskErrors] = {}
+    potential, _ = load_potential(run)
+    for task, section in config.tasks.items():
+        try:
+            (source,) = open_sources({task: section})
+        except (OSError, ValueError) as error:
+            warnings.append(f"Task {task} has no errors here, because its store cannot be read: {error}")
+            continue
+        stores[task] = source.store
+        found = errors_of(potential, description, run.name, task, source, structures)
+        if found is None:
+            warnings.append(f"Task {task} has no test split: its errors are not shown.")
+        else:
+            errors[task] = found
+    warnings += _warnings(journal, description, errors)
+    return Content(
+        str(path), run, config, description, journal, read_rows(path), errors, stores, warnings, study
+    )  # fmt: skip
+
+
+def reproduce(content: Content) -> tuple[str, str]:
+    """(command, config): what trains this run or study again, in words for a shell, and the file that it takes."""
+    if content.study:
+        path = Path(content.title) / "config.yaml"
+        return "multifid study config.yaml", path.read_text(encoding="utf-8")
+    return "multifid train config.yaml run=runs/again", dump_config(content.config)
+
+
+def version() -> str:
+    """That of the package that writes the page."""
+    return multifid.__version__
+
+
+def _run_of(path: Path) -> tuple[Path, bool]:
+    """(run, whether the path is a study's): of a study the two-level model of the first seed."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory: `multifid report` takes a run or a study")
+    if (path / "model.json").is_file():
+        return path, False
+    for seed in sorted(path.glob("seed-*"), key=lambda p: (len(p.name), p.name)):
+        if (seed / TWO_LEVEL / "model.json").is_file():
+            return seed / TWO_LEVEL, True
+    holds = (
+        "a run that has no validated weights yet" if (path / "config.yaml").is_file() else "neither a run nor a study"
+    )
+    raise ValueError(f"{path} holds {holds} (no model.json, no seed-*/{TWO_LEVEL}/model.json): train first")
+
+
+def _warnings(journal: Sequence[dict[str, Any]], about: Description, errors: dict[str, TaskErrors]) -> list[str]:
+    """What a reader should know before trusting the numbers."""
+    found = []
+    validated = [row for row in journal if row["split"] == "validation" and row.get("objective") is not None]
+    values = list({row["step"]: row["objective"] for row in validated}.values())
+    if len(values) >= 3 and values[-1] == min(values) and values[-2] - values[-1] > 0.02 * values[-1]:
+        found.append("The validation value was still falling by more than 2 % when training ended: train longer.")
+    if len(values) >= 3 and values[-1] > 1.1 * min(values):
+        found.append("The validation value ended more than 10 % above its best: the model may be overfitted.")
+    skipped = sum(row.get("skipped") or 0 for row in {r["step"]: r for r in validated}.values())
+    if skipped:
+        found.append(f"{skipped} updates were skipped, because a loss or gradient was not finite.")
+    for task, one in errors.items():
+        if one.unseen:
+            found.append(f"Task {task}: {one.unseen} test structures hold elements that training never saw; left out.")
+        if one.nonfinite:
+            found.append(f"Task {task}: {one.nonfinite} predictions are not finite; left out.")
+        if about["tasks"][task].get("undetermined"):
+            found.append(
+                f"Task {task}: the training data do not determine all reference energies; total energies of "
+                "compositions unlike the training data may be wrong."
+            )
+    return found

@@ -115,7 +115,10 @@ def test_padded_batches_have_sorted_receivers_one_structure_for_each_atom_and_no
         assert int(torch.isfinite(y.energy).sum()) == int(torch.isfinite(batch.targets[task].energy).sum())
 
 
-@pytest.mark.parametrize(("encoder", "shapes"), [(kind, 2 if kind == "egnn" else 1) for kind in KINDS])
+@pytest.mark.parametrize(
+    ("encoder", "shapes"),
+    [("painn", 1)] + [pytest.param(kind, 2, marks=pytest.mark.full) for kind in KINDS],
+)
 def test_compiled_passes_equal_eager_ones_and_compile_once_for_each_shape(stores, encoder, shapes):
     eager = potential_of(encoder)
     compiled, counter = copy.deepcopy(eager), CompileCounterWithBackend(BACKEND)
@@ -139,7 +142,7 @@ def sharing(batch):
     return replace(batch, slices=batch.slices | also, targets=batch.targets | {"damson": batch.targets["berry"]})
 
 
-@pytest.mark.parametrize("encoder", KINDS)
+@pytest.mark.parametrize("encoder", ["egnn", *(pytest.param(k, marks=pytest.mark.full) for k in KINDS if k != "egnn")])
 def test_compiled_conservative_passes_equal_eager_ones_and_compile_once_for_each_shape(stores, encoder):
     layers, tasks = 1, ["apple", "berry", "cherry", "damson"]
     if "tensors" in encoder:  # the first layer sees no angles; one branch, because two layers take long
@@ -181,7 +184,11 @@ def test_generated_code_reads_sums_over_neighbours_after_they_are_taken():
 
 
 @pytest.mark.parametrize(
-    ("forces", "tasks", "lists"), [("direct", ["apple", "berry", "cherry"], 4), ("conservative", ["apple"], 1)]
+    ("forces", "tasks", "lists"),
+    [
+        ("direct", ["apple", "berry", "cherry"], 4),
+        pytest.param("conservative", ["apple"], 1, marks=pytest.mark.full),
+    ],
 )
 def test_a_compiled_run_is_the_eager_run_over_a_stream_of_different_batches(
     stores, tmp_path, monkeypatch, forces, tasks, lists

@@ -55,6 +55,7 @@ def pool():
     pool.close()
 
 
+@pytest.mark.full
 def test_five_tasks_of_the_papers_size(sixteen, pool, tmp_path, capsys):
     """EGNN 4 x 866 and heads of 3 x 889, two branches on a rank or one."""
     stores = dict(list(sixteen.items())[:5])
@@ -69,6 +70,7 @@ def test_five_tasks_of_the_papers_size(sixteen, pool, tmp_path, capsys):
         )
 
 
+@pytest.mark.full
 def test_sixteen_tasks_from_start_to_restart(sixteen, pool, tmp_path):
     """A start, a run that goes on from its checkpoint, and one that begins from the weights of another (`init`)."""
     run, again = (values_of(sixteen, tmp_path / name, 320, [384, 384, 384]) for name in ("run", "again"))

@@ -104,6 +104,7 @@ def test_an_epoch_is_added_to_its_own_points_only(stores, tmp_path):
     assert isinstance(told.exception, ValueError) and "--here" in str(told.exception)
 
 
+@pytest.mark.full
 def test_ranks_are_launched_by_the_command_itself(stores, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config_of(stores, tmp_path / "run")))

@@ -34,6 +34,7 @@ def test_all_models_of_a_study_see_the_same_structures_of_a_dataset_in_every_ste
     assert len({(m.train.steps, m.train.epoch_steps) for m in models_of(config, seed=3)}) == 1
 
 
+@pytest.mark.full
 def test_a_study_trains_evaluates_and_draws_everything_and_goes_on_where_it_stopped(stores, tmp_path):
     values = config_of(stores, tmp_path / "study", train={"steps": 6, "epoch_steps": 3}, study={"seeds": [0, 1]})
     root = study(parse_config(values, "test"), Console(quiet=True))

@@ -130,7 +130,8 @@ def train_in_child(path: str, threads: int, running) -> None:
     train(load_config(Path(path)), Console(quiet=True))
 
 
-def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(stores, tmp_path):
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.full)])
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(stores, tmp_path, times):
     """kill -9 and start again, until it is through; compared with a run that nobody disturbed."""
     length = {"steps": 150, "checkpoint_every": 4, "epoch_steps": 45}
     whole = start(config_of(stores, tmp_path / "whole", train=length))
@@ -145,7 +146,7 @@ def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(stores, t
         child = children.Process(target=train_in_child, args=arguments, daemon=True)
         child.start()
         running.wait()
-        child.join(timeout=generator.uniform(0.0, 0.2 + seconds / 4) if kills < 20 else None)
+        child.join(timeout=generator.uniform(0.0, 0.2 + seconds / 4) if kills < times else None)
         if child.is_alive():
             child.kill()
             child.join()
@@ -153,10 +154,10 @@ def test_killed_at_twenty_random_moments_a_run_ends_with_the_same_bits(stores, t
             steps.add(max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step-*")), default=""))
             continue
         assert child.exitcode == 0
-        if kills == 20:
+        if kills == times:
             break
-        shutil.rmtree(tmp_path / "killed")  # it came through before the twentieth kill: from the beginning
-    assert len(steps) > 3, "the kills hit different places"
+        shutil.rmtree(tmp_path / "killed")  # it came through before the last kill: from the beginning
+    assert len(steps) > max(1, times // 6), "the kills hit different places"
     assert_same_bits(whole, tmp_path / "killed")
 
 

@@ -74,6 +74,7 @@ def start(node: int, config: Path, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
+@pytest.mark.full
 def test_a_host_that_is_cut_off_ends_both_and_the_run_goes_on(stores, tmp_path, hosts):
     values = {
         "run": str(tmp_path / "run"),

@@ -172,6 +172,7 @@ def test_ranks_that_share_a_file_system_make_one_store(fake, tmp_path):
     assert fake.run("ranks", rank=1, size=3) is None  # one that comes late
 
 
+@pytest.mark.full
 def test_ranks_under_torchrun_and_under_srun_make_the_store_of_one_process(tmp_path):
     random = np.random.default_rng(0)
     (tmp_path / "in").mkdir()

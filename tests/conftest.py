@@ -14,7 +14,18 @@ os.environ["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{Path
 import numpy as np
 import pytest
 
+from multifid.evaluation.evaluate import Data, label_sets
 from multifid.preparation.prepare import prepare
+from multifid.store.store import Store
+
+# Of the rows of a journal, what two runs of one config do not have in common.
+MEASURED = ("seconds", "structures_per_second", "seconds_left", "memory", "device_memory")
+
+
+def data_of(text: str) -> list[Data]:
+    """`[TASK=]STORE`: the label set TASK (or the only one) under the name TASK; without TASK all label sets."""
+    name, equals, path = text.rpartition("=")
+    return label_sets(Store(Path(path)), name if equals else None)
 
 
 def measured_effort(work):

@@ -9,8 +9,8 @@ import torch
 from ase import Atoms
 
 import multifid
+from conftest import MEASURED
 from multifid.training.journal import read_journal
-from multifid.training.record import MEASURED
 from test_train import assert_same_bits, config_of, start
 
 TOLD = {"steps": 12, "epoch_steps": 6, "log_every": 3, "precision": "fp64"}

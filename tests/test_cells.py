@@ -11,8 +11,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
 from scipy.stats import ortho_group
 
+from conftest import data_of
 from multifid.config import parse_config
-from multifid.evaluation.evaluate import data_of, evaluate_run
+from multifid.evaluation.evaluate import evaluate_run
 from multifid.feed.loader import collate, open_sources
 from multifid.model.saved import load_potential
 from multifid.preparation.prepare import prepare

@@ -10,7 +10,7 @@ from ase.calculators.emt import EMT
 from rich.console import Console
 
 from multifid.preparation.prepare import prepare
-from multifid.quality.check import doubts_of_store, join, runs, take
+from multifid.quality.check import check_store, join, runs, take
 from multifid.quality.doubts import doubt_of_crystals, doubt_of_free_atoms, doubts
 from multifid.quality.duplicates import Fingerprints, fingerprints, repeats
 from multifid.quality.evidence import neighbors
@@ -225,7 +225,7 @@ SAMPLES = {
 def test_published_samples_are_believed_and_every_mistake_that_can_be_seen_in_them_is_found(name, tmp_path):
     format, options, visible = SAMPLES[name]
     store = prepare(format, [DATA / name], tmp_path / "store", options=options, limit=300, progress=False)
-    assert doubts_of_store(store) == []
+    assert check_store(store).doubts == []
     level = next(iter(store.manifest["tasks"].values()))["level_of_theory"]
     sample = join([store.read(np.arange(*run)) for run in runs(store.structures)])
     sample = take(sample, np.arange(min(250, len(sample.natoms))))

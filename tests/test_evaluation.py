@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from conftest import write_molecules
+from conftest import data_of, write_molecules
 from multifid.config import parse_config
 from multifid.evaluation import evaluate as asking
-from multifid.evaluation.evaluate import Share, data_of, evaluate_run
+from multifid.evaluation.evaluate import Share, evaluate_run
 from multifid.evaluation.failures import Failures
 from multifid.evaluation.rows import add_rows, read_rows
 from multifid.evaluation.table import markdown

@@ -8,13 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import measured_effort
-from multifid.parallel.layout import GIB, Load, Memory, place, predicted_step
+from multifid.parallel.assign import step_time
+from multifid.parallel.layout import GIB, Load, Memory, _by_unit, _units, place
 
 KINDS = ("replicated", "split", "auto")
 
 
 def names(count):
     return [f"t{i:02d}" for i in range(count)]
+
+
+def predicted_step(placement, loads):
+    units = _units(list(placement), (), loads, 1 + max(max(where) for where in placement.values()))
+    return float(step_time(units, _by_unit(units, placement)))
 
 
 def step_by_definition(placement, loads, ranks):

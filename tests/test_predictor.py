@@ -13,7 +13,8 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from multifid.evaluation.evaluate import data_of, evaluate_run
+from conftest import data_of
+from multifid.evaluation.evaluate import evaluate_run
 from multifid.model.model_file import export_model, load_model, read_model_file
 from multifid.model.potential import ModelConfig, Potential
 from multifid.model.predictor import Predictor, load

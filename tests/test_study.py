@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from conftest import data_of
 from multifid.config import parse_config
-from multifid.evaluation.evaluate import data_of, evaluate_run, references_row
+from multifid.evaluation.evaluate import evaluate_run, references_row
 from multifid.feed.loader import open_sources
 from multifid.store.references import References
 from multifid.store.store import Store

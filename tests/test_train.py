@@ -20,6 +20,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from conftest import MEASURED
 from multifid.config import load_config, parse_config
 from multifid.feed.loader import collate, open_sources
 from multifid.model.saved import load_potential
@@ -29,7 +30,6 @@ from multifid.training.build import build
 from multifid.training.checkpoint import load_checkpoint
 from multifid.training.feed import Feed, make_draws
 from multifid.training.journal import read_journal
-from multifid.training.record import MEASURED
 from multifid.training.run import train
 from multifid.training.step import Totals, Trainer
 

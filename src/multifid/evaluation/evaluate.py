@@ -69,12 +69,6 @@ class Data:
         return self.source or self.store.path
 
 
-def data_of(text: str, verify: str = "touch") -> list[Data]:
-    """`[TASK=]STORE`: the label set TASK (or the only one) under the name TASK; without TASK all label sets."""
-    name, equals, path = text.rpartition("=")
-    return label_sets(Store(Path(path), verify=verify), name if equals else None)
-
-
 def label_sets(store: Store, name: str | None) -> list[Data]:
     """The label set of a store that is called `name`, or its only one under that name; without a name all of them."""
     if name is None:

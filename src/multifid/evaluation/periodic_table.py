@@ -33,11 +33,6 @@ def place(z: int) -> tuple[float, int]:
     return period, left if left <= 2 and z != 2 else 18 - right
 
 
-def periodic_table(counts: Mapping[int, int], title: str = "") -> Figure:
-    """One table, 1600 x 870 px at 100 dpi: {Z: atoms} as colours and numbers."""
-    return periodic_tables({title: counts})
-
-
 def periodic_tables(counts: Mapping[str, Mapping[int, int]], total: str = "all datasets") -> Figure:
     """All datasets together, 1600 px wide at 100 dpi, and each of several below it, on one colour scale.
 

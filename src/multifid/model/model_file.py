@@ -19,7 +19,6 @@ from multifid.model.potential import ModelConfig, Potential
 from multifid.model.saved import SCHEMA, Description, load_potential
 
 FORMAT = "multifid model"
-SUFFIX = ".mfid"
 WEIGHTS = {"best": "model.safetensors", "last": "last.safetensors"}
 
 

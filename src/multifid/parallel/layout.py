@@ -20,7 +20,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from multifid.parallel.assign import Unit, can_pack, cheapest, even_groups, fewest_bytes, pack, sized_groups, step_time
+from multifid.parallel.assign import Unit, can_pack, cheapest, even_groups, fewest_bytes, pack, sized_groups
 
 Placement = Literal["auto", "replicated", "split"] | dict[str, list[int]]
 
@@ -124,18 +124,6 @@ def place(
     _check_memory(held, units, ranks, memory)
     ranks_of = {task: where for unit, where in zip(units, held, strict=True) for task in unit.tasks}
     return {task: list(ranks_of[task]) for task in tasks}
-
-
-def predicted_step(
-    placement: Mapping[str, Sequence[int]], loads: Mapping[str, Load], *, together: Sequence[Sequence[str]] = ()
-) -> float:
-    """Costs on the most loaded rank in a step, if structures could be divided, in the unit of the loads.
-
-    What `auto` makes least: work is laid as evenly as the placement allows, and holding a branch costs every holder.
-    """
-    ranks = 1 + max(max(where) for where in placement.values())
-    units = _units(list(placement), together, loads, ranks)
-    return float(step_time(units, _by_unit(units, placement)))
 
 
 def _units(

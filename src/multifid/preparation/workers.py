@@ -15,7 +15,6 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
-Report = Callable[[Any], None]
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 Job = Callable[..., Any]  # job(task, report)
 

@@ -63,11 +63,6 @@ def check_store(store: Store) -> Checked:
     return _checked(lambda start, stop: store.read(np.arange(start, stop)), store.structures, levels, isolated)
 
 
-def doubts_of_store(store: Store) -> list[Doubt]:
-    """The doubts about the units of a store."""
-    return check_store(store).doubts
-
-
 def runs(count: int) -> list[tuple[int, int]]:
     """(first, end) of runs of consecutive structures: all of a small store, else RUNS of them spread evenly."""
     if count <= RUNS * RUN:

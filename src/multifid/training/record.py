@@ -15,8 +15,6 @@ import torch
 from multifid.training.step import Task, Totals
 
 Row = dict[str, Any]
-# What two runs of one config do not have in common: they depend on the machine.
-MEASURED = ("seconds", "structures_per_second", "seconds_left", "memory", "device_memory")
 OF_TASK = ("loss", "energy_mae", "forces_mae", "stress_mae")
 OF_RUN = ("lr", "grad_norm", "skipped", "structures_per_second", "memory", "device_memory", "seconds_left")
 

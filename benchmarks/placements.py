@@ -17,7 +17,7 @@ from multifid.forecast.machines import MACHINES, Machine
 from multifid.forecast.scaling import efficiency
 from multifid.forecast.scaling.beyond import curves, placed, scaled
 from multifid.forecast.scaling.figure import draw
-from multifid.forecast.scaling.measure import Measured
+from multifid.forecast.scaling.measure import MeasuredPoint
 from multifid.forecast.subject import CRYSTAL_ERROR, MOLECULE_ERROR, Subject, TaskLoad, make_subject
 from multifid.model.potential import ModelConfig
 
@@ -57,7 +57,7 @@ def main() -> None:
         rows = json.loads((args.measured / "scaling.json").read_text(encoding="utf-8"))["measured"]
         told = [row["forecast"] for row in rows]
         kept = ("point", "step", "phases", "epochs", "spread", "edge", "edges")
-        measured = [Measured.from_dict({k: row[k] for k in kept}) for row in rows]
+        measured = [MeasuredPoint.from_dict({k: row[k] for k in kept}) for row in rows]
     found = [p for machine in MACHINES.values() for p in curves(subjects[5], machine, LOCAL_BATCH)]
     draw(measured, told, found, args.figure)
     print(text)

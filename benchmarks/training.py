@@ -30,7 +30,7 @@ from multifid.feed.loader import Source, TaskConfig, ahead, collate, open_source
 from multifid.graphs.batch import Batch
 from multifid.model.branch import BranchConfig
 from multifid.model.potential import ModelConfig, Potential
-from multifid.parallel.gradients import Gradients, Part
+from multifid.parallel.gradients import Gradients, ModelPart
 from multifid.parallel.groups import alone
 from multifid.training.loss import ObjectiveConfig
 from multifid.training.optimizer import MovingAverage, Schedule, adamw
@@ -89,7 +89,7 @@ def trainer_of(potential: Potential, precision: str, device: torch.device) -> Ti
     return Timed(
         potential=potential,
         parameters=parameters,
-        gradients=Gradients([Part(name, [p for _, p in of], world.group) for name, of in parts]),
+        gradients=Gradients([ModelPart(name, [p for _, p in of], world.group) for name, of in parts]),
         optimizer=adamw(parameters, 1e-3, 0.01),
         schedule=Schedule("constant", 100, 1000),
         average=MovingAverage(parameters, 0.999),

@@ -6,7 +6,7 @@ import torch
 from ase.build import bulk, fcc111, molecule
 
 from multifid.graphs import candidates, device_neighbors
-from multifid.graphs.candidates import Found
+from multifid.graphs.candidates import Candidates
 from multifid.graphs.device_neighbors import DeviceLists, compare, device_neighbor_list
 from multifid.graphs.neighbors import neighbor_list
 from multifid.structures.structure import Packed
@@ -114,7 +114,7 @@ def test_the_order_in_which_a_kernel_finds_pairs_changes_nothing(monkeypatch):
     def stirred(*arguments):
         for k, part in enumerate(candidates.candidates(*arguments)):
             order = torch.randperm(len(part.receivers), generator=torch.Generator().manual_seed(k))
-            yield Found(part.receivers[order], part.senders[order], part.shifts[order])
+            yield Candidates(part.receivers[order], part.senders[order], part.shifts[order])
 
     monkeypatch.setattr(device_neighbors, "candidates", stirred)
     again = device_neighbor_list(packed, 5.0, HERE)
@@ -149,7 +149,7 @@ def test_the_first_list_of_a_device_is_compared_with_the_hosts(monkeypatch):
 
     def forgetful(*arguments):
         for part in candidates.candidates(*arguments):
-            yield Found(part.receivers[1:], part.senders[1:], part.shifts[1:])
+            yield Candidates(part.receivers[1:], part.senders[1:], part.shifts[1:])
 
     lists = DeviceLists(HERE)
     lists(packed, 4.0)

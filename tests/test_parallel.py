@@ -18,7 +18,7 @@ from torch.distributed import HashStore, TCPStore
 
 from multifid.config import parse_config
 from multifid.parallel import heartbeat
-from multifid.parallel.gradients import Gradients, Part
+from multifid.parallel.gradients import Gradients, ModelPart
 from multifid.parallel.groups import Group
 from multifid.parallel.launch import Launch, launch
 from multifid.parallel.layout import Load, place
@@ -415,8 +415,8 @@ def test_buckets_are_launched_in_the_global_order_whatever_arrives_first():
     Recorded.log = log = []
     layers = [nn.Linear(1, n, bias=False) for n in (3, 4, 5, 6)]
     parts = [
-        Part("branch-a", [*layers[0].parameters(), *layers[1].parameters()], Recorded(rank=1)),
-        Part("encoder", [*layers[2].parameters(), *layers[3].parameters()], Recorded(rank=2)),
+        ModelPart("branch-a", [*layers[0].parameters(), *layers[1].parameters()], Recorded(rank=1)),
+        ModelPart("encoder", [*layers[2].parameters(), *layers[3].parameters()], Recorded(rank=2)),
     ]
     gradients = Gradients(parts, bucket_bytes=4)
     x, states = torch.ones(1, 1), []
@@ -435,7 +435,7 @@ def test_buckets_are_launched_in_the_global_order_whatever_arrives_first():
 def test_what_a_backward_pass_does_not_reach_is_launched_before_it():
     Recorded.log = log = []
     layers = [nn.Linear(1, 1, bias=False) for _ in range(4)]
-    gradients = Gradients([Part(f"part-{k}", [*layers[k].parameters()], Recorded(rank=k)) for k in range(4)])
+    gradients = Gradients([ModelPart(f"part-{k}", [*layers[k].parameters()], Recorded(rank=k)) for k in range(4)])
     x = torch.ones(1, 1, requires_grad=True)
     (slope,) = torch.autograd.grad(torch.tanh(layers[3](x)).sum() + 0.0 * layers[0](x).sum(), x, create_graph=True)
     loss = slope.square().sum() + layers[1](x).sum()

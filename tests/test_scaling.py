@@ -13,8 +13,8 @@ from multifid.forecast.estimate import forecast
 from multifid.forecast.machines import Link, Machine, read_machine
 from multifid.forecast.scaling import launch, report, scaling_here
 from multifid.forecast.scaling.beyond import scaled
-from multifid.forecast.scaling.calibrate import Case, calibrate, used
-from multifid.forecast.scaling.measure import PHASES, Measured, Point, points
+from multifid.forecast.scaling.calibrate import MeasuredCase, calibrate, used
+from multifid.forecast.scaling.measure import PHASES, MeasuredPoint, ScalingPoint, points
 from multifid.forecast.subject import TaskLoad, make_subject
 from multifid.model.potential import ModelConfig
 from multifid.parallel.layout import place
@@ -48,7 +48,7 @@ def test_a_planted_machine_is_found_from_some_points_and_tells_the_others():
         subject, where = scaled(model, point.batch), place(list(loads), point.placement, point.ranks)
         told = forecast(subject, where, TRUE)
         phases = {phase: told.phases[phase] for phase in PHASES}
-        cases.append(Case(Measured(point, told.seconds, phases, [], 0.0, 0.0, 0.0), subject, where))
+        cases.append(MeasuredCase(MeasuredPoint(point, told.seconds, phases, [], 0.0, 0.0, 0.0), subject, where))
     guess = replace(TRUE, flops=1e9, traffic=1e9, launch=1e-3, inside=Link(1.0, 1.0), contention=1.0, noise=0.0)
     found = calibrate(guess, cases)
     assert found.flops == pytest.approx(TRUE.flops, rel=1e-3) and found.traffic == pytest.approx(TRUE.traffic, rel=1e-3)
@@ -61,7 +61,10 @@ def test_a_planted_machine_is_found_from_some_points_and_tells_the_others():
 
 
 def test_what_is_measured_fits_the_ranks():
-    assert points(1, 5, 20, 40) == [Point("weak", "replicated", 1, 20), Point("strong", "replicated", 1, 40)]
+    assert points(1, 5, 20, 40) == [
+        ScalingPoint("weak", "replicated", 1, 20),
+        ScalingPoint("strong", "replicated", 1, 40),
+    ]
     assert [(p.mode, p.placement, p.batch) for p in points(4, 5, 20, 40)] == [
         ("weak", "replicated", 80),
         ("weak", "split", 80),

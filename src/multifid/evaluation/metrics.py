@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from multifid.evaluation.matrix import Row
-from multifid.graphs.batch import Labels, Rows, Targets, components
+from multifid.graphs.batch import BatchLabels, LabelRows, Targets, components
 
 QUANTITIES = ("energy", "forces", "stress")
 _COUNTERS = 3  # structures, structures with an unseen element, atoms
@@ -118,7 +118,7 @@ def errors_of_rows(predicted: Tensor, label: Tensor, divisor: Tensor | None = No
     return torch.stack([known.sum(dim=1).to(torch.float64), error.abs().sum(dim=1), error.square().sum(dim=1)], dim=1)
 
 
-def error_sums(predicted: Mapping[str, Tensor], labels: Labels, tasks: int) -> Tensor:
+def error_sums(predicted: Mapping[str, Tensor], labels: BatchLabels, tasks: int) -> Tensor:
     """The sums of `Errors` for each of several tasks at once: (tasks, 12) float64.
 
     predicted: by quantity, a row for each row of the labels, in physical units. Structures of no atoms are padding.
@@ -128,7 +128,7 @@ def error_sums(predicted: Mapping[str, Tensor], labels: Labels, tasks: int) -> T
     sums = natoms.new_zeros((tasks, SIZE))
     sums[:, :_COUNTERS].index_add_(0, labels.energy.owner, counters)
     for quantity, prediction in predicted.items():
-        rows: Rows = getattr(labels, quantity)
+        rows: LabelRows = getattr(labels, quantity)
         errors = errors_of_rows(prediction, rows.label, natoms.clamp(min=1) if quantity == "energy" else None)
         sums[:, _place(quantity)].index_add_(0, rows.owner, errors)
     return sums

@@ -27,28 +27,28 @@ class Targets:
 
 
 @dataclass(slots=True)
-class Rows:
+class LabelRows:
     """One kind of label of those tasks of a batch that have it, task after task: what sums over labels run over."""
 
     tasks: list[str]
     owner: Tensor  # (n,) int64: the number of each row's task
     label: Tensor  # (n, ...) as in `Targets`
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "Rows":
-        return Rows(self.tasks, move(self.owner), move(self.label))
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "LabelRows":
+        return LabelRows(self.tasks, move(self.owner), move(self.label))
 
 
 @dataclass(slots=True)
-class Labels:
+class BatchLabels:
     """The labels of all tasks of a batch, one kind after the other: a sum for each task is one operation for all."""
 
-    energy: Rows  # of every task; a row for each structure
-    forces: Rows  # a row for each atom
-    stress: Rows
+    energy: LabelRows  # of every task; a row for each structure
+    forces: LabelRows  # a row for each atom
+    stress: LabelRows
     natoms: Tensor  # (n,) int64, of the structures of `energy`
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "Labels":
-        return Labels(self.energy.moved(move), self.forces.moved(move), self.stress.moved(move), move(self.natoms))
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "BatchLabels":
+        return BatchLabels(self.energy.moved(move), self.forces.moved(move), self.stress.moved(move), move(self.natoms))
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Batch:
     shifts: Tensor  # (E, 3) float: r_ij = positions[j] - positions[i] + shifts @ cell[structure[i]]
     slices: dict[str, tuple[slice, slice]] = field(default_factory=dict)  # task -> (structures, atoms)
     targets: dict[str, Targets] = field(default_factory=dict)
-    labels: Labels | None = None  # the targets once more, as sums over them want them: see `laid_out`
+    labels: BatchLabels | None = None  # the targets once more, as sums over them want them: see `laid_out`
     reverse: Tensor | None = None  # (E,) int64, where an encoder needs it: see `graphs/graph.py`
     triplets: Tensor | None = None  # (2, T) int64, likewise
     edge_slices: dict[str, slice] | None = None  # of each task, for heads that read edges: see `completed`
@@ -129,15 +129,15 @@ def laid_out(batch: Batch, number: Mapping[str, int]) -> Batch:
     forces = _rows({t: y.forces for t, y in batch.targets.items()}, number, (3,))
     stress = _rows({t: y.stress for t, y in batch.targets.items()}, number, (3, 3))
     natoms = torch.cat([batch.natoms[:0], *(batch.natoms[batch.slices[task][0]] for task in energy.tasks)])
-    return replace(batch, targets={}, labels=Labels(energy, forces, stress, natoms))
+    return replace(batch, targets={}, labels=BatchLabels(energy, forces, stress, natoms))
 
 
-def _rows(labels: Mapping[str, Tensor | None], number: Mapping[str, int], shape: tuple[int, ...]) -> Rows:
+def _rows(labels: Mapping[str, Tensor | None], number: Mapping[str, int], shape: tuple[int, ...]) -> LabelRows:
     present = {task: label for task, label in labels.items() if label is not None}
     lengths = torch.tensor([len(label) for label in present.values()], dtype=torch.int64)
     owner = torch.tensor([number[task] for task in present], dtype=torch.int64).repeat_interleave(lengths)
     label = torch.cat([*present.values()]) if present else torch.zeros((0, *shape))
-    return Rows(list(present), owner, label)
+    return LabelRows(list(present), owner, label)
 
 
 def components(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ ATOMS_AT_ONCE = 1 << 16  # so that rows of neighbours take some 200 MB at most
 
 
 @dataclass(slots=True)
-class Found:
+class Candidates:
     """Directed pairs in no order, with some that are a little farther apart than the cutoff."""
 
     receivers: Tensor  # (E,) int64
@@ -42,7 +42,7 @@ class Found:
 
 
 @dataclass(slots=True)
-class Part:
+class Portion:
     """Some structures with what the kernels want to know of them, on the host."""
 
     systems: Systems  # cells complete: three independent vectors
@@ -74,7 +74,7 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def candidates(systems: Systems, by_images: np.ndarray, cutoff: float, device: torch.device) -> Iterator[Found]:
+def candidates(systems: Systems, by_images: np.ndarray, cutoff: float, device: torch.device) -> Iterator[Candidates]:
     """All pairs closer than the cutoff, and few that are not; indices count the atoms of `systems`.
 
     by_images: (structures,) bool, those that must have what `neighbor_list` asks of periodic and of large structures.
@@ -94,9 +94,9 @@ def candidates(systems: Systems, by_images: np.ndarray, cutoff: float, device: t
         which = np.flatnonzero(chosen)
         for portion in _portions(systems.natoms[which], images[which]):
             picked, atoms = _picked(whole, which[portion])
-            found = search(Part(picked, ranges[which[portion]], images[which[portion]]), cutoff, device)
+            found = search(Portion(picked, ranges[which[portion]], images[which[portion]]), cutoff, device)
             number = torch.from_numpy(atoms).to(device)
-            yield Found(number[found.receivers], number[found.senders], found.shifts)
+            yield Candidates(number[found.receivers], number[found.senders], found.shifts)
 
 
 def _portions(natoms: np.ndarray, images: np.ndarray) -> list[slice]:
@@ -119,7 +119,7 @@ def _picked(systems: Systems, which: np.ndarray) -> tuple[Systems, np.ndarray]:
     return Systems(systems.positions[atoms], systems.natoms[which], systems.cell[which], systems.pbc[which]), atoms
 
 
-def _free(part: Part, cutoff: float, device: torch.device) -> Found:
+def _free(part: Portion, cutoff: float, device: torch.device) -> Candidates:
     """Pairs of molecules."""
     positions, structure, first = _atoms(part.systems, device)
 
@@ -131,7 +131,7 @@ def _free(part: Part, cutoff: float, device: torch.device) -> Found:
     return _all_of(search, _width(part, cutoff))
 
 
-def _among_images(part: Part, cutoff: float, device: torch.device) -> Found:
+def _among_images(part: Portion, cutoff: float, device: torch.device) -> Candidates:
     """Pairs of crystals and slabs."""
     positions, structure, first = _atoms(part.systems, device)
     cell, pbc = (torch.from_numpy(x).to(device) for x in (part.systems.cell, part.systems.pbc))
@@ -156,7 +156,7 @@ def _among_images(part: Part, cutoff: float, device: torch.device) -> Found:
     return _all_of(search, _width(part, cutoff))
 
 
-def _by_cells(part: Part, cutoff: float, device: torch.device) -> Found:
+def _by_cells(part: Portion, cutoff: float, device: torch.device) -> Candidates:
     """Pairs of large structures, by lists of cells in a box around the atoms where it is not periodic."""
     boxed = _boxed(part.systems)
     positions, structure, first = _atoms(boxed, device)
@@ -197,13 +197,13 @@ def _atoms(systems: Systems, device: torch.device) -> tuple[Tensor, Tensor, Tens
     return positions, structure, first
 
 
-def _width(part: Part, cutoff: float) -> int:
+def _width(part: Portion, cutoff: float) -> int:
     """Neighbours of an atom that there is room for at first."""
     most = int((part.systems.natoms * (2 * part.images - 1)).max())  # all atoms with all their images
     return min(math.ceil(4 / 3 * math.pi * cutoff**3 * DENSITY), most)
 
 
-def _all_of(search: Callable[[int], tuple[Tensor, ...]], width: int) -> Found:
+def _all_of(search: Callable[[int], tuple[Tensor, ...]], width: int) -> Candidates:
     """The pairs in rows of a matrix, one row for each atom; searched again where a row was too short for all of them.
 
     search: width -> senders (atoms, width) int32, how many of them (atoms,), and shifts (atoms, width, 3) if any.
@@ -218,4 +218,4 @@ def _all_of(search: Callable[[int], tuple[Tensor, ...]], width: int) -> Found:
     i = rows.repeat_interleave(counts.long(), output_size=total)
     place = torch.arange(total, device=counts.device) - (counts.cumsum(0) - counts)[i]
     j = matrix[i, place].long()
-    return Found(i, j, shifts[0][i, place].long() if shifts else j.new_zeros(total, 3))
+    return Candidates(i, j, shifts[0][i, place].long() if shifts else j.new_zeros(total, 3))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multifid.graphs.candidates import Found, candidates, toolkit
+from multifid.graphs.candidates import Candidates, candidates, toolkit
 from multifid.graphs.images import AT_THE_CUTOFF, COINCIDENT, Systems, coincident
 from multifid.graphs.neighbors import ALL_PAIRS_UP_TO, neighbor_list
 from multifid.structures.structure import Packed
@@ -115,15 +115,15 @@ def _listed(packed: Packed, cutoff: float, device: torch.device) -> tuple[Tensor
     systems = Systems(packed.positions.astype(np.float64), natoms, packed.cell.astype(np.float64), pbc)
     by_images = pbc.any(axis=1) | (natoms > ALL_PAIRS_UP_TO)
     parts = list(candidates(systems, by_images, cutoff, device))
-    found = Found(*(torch.cat([getattr(part, name) for part in parts]) for name in Found.__slots__))
+    found = Candidates(*(torch.cat([getattr(part, name) for part in parts]) for name in Candidates.__slots__))
     found, squared = _within(found, systems, cutoff)
     order = _order(found, len(systems.positions))
-    found = Found(found.receivers[order], found.senders[order], found.shifts[order])
+    found = Candidates(found.receivers[order], found.senders[order], found.shifts[order])
     _refuse_coincident(found, squared[order], systems)
     return torch.stack([found.receivers, found.senders]), found.shifts.double()
 
 
-def _within(found: Found, systems: Systems, cutoff: float) -> tuple[Found, Tensor]:
+def _within(found: Candidates, systems: Systems, cutoff: float) -> tuple[Candidates, Tensor]:
     """Those closer than the cutoff, and their squared distances (E,) float64; the host waits for the device."""
     device = found.receivers.device
     cell = np.where(systems.pbc[:, :, None], systems.cell, 0.0)
@@ -133,10 +133,10 @@ def _within(found: Found, systems: Systems, cutoff: float) -> tuple[Found, Tenso
     apart = positions[j] - positions[i] + torch.einsum("ek,ekl->el", found.shifts.double(), cells[owner[i]])
     squared = apart.square().sum(dim=1)
     near = (squared < cutoff * cutoff - AT_THE_CUTOFF).nonzero().squeeze(1)
-    return Found(i[near], j[near], found.shifts[near]), squared[near]
+    return Candidates(i[near], j[near], found.shifts[near]), squared[near]
 
 
-def _order(found: Found, atoms: int) -> Tensor:
+def _order(found: Candidates, atoms: int) -> Tensor:
     """(E,) places of the pairs, sorted by receiver, sender and shift."""
     x, y, z = found.shifts.unbind(dim=1)
     by_shift = ((x * SHIFTS + y) * SHIFTS + z).argsort(stable=True)
@@ -144,7 +144,7 @@ def _order(found: Found, atoms: int) -> Tensor:
     return by_shift[pair[by_shift].argsort(stable=True)]
 
 
-def _refuse_coincident(found: Found, squared: Tensor, systems: Systems) -> None:
+def _refuse_coincident(found: Candidates, squared: Tensor, systems: Systems) -> None:
     places = (squared < COINCIDENT**2).nonzero()
     if not len(places):
         return

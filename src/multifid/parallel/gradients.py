@@ -30,7 +30,7 @@ BUCKET_BYTES = 25 << 20  # large enough for the bandwidth of a network, small en
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """Parameters that are reduced over one group: the encoder or a branch, in order of construction."""
 
     name: str
@@ -54,7 +54,7 @@ class Bucket:
 class Gradients:
     """The gradients of the parts that live on this rank, given in the global order."""
 
-    def __init__(self, parts: Sequence[Part], bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, parts: Sequence[ModelPart], bucket_bytes: int = BUCKET_BYTES) -> None:
         self.parts = list(parts)
         self.buckets = [b for part in parts if part.shards is None for b in self._fill(part, bucket_bytes)]
         self.shards = next((part.shards for part in parts if part.shards is not None), None)
@@ -62,7 +62,7 @@ class Gradients:
             self.shards.before_encoder = self._launch_all
         self._next: int | None = None  # the bucket to launch next; None: not reducing
 
-    def _fill(self, part: Part, bucket_bytes: int) -> list[Bucket]:
+    def _fill(self, part: ModelPart, bucket_bytes: int) -> list[Bucket]:
         """Buckets of at most `bucket_bytes` (or one larger parameter), the last constructed parameters first."""
         buckets: list[Bucket] = []
         members: list[nn.Parameter] = []
@@ -74,7 +74,7 @@ class Gradients:
                 members = []
         return buckets
 
-    def _bucket(self, part: Part, members: list[nn.Parameter]) -> Bucket:
+    def _bucket(self, part: ModelPart, members: list[nn.Parameter]) -> Bucket:
         flat = members[0].new_zeros(sum(p.numel() for p in members)).detach()
         bucket = Bucket(part.name, part.group, flat, list(members))
         for parameter, piece in zip(members, flat.split([p.numel() for p in members]), strict=True):
@@ -144,9 +144,6 @@ class Gradients:
         norms = torch._foreach_norm(mine) if mine else []
         zero = flats[0][0].new_zeros((), dtype=torch.float64)
         return torch.stack([zero, *(norm.double().square() for norm in norms)]).sum()
-
-    def scale(self, factor: float) -> None:
-        torch._foreach_mul_([flat for flat, _ in self._flats()], factor)
 
     def _flats(self) -> list[tuple[Tensor, bool]]:
         """All gradients of this rank, and whether they count for their groups."""

@@ -11,7 +11,16 @@ from types import ModuleType
 from typing import Any
 
 from multifid.preparation.inputs import Input
-from multifid.preparation.parts import Assignment, Found, Piece, add_notes, found_in, is_done, place_piece, read_part
+from multifid.preparation.parts import (
+    Assignment,
+    ColumnFile,
+    PartSummary,
+    add_notes,
+    found_in,
+    is_done,
+    place_piece,
+    read_part,
+)
 from multifid.preparation.unfinished import Unfinished
 from multifid.preparation.workers import Workers
 from multifid.readers import LabelSet, Part
@@ -124,7 +133,7 @@ class Intake:
     def take(self, files: list[Input], plan: list[tuple[int, Part]], unfinished: Unfinished, pool: Workers) -> None:
         """All parts in the order of the files: where everything goes is said here, workers write it there."""
         self.structures_of_file = [0] * len(files)
-        work: list[tuple[Piece, dict[str, str], Place]] = []
+        work: list[tuple[ColumnFile, dict[str, str], Place]] = []
         for number, (file, _) in enumerate(plan):
             found = found_in(unfinished.part(number))
             self._remember(found, files[file])
@@ -141,7 +150,7 @@ class Intake:
             "\n".join(f"  {n:,}: {reason} (first: {self.examples[reason]})" for reason, n in skipped) or "  no record"
         )
 
-    def _remember(self, found: Found, file: Input) -> None:
+    def _remember(self, found: PartSummary, file: Input) -> None:
         for reason, where in found.examples.items():
             self.examples.setdefault(reason, f"{file.name}: {where}")
         for name in found.tasks:

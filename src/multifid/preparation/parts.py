@@ -44,7 +44,7 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ColumnFile:
     """A file of some structures as columns, and the lines of what was skipped among them."""
 
     path: Path
@@ -54,7 +54,7 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Found:
+class PartSummary:
     """What a part holds, beside its columns."""
 
     structures: int = 0
@@ -64,7 +64,7 @@ class Found:
     assumed: dict[str, int] = field(default_factory=dict)  # charges and multiplicities that the source does not state
     examples: dict[str, str] = field(default_factory=dict)  # reason of a skip -> the first record
     notes: dict[str, dict[str, int]] = field(default_factory=dict)  # what structures tell: topic -> text -> how many
-    pieces: list["Piece"] = field(default_factory=list)
+    pieces: list["ColumnFile"] = field(default_factory=list)
 
 
 def add_notes(known: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> None:
@@ -95,17 +95,17 @@ def is_done(out: Path) -> bool:
     return out.with_name(f"{out.name}.json").is_file()
 
 
-def found_in(out: Path) -> Found:
+def found_in(out: Path) -> PartSummary:
     """What a finished part holds."""
     told = json.loads(out.with_name(f"{out.name}.json").read_text())
     pieces = [
-        Piece(_piece(out, number), size, digest, Contents(**contents))
+        ColumnFile(_piece(out, number), size, digest, Contents(**contents))
         for number, (size, digest, contents) in enumerate(told["pieces"])
     ]
-    return Found(**{**told, "pieces": pieces})
+    return PartSummary(**{**told, "pieces": pieces})
 
 
-def columns_of(piece: Piece) -> Columns:
+def columns_of(piece: ColumnFile) -> Columns:
     """The columns of a piece, with `source_id` (bytes), `source_id_lengths` and `skipped` (bytes).
 
     ValueError where it is damaged.
@@ -119,7 +119,7 @@ def columns_of(piece: Piece) -> Columns:
         raise ValueError(f"{piece.path} is not what it should be: {error}") from error
 
 
-def place_piece(piece: Piece, tasks: dict[str, str], where: Place) -> None:
+def place_piece(piece: ColumnFile, tasks: dict[str, str], where: Place) -> None:
     """Write what a piece holds into a store to be. tasks: label set -> its name there."""
     columns = columns_of(piece)
     source_id, lengths, skipped = (columns.pop(name) for name in ("source_id", "source_id_lengths", "skipped"))
@@ -136,7 +136,7 @@ class _Pieces:
     """Takes records, lays them into columns, and writes a piece whenever there is enough for one."""
 
     def __init__(self, work: Assignment) -> None:
-        self.work, self.found = work, Found()
+        self.work, self.found = work, PartSummary()
         self.records: list[Structure | Skip] = []  # in the order of reading
         self.atoms = 0
         self.blocks: list[Block] = []
@@ -178,7 +178,7 @@ class _Pieces:
         self._count_told()
         done = self.work.out.with_name(f"{self.work.out.name}.json")
         pieces = [(piece.bytes, piece.xxh3, asdict(piece.contents)) for piece in self.found.pieces]
-        told = {name: getattr(self.found, name) for name in Found.__slots__} | {"pieces": pieces}
+        told = {name: getattr(self.found, name) for name in PartSummary.__slots__} | {"pieces": pieces}
         _replace(done, json.dumps(told).encode())
 
     def _flush(self) -> None:
@@ -257,7 +257,7 @@ class _Pieces:
         data, path = save(columns), _piece(self.work.out, len(self.found.pieces))
         _replace(path, data)
         contents = replace(contents, skipped=dict(reasons), skipped_bytes=len(skipped))
-        self.found.pieces.append(Piece(path, len(data), xxhash.xxh3_64_hexdigest(data), contents))
+        self.found.pieces.append(ColumnFile(path, len(data), xxhash.xxh3_64_hexdigest(data), contents))
         self.blocks, self.skips, self.bytes = [], [], 0
 
 

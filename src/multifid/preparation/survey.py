@@ -30,7 +30,7 @@ class Stretch:
     train: np.ndarray  # (structures,) bool: which of them are of the train split
     task: str
 
-    def __iter__(self) -> Iterator[tuple["Piece", np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple["StoreSlice", np.ndarray]]:
         """Its pieces, and which of their structures are of the train split."""
         for piece in pieces(self.fields, self.start, self.start + len(self.train)):
             yield piece, self.train[piece.structures.start - self.start : piece.structures.stop - self.start]
@@ -72,7 +72,7 @@ def has_energies(stretch: Stretch) -> bool:
     return any((train & np.isfinite(energies[piece.structures])).any() for piece, train in stretch)
 
 
-class Piece(NamedTuple):
+class StoreSlice(NamedTuple):
     """Consecutive structures of a store: which structures and atoms, numbers (atoms,), natoms (structures,) int64."""
 
     structures: slice
@@ -81,7 +81,7 @@ class Piece(NamedTuple):
     natoms: np.ndarray
 
 
-def pieces(fields: Fields, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
+def pieces(fields: Fields, start: int = 0, stop: int | None = None) -> Iterator[StoreSlice]:
     """The structures start .. stop-1 of a store (the whole of it by default), piece by piece."""
     structures, atoms = PIECE
     stop = len(fields["natoms"]) if stop is None else stop
@@ -90,7 +90,7 @@ def pieces(fields: Fields, start: int = 0, stop: int | None = None) -> Iterator[
         natoms = fields["natoms"][start : min(start + structures, stop)].astype(np.int64)
         natoms = natoms[: max(1, int(np.searchsorted(np.cumsum(natoms), atoms, side="right")))]
         last = first + int(natoms.sum())
-        yield Piece(slice(start, start + len(natoms)), slice(first, last), fields["numbers"][first:last], natoms)
+        yield StoreSlice(slice(start, start + len(natoms)), slice(first, last), fields["numbers"][first:last], natoms)
         start, first = start + len(natoms), last
 
 

@@ -34,7 +34,7 @@ class Structure:
     charge: int | None = None  # e; None: not stated, and stored as 0
     spin: int | None = None  # multiplicity; None: not stated, and stored as the lowest, or 1 where no charge is known
     split: str | None = None  # a split published with the data, else None
-    told: tuple[tuple[str, str], ...] = ()  # how it was read, as (topic, text): counted for the manifest; see `Found`
+    told: tuple[tuple[str, str], ...] = ()  # how it was read, as (topic, text): counted for the manifest
 
 
 @dataclass(slots=True)

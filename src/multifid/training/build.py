@@ -15,7 +15,7 @@ from multifid.feed.loader import Source
 from multifid.model.compiled import compile_training
 from multifid.model.inherit import start_from
 from multifid.model.potential import Potential
-from multifid.parallel.gradients import Gradients, Part
+from multifid.parallel.gradients import Gradients, ModelPart
 from multifid.parallel.groups import World, in_one_order
 from multifid.parallel.shard import Shards, shard
 from multifid.training.optimizer import OPTIMIZERS, MovingAverage, Schedule
@@ -63,9 +63,9 @@ def build(
     in_one_order(t.deterministic)
     if t.compile:
         compile_training(potential, t.compile)
-    parts = [Part(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]
+    parts = [ModelPart(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]
     encoder = dict(potential.encoder_parameters()) if shards is None else shards.pieces
-    parts.append(Part(ENCODER, list(encoder.values()), world.group, shards))
+    parts.append(ModelPart(ENCODER, list(encoder.values()), world.group, shards))
     parameters = encoder | {name: p for b in mine for name, p in potential.branch_parameters(b)}
     scales = task_scales(config, sources)
     return Trainer(

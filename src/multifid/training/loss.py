@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from multifid.graphs.batch import Labels, Rows, components
+from multifid.graphs.batch import BatchLabels, LabelRows, components
 from multifid.model.potential import Prediction
 
 
@@ -65,11 +65,11 @@ LOSSES: dict[str, Loss] = {"l1": l1, "mse": mse, "huber": huber, "l2norm": l2nor
 KINDS = ("energy", "forces", "stress")
 
 
-def label_counts(labels: Labels, tasks: int) -> Tensor:
+def label_counts(labels: BatchLabels, tasks: int) -> Tensor:
     """(S, A, V) of each task: structures with an energy, atoms with forces, structures with stress: (tasks, 3)."""
     counts = labels.natoms.new_zeros((tasks, len(KINDS)), dtype=torch.float64)
     for k, kind in enumerate(KINDS):
-        rows: Rows = getattr(labels, kind)
+        rows: LabelRows = getattr(labels, kind)
         counts[:, k].index_add_(0, rows.owner, _labelled(rows.label).to(torch.float64))
     return counts
 
@@ -79,7 +79,7 @@ def _labelled(label: Tensor) -> Tensor:
     return torch.isfinite(components(label)).all(dim=1)
 
 
-def in_rows(predictions: Mapping[str, Prediction], labels: Labels) -> dict[str, Tensor]:
+def in_rows(predictions: Mapping[str, Prediction], labels: BatchLabels) -> dict[str, Tensor]:
     """Predictions by kind, laid out like the labels; no kind that has no labels or is not predicted."""
     out = {}
     for kind in KINDS:
@@ -89,7 +89,7 @@ def in_rows(predictions: Mapping[str, Prediction], labels: Labels) -> dict[str, 
     return out
 
 
-def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: Labels, scales: Tensor) -> Tensor:
+def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor) -> Tensor:
     """Sums of the loss over each task's labels in this batch, by kind, each in its mean's unit: (tasks, 3) float64.
 
     Divided by the global (S, A, V) and weighted, they are the batch's part of the objective.
@@ -105,7 +105,7 @@ def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: 
 
 
 def loss_rows(
-    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: Labels, scales: Tensor
+    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor
 ) -> dict[str, Tensor | None]:
     """The loss of each row of labels (n,), by kind, before its weight; None where it has none, or is not predicted."""
     out: dict[str, Tensor | None] = {}
@@ -117,7 +117,7 @@ def loss_rows(
     return out
 
 
-def _residual(predicted: Tensor, rows: Rows, scales: Tensor, natoms: Tensor | None) -> Tensor:
+def _residual(predicted: Tensor, rows: LabelRows, scales: Tensor, natoms: Tensor | None) -> Tensor:
     """Residuals of the labelled rows, zero (with zero gradient) elsewhere: (n, components)."""
     labelled = _labelled(rows.label)[:, None]
     scale = scales.to(predicted.dtype).index_select(0, rows.owner)[:, None]

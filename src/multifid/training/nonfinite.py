@@ -23,7 +23,7 @@ Bad = tuple[str, int, str]  # task, place of a structure in the task's slice, wh
 
 
 @dataclass
-class Found:
+class NonFinite:
     """What a rank has found: how many structures, and the first of them in words."""
 
     structures: int = 0
@@ -86,7 +86,7 @@ def _weights_are_not_finite(trainer: Trainer, world: World) -> bool:
     return bool(world.group.sum_(torch.tensor(float(here))))
 
 
-def _told(world: World, found: Found) -> str:
+def _told(world: World, found: NonFinite) -> str:
     """The first finding of the first rank that has any, and how many there are; empty where no rank has one."""
     counts = torch.zeros(world.size, dtype=torch.float64)
     counts[world.rank] = found.structures
@@ -97,10 +97,10 @@ def _told(world: World, found: Found) -> str:
     return first if sum(told) == 1 else f"{first}, the first of {sum(told)} structures"
 
 
-def _losses(trainer: Trainer, feed: Feed, pieces: Iterable[Piece], averaged: bool) -> Found:
+def _losses(trainer: Trainer, feed: Feed, pieces: Iterable[Piece], averaged: bool) -> NonFinite:
     """Structures whose prediction or loss is not finite, of this rank."""
     now: Piece = []
-    found = Found()
+    found = NonFinite()
 
     def batches() -> Iterator[Batch]:
         nonlocal now
@@ -134,9 +134,9 @@ def _bad(trainer: Trainer, batch: Batch) -> Iterator[Bad]:
             )
 
 
-def _gradients(trainer: Trainer, feed: Feed, pieces: Iterable[Piece]) -> Found:
+def _gradients(trainer: Trainer, feed: Feed, pieces: Iterable[Piece]) -> NonFinite:
     """Structures whose loss alone has a gradient that is not finite, of this rank."""
-    found, parameters = Found(), list(trainer.parameters.values())
+    found, parameters = NonFinite(), list(trainer.parameters.values())
     singles = [[(s, i[k : k + 1])] for piece in pieces for s, i in piece for k in range(len(i))]
     for single in singles:
         batch, predicted = trainer.predicted(trainer.ready(feed.batch(single)))

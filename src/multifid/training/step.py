@@ -18,7 +18,7 @@ from torch import Tensor
 from multifid.evaluation.matrix import Row
 from multifid.evaluation.metrics import SIZE, counts_and_means, error_sums
 from multifid.feed.loader import collate
-from multifid.graphs.batch import Batch, Labels, laid_out
+from multifid.graphs.batch import Batch, BatchLabels, laid_out
 from multifid.graphs.graph import completed
 from multifid.graphs.padding import pad
 from multifid.model.potential import Potential
@@ -315,7 +315,7 @@ class Trainer:
                 return
             yield NOTHING if batch is None else batch
 
-    def _physical(self, predicted: dict[str, Tensor], labels: Labels) -> dict[str, Tensor]:
+    def _physical(self, predicted: dict[str, Tensor], labels: BatchLabels) -> dict[str, Tensor]:
         """Predictions in physical units: times the scale of each row's task."""
         out = {}
         for kind, values in predicted.items():

@@ -24,8 +24,8 @@ from multifid.evaluation.fitted import FittedTable
 from multifid.feed.loader import open_sources
 from multifid.forecast.machines import MACHINES, Machine, write_machine
 from multifid.forecast.scaling.beyond import Predicted, curves, rank_numbers, shortest
-from multifid.forecast.scaling.calibrate import Case, calibrate, like_here, used
-from multifid.forecast.scaling.measure import PHASES, Measured, at_point, measure, points
+from multifid.forecast.scaling.calibrate import MeasuredCase, calibrate, like_here, used
+from multifid.forecast.scaling.measure import PHASES, MeasuredPoint, at_point, measure, points
 from multifid.forecast.subject import subject_of
 from multifid.forecast.this_machine import this_machine
 from multifid.parallel import groups
@@ -57,9 +57,9 @@ def scaling_here(
             path.write_text(json.dumps([m.as_dict() for m in found], indent=1), encoding="utf-8")
 
 
-def read_measured(path: Path) -> list[Measured]:
+def read_measured(path: Path) -> list[MeasuredPoint]:
     """What `scaling_here` wrote."""
-    return [Measured.from_dict(values) for values in json.loads(path.read_text(encoding="utf-8"))]
+    return [MeasuredPoint.from_dict(values) for values in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
@@ -117,17 +117,18 @@ def report(
     return values
 
 
-def _case(config: Config, measured: Measured, processor: bool) -> Case:
+def _case(config: Config, measured: MeasuredPoint, processor: bool) -> MeasuredCase:
     at = at_point(config, measured.point)
     sources = open_sources(at.tasks, verify="off")
     draws = make_draws(at, sources)
     placement = placement_of(at, sources, draws, measured.point.ranks)
     subject = subject_of(at, sources, draws, measured.point.ranks, processor)
     told = sum(subject.tasks[unit[0]].structures * subject.tasks[unit[0]].edges for unit in subject.together)
-    return Case(measured, subject.times(measured.edges / told), placement)  # a few steps do not hold mean structures
+    # a few steps do not hold mean structures
+    return MeasuredCase(measured, subject.times(measured.edges / told), placement)
 
 
-def _measured_table(measured: Sequence[Measured], told: Sequence[float]) -> FittedTable:
+def _measured_table(measured: Sequence[MeasuredPoint], told: Sequence[float]) -> FittedTable:
     rows = []
     for m, t in zip(measured, told, strict=True):
         parts = [f"{m.phases[p] * 1e3:.1f}" for p in PHASES]

@@ -8,7 +8,7 @@ from scipy.optimize import least_squares, nnls
 
 from multifid.forecast.estimate import Forecast, Mean, forecast, mean_rank, update_bytes
 from multifid.forecast.machines import Link, Machine
-from multifid.forecast.scaling.measure import Measured, Point
+from multifid.forecast.scaling.measure import MeasuredPoint, ScalingPoint
 from multifid.forecast.subject import Subject
 
 Placement = Mapping[str, Sequence[int]]
@@ -16,27 +16,27 @@ UNUSED = 1e30  # of a rate: what takes no time
 
 
 @dataclass(frozen=True)
-class Case:
+class MeasuredCase:
     """A measured point with what a forecast needs to know of it."""
 
-    measured: Measured
+    measured: MeasuredPoint
     subject: Subject
     placement: Placement
 
     @property
-    def point(self) -> Point:
+    def point(self) -> ScalingPoint:
         return self.measured.point
 
     def on(self, machine: Machine) -> Forecast:
         return forecast(self.subject, self.placement, machine)
 
 
-def used(point: Point) -> bool:
+def used(point: ScalingPoint) -> bool:
     """Whether the machine is fitted to a point; what it says of the others is a test of it."""
     return point.ranks == 1 or (point.mode == "weak" and point.placement == "replicated")
 
 
-def calibrate(machine: Machine, cases: Sequence[Case]) -> Machine:
+def calibrate(machine: Machine, cases: Sequence[MeasuredCase]) -> Machine:
     """The machine with the rates, links and noise that the cases show.
 
     In this order, since each takes the ones before it as given: passes of one rank (arithmetic, traffic, launches),
@@ -57,7 +57,7 @@ def calibrate(machine: Machine, cases: Sequence[Case]) -> Machine:
     return machine
 
 
-def _passes(machine: Machine, cases: Sequence[Case]) -> Machine:
+def _passes(machine: Machine, cases: Sequence[MeasuredCase]) -> Machine:
     """Non-negative least squares of relative errors: seconds = flops / rate + traffic / rate + kernels x launch."""
     rows, seconds = [], []
     for case in cases:
@@ -73,24 +73,24 @@ def _passes(machine: Machine, cases: Sequence[Case]) -> Machine:
     return replace(machine, flops=1 / (flops or 1 / UNUSED), traffic=1 / (traffic or 1 / UNUSED), launch=launch)
 
 
-def _update(machine: Machine, cases: Sequence[Case]) -> float:
+def _update(machine: Machine, cases: Sequence[MeasuredCase]) -> float:
     moved = sum(update_bytes(machine, _mean(case).update) for case in cases)
     return moved / sum(case.measured.phases["optimizer"] for case in cases)
 
 
-def _bookkeeping(cases: Sequence[Case]) -> float:
+def _bookkeeping(cases: Sequence[MeasuredCase]) -> float:
     return float(np.mean([case.measured.phases["bookkeeping"] for case in cases]))
 
 
-def _data(cases: Sequence[Case]) -> float:
+def _data(cases: Sequence[MeasuredCase]) -> float:
     return min(case.measured.edge for case in cases)
 
 
-def _mean(case: Case) -> Mean:
+def _mean(case: MeasuredCase) -> Mean:
     return mean_rank(case.subject, case.placement)
 
 
-def _contention(machine: Machine, cases: Sequence[Case]) -> float:
+def _contention(machine: Machine, cases: Sequence[MeasuredCase]) -> float:
     plain = replace(machine, contention=1.0)
     ratios = []
     for case in cases:
@@ -100,7 +100,7 @@ def _contention(machine: Machine, cases: Sequence[Case]) -> float:
     return max(1.0, float(np.mean(ratios))) if ratios else 1.0
 
 
-def _links(machine: Machine, cases: Sequence[Case]) -> Machine:
+def _links(machine: Machine, cases: Sequence[MeasuredCase]) -> Machine:
     """Latency and bandwidth inside the node from what reductions took; those between nodes stay as described.
 
     Least squares of relative errors, the best from several starts: what the backward pass hides makes kinks.
@@ -120,7 +120,7 @@ def _links(machine: Machine, cases: Sequence[Case]) -> Machine:
     return replace(machine, inside=Link(latency, 1 / max(inverse, 1 / UNUSED)))
 
 
-def _noise(machine: Machine, cases: Sequence[Case]) -> float:
+def _noise(machine: Machine, cases: Sequence[MeasuredCase]) -> float:
     """What the ranks' times scatter by beyond what their waiting is forecast from without noise."""
 
     def excess(noise: float) -> float:

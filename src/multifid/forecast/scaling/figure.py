@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from multifid.forecast.scaling.beyond import Predicted
-from multifid.forecast.scaling.measure import Measured
+from multifid.forecast.scaling.measure import MeasuredPoint
 
 MODES = ("weak", "strong")
 COLOURS = {"replicated": "#4477aa", "split": "#cc6677", "auto": "#228833"}
@@ -30,7 +30,11 @@ class Series:
 
 
 def draw(
-    measured: Sequence[Measured], told: Sequence[float], predicted: Sequence[Predicted], path: Path, where: str = "here"
+    measured: Sequence[MeasuredPoint],
+    told: Sequence[float],
+    predicted: Sequence[Predicted],
+    path: Path,
+    where: str = "here",
 ) -> None:
     """A row for weak and strong scaling, a column for this machine and for each described one.
 
@@ -53,7 +57,7 @@ def draw(
     plt.close(figure)
 
 
-def _here(measured: Sequence[Measured], told: Sequence[float], mode: str) -> list[Series]:
+def _here(measured: Sequence[MeasuredPoint], told: Sequence[float], mode: str) -> list[Series]:
     out = []
     for placement in COLOURS:
         mine = [

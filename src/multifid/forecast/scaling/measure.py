@@ -33,7 +33,7 @@ Mode = Literal["weak", "strong"]
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """One combination that is measured, or forecast."""
 
     mode: Mode
@@ -43,10 +43,10 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredPoint:
     """Seconds of a step at a point, in the mean over epochs and ranks."""
 
-    point: Point
+    point: ScalingPoint
     step: float
     phases: dict[str, float]  # sum: step
     epochs: list[float]  # seconds of each epoch
@@ -57,7 +57,7 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def and_(self, other: "Measured") -> "Measured":
+    def and_(self, other: "MeasuredPoint") -> "MeasuredPoint":
         """The same point with the epochs of both."""
         assert self.point == other.point, f"{self.point} and {other.point} cannot be averaged"
         epochs = [*self.epochs, *other.epochs]
@@ -66,7 +66,7 @@ class Measured:
         def mean(a: float, b: float) -> float:
             return a + part * (b - a)
 
-        return Measured(
+        return MeasuredPoint(
             point=self.point,
             step=mean(self.step, other.step),
             phases={phase: mean(seconds, other.phases[phase]) for phase, seconds in self.phases.items()},
@@ -77,8 +77,8 @@ class Measured:
         )
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> "Measured":
-        return Measured(**(values | {"point": Point(**values["point"])}))
+    def from_dict(values: dict[str, Any]) -> "MeasuredPoint":
+        return MeasuredPoint(**(values | {"point": ScalingPoint(**values["point"])}))
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Clock:
         return out
 
 
-def points(ranks: int, tasks: int, local_batch: float, global_batch: float) -> list[Point]:
+def points(ranks: int, tasks: int, local_batch: float, global_batch: float) -> list[ScalingPoint]:
     """What is measured on one number of ranks; one rank knows one placement only."""
     names = PLACEMENTS if ranks > 1 else PLACEMENTS[:1]
     batches: list[tuple[Mode, float]] = [("weak", local_batch * ranks), ("strong", global_batch)]
@@ -114,12 +114,12 @@ def points(ranks: int, tasks: int, local_batch: float, global_batch: float) -> l
             raise ValueError(
                 f"{mode} scaling, ranks: {ranks}: {batch:g} structures a step are fewer than {tasks} tasks"
             )
-    return [Point(mode, name, ranks, batch) for mode, batch in batches for name in names]
+    return [ScalingPoint(mode, name, ranks, batch) for mode, batch in batches for name in names]
 
 
 def measure(
-    config: Config, wanted: Sequence[Point], world: World, epochs: Iterable[int], epoch_steps: int
-) -> list[Measured]:
+    config: Config, wanted: Sequence[ScalingPoint], world: World, epochs: Iterable[int], epoch_steps: int
+) -> list[MeasuredPoint]:
     """Train at every point, some epochs each, in turns; nothing is written.
 
     epochs: their numbers; all points see the same structures in an epoch, and others in the next.
@@ -127,7 +127,7 @@ def measure(
     sources = open_sources(config.tasks, config.train.verify)
     for point in wanted:  # what a process does for the first time is nobody's epoch
         _measure(config, sources, point, world, 0, WARM)
-    found: dict[Point, Measured] = {}
+    found: dict[ScalingPoint, MeasuredPoint] = {}
     for epoch in epochs:
         for point in wanted:
             one = _measure(config, sources, point, world, epoch, epoch_steps)
@@ -135,7 +135,7 @@ def measure(
     return [found[point] for point in wanted]
 
 
-def at_point(config: Config, point: Point) -> Config:
+def at_point(config: Config, point: ScalingPoint) -> Config:
     """The config with the batch and the placement of a point."""
     train = config.train.model_copy(update={"batch": point.batch / len(config.tasks), "local_batch": None})
     parallel = config.parallel.model_copy(update={"placement": point.placement, "ranks": None})
@@ -143,8 +143,8 @@ def at_point(config: Config, point: Point) -> Config:
 
 
 def _measure(
-    config: Config, sources: list[Source], point: Point, world: World, epoch: int, epoch_steps: int
-) -> Measured:
+    config: Config, sources: list[Source], point: ScalingPoint, world: World, epoch: int, epoch_steps: int
+) -> MeasuredPoint:
     config = at_point(config, point)
     draws = make_draws(config, sources)
     placement = world.share(placement_of(config, sources, draws, world.size))
@@ -193,7 +193,7 @@ def _of_all_ranks(rows: np.ndarray, world: World) -> np.ndarray:
     return world.group.sum_(table).numpy()
 
 
-def _summary(point: Point, table: np.ndarray, edge: float, edges: float) -> Measured:
+def _summary(point: ScalingPoint, table: np.ndarray, edge: float, edges: float) -> MeasuredPoint:
     """Of one epoch."""
     part = {phase: table[:, :, k] for k, phase in enumerate(PHASES)}
     computing = part["data"] + part["forward"] + part["backward"]  # (ranks, steps)
@@ -204,4 +204,4 @@ def _summary(point: Point, table: np.ndarray, edge: float, edges: float) -> Meas
     steps = table.sum(axis=2).mean(axis=0)
     passes = part["forward"] + part["backward"]
     spread = float((passes.std(axis=0) / passes.mean(axis=0)).mean())
-    return Measured(point, float(steps.mean()), phases, [float(steps.sum())], spread, edge, edges)
+    return MeasuredPoint(point, float(steps.mean()), phases, [float(steps.sum())], spread, edge, edges)

@@ -73,7 +73,7 @@ def messages(
     """Sums of messages per atom, (N, K) in u's type, and the unscaled weights phi_x of edge vectors, (E, C)."""
     (a,), (c,), (u, f) = receivers, senders, edges
     kind = matmul_type(u)
-    return _Messages.apply(pieces, a.to(kind), c.to(kind), f.to(kind), u, i, j, *EdgeWeights(*weights).to(kind))
+    return _EGNNMessages.apply(pieces, a.to(kind), c.to(kind), f.to(kind), u, i, j, *EdgeWeights(*weights).to(kind))
 
 
 def tile_forward(
@@ -89,7 +89,7 @@ def tile_forward(
     return m, torch.addmm(w.weight_bias, silu(third), w.weight.t()), first, second, gate, third
 
 
-class _Messages(torch.autograd.Function):
+class _EGNNMessages(torch.autograd.Function):
     """`messages` with its first derivative with respect to everything but u, i and j."""
 
     @staticmethod

@@ -26,7 +26,7 @@ def messages(
 ) -> tuple[Tensor]:
     """Sums over the neighbours: the scalar message and the three components of the vector one, (N, 4, H)."""
     (phi, v), (u, direction, basis), (weight, bias) = senders, edges, weights
-    return (_Messages.apply(pieces, phi, v, direction, basis, u, i, j, weight, bias),)
+    return (_PaiNNMessages.apply(pieces, phi, v, direction, basis, u, i, j, weight, bias),)
 
 
 def filters(basis: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def filters(basis: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, basis, weight.t()).mul(u).view(u.shape[0], 3, bias.shape[0] // 3)
 
 
-class _Messages(torch.autograd.Function):
+class _PaiNNMessages(torch.autograd.Function):
     """`messages` with its first derivative with respect to phi, v and the filter."""
 
     @staticmethod

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from multifid.workflows.sample import alexandria, ani1x, mptrj, qm7x, transition1x
-from multifid.workflows.sample.xtb import Outcome, interface
+from multifid.workflows.sample.xtb import JobResult, interface
 
 # in the order of computing: the longest jobs first, the short ones fill the gaps at the end
 SOURCES: tuple[ModuleType, ...] = (alexandria, mptrj, transition1x, qm7x, ani1x)
@@ -80,7 +80,7 @@ def sample(
     return said
 
 
-def _computed(pool: ProcessPoolExecutor, structures: int, seed: int, progress: bool) -> dict[str, list[Outcome]]:
+def _computed(pool: ProcessPoolExecutor, structures: int, seed: int, progress: bool) -> dict[str, list[JobResult]]:
     """The outcomes of all jobs of all sources, in the order of the jobs."""
     futures = {s.TASK: [pool.submit(s.compute, *job) for job in s.jobs(structures, seed)] for s in SOURCES}
     everything = [future for each in futures.values() for future in each]
@@ -93,7 +93,7 @@ def _computed(pool: ProcessPoolExecutor, structures: int, seed: int, progress: b
     return {task: [future.result() for future in each] for task, each in futures.items()}
 
 
-def _written(out: Path, source: ModuleType, outcomes: list[Outcome], seed: int) -> dict[str, dict]:
+def _written(out: Path, source: ModuleType, outcomes: list[JobResult], seed: int) -> dict[str, dict]:
     """Write a source's files, each under its name only when whole; what there is to say of each."""
     records = [record for outcome in outcomes for record in outcome.records]
     skipped: Counter[str] = sum((outcome.skipped for outcome in outcomes), Counter())

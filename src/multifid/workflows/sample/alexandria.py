@@ -17,7 +17,7 @@ from ase.optimize import BFGS
 
 from multifid.workflows.sample.crystals import MATERIALS, Material, distorted, structure_dict, vasp_stress
 from multifid.workflows.sample.plan import choose, new_rng
-from multifid.workflows.sample.xtb import XTB, Outcome, Point, Unusable
+from multifid.workflows.sample.xtb import XTB, JobResult, Point, Unusable
 
 TASK = FORMAT = "alexandria"
 METHOD = "GFN1-xTB"
@@ -36,7 +36,7 @@ def jobs(structures: int, seed: int) -> list[tuple]:
     return [(material, seed) for material in choose(pool, round(structures / PER_MATERIAL), new_rng(seed, TASK))]
 
 
-def compute(material: Material, seed: int) -> Outcome:
+def compute(material: Material, seed: int) -> JobResult:
     """One record: (material id, points of the trajectory, relaxed point)."""
     cell, positions = distorted(material, new_rng(seed, TASK, material.serial), STRAIN, RATTLE)
     atoms = Atoms(material.numbers, positions, cell=cell, pbc=True)
@@ -46,9 +46,9 @@ def compute(material: Material, seed: int) -> Outcome:
         if not BFGS(filtered, logfile=None, alpha=STIFFNESS).run(fmax=LARGEST_FORCE, steps=STEPS):
             raise Unusable(f"relaxation did not end in {STEPS} steps")
     except Unusable as reason:
-        return Outcome(skipped=Counter({str(reason): 1}))
+        return JobResult(skipped=Counter({str(reason): 1}))
     points = atoms.calc.points
-    return Outcome([(f"agm{990_000_000 + material.serial}", points[:-1][:LONGEST], points[-1])])
+    return JobResult([(f"agm{990_000_000 + material.serial}", points[:-1][:LONGEST], points[-1])])
 
 
 def write(paths: tuple[Path, ...], records: list[tuple[str, list[Point], Point]], seed: int) -> list[int]:

@@ -14,7 +14,7 @@ from ase.units import Hartree
 
 from multifid.workflows.sample.molecules import distorted, library, relaxed, storable
 from multifid.workflows.sample.plan import choose, new_rng, portions
-from multifid.workflows.sample.xtb import Outcome, Point, Unusable, singlepoint
+from multifid.workflows.sample.xtb import JobResult, Point, Unusable, singlepoint
 
 TASK = FORMAT = "ani1x"
 METHOD = LEVEL_OF_THEORY = "GFN2-xTB"
@@ -39,13 +39,13 @@ def jobs(structures: int, seed: int) -> list[tuple]:
     return [(name, n, seed) for name, n in zip(chosen, portions(structures, len(chosen)), strict=True)]
 
 
-def compute(name: str, count: int, seed: int) -> Outcome:
+def compute(name: str, count: int, seed: int) -> JobResult:
     """`count` distorted conformers, each with a temperature of its own. Records: (formula, point)."""
-    outcome = Outcome()
+    outcome = JobResult()
     try:
         molecule = relaxed(name, METHOD)
     except Unusable as reason:
-        return Outcome(skipped=Counter({str(reason): count}))
+        return JobResult(skipped=Counter({str(reason): count}))
     for k in range(count):
         rng = new_rng(seed, TASK, name, k)
         thermal = COLDEST * (HOTTEST / COLDEST) ** rng.random()

@@ -11,7 +11,7 @@ import orjson
 from multifid.workflows.sample import alexandria
 from multifid.workflows.sample.crystals import MATERIALS, Material, distorted, structure_dict, vasp_stress
 from multifid.workflows.sample.plan import choose, new_rng, portions
-from multifid.workflows.sample.xtb import Outcome, Point, Unusable, singlepoint
+from multifid.workflows.sample.xtb import JobResult, Point, Unusable, singlepoint
 
 TASK = FORMAT = "mptrj"
 METHOD = "GFN1-xTB"
@@ -30,9 +30,9 @@ def jobs(structures: int, seed: int) -> list[tuple]:
     return [(material, n, seed) for material, n in zip(chosen, portions(frames, len(chosen)), strict=True)]
 
 
-def compute(material: Material, count: int, seed: int) -> Outcome:
+def compute(material: Material, count: int, seed: int) -> JobResult:
     """Records: (material id, frame id, point)."""
-    outcome = Outcome()
+    outcome = JobResult()
     identifier = f"mp-{99_000_000 + material.serial}"
     for k in range(count):
         cell, positions = distorted(material, new_rng(seed, TASK, material.serial, k), STRAIN, RATTLE)

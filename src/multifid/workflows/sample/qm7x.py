@@ -13,7 +13,7 @@ import numpy as np
 
 from multifid.workflows.sample.molecules import distorted, library, relaxed, storable
 from multifid.workflows.sample.plan import choose, new_rng, portions
-from multifid.workflows.sample.xtb import Outcome, Point, Unusable, singlepoint
+from multifid.workflows.sample.xtb import JobResult, Point, Unusable, singlepoint
 
 TASK = FORMAT = "qm7x"
 METHOD = LEVEL_OF_THEORY = "IPEA1-xTB"
@@ -29,13 +29,13 @@ def jobs(structures: int, seed: int) -> list[tuple]:
     return [(name, n, seed) for name, n in zip(chosen, portions(structures, len(chosen)), strict=True)]
 
 
-def compute(name: str, count: int, seed: int) -> Outcome:
+def compute(name: str, count: int, seed: int) -> JobResult:
     """Records: (idmol, idconf, with dispersion, without dispersion, atomization energy in eV)."""
-    outcome = Outcome()
+    outcome = JobResult()
     try:
         molecule = relaxed(name, GEOMETRIES)
     except Unusable as reason:
-        return Outcome(skipped=Counter({str(reason): count}))
+        return JobResult(skipped=Counter({str(reason): count}))
     serial = list(library()).index(name) + 1
     atoms = sum(_free_atom(int(z)) for z in molecule.numbers)
     for k in range(count):

@@ -14,7 +14,7 @@ import numpy as np
 from multifid.workflows.sample import reactions
 from multifid.workflows.sample.molecules import library
 from multifid.workflows.sample.plan import new_rng, portions
-from multifid.workflows.sample.xtb import Outcome, Point, Unusable
+from multifid.workflows.sample.xtb import JobResult, Point, Unusable
 
 TASK = FORMAT = "transition1x"
 LEVEL_OF_THEORY = reactions.METHOD
@@ -43,19 +43,21 @@ def _spread(wanted: int, seed: int) -> list[tuple[str, str, str]]:
     return sorted(reaction for _, reaction in ranked[:wanted])
 
 
-def compute(name: str, reactant: str, product: str, frames: int, seed: int) -> Outcome:
+def compute(name: str, reactant: str, product: str, frames: int, seed: int) -> JobResult:
     """One record: (formula, name, points of the three end points, points of the frames)."""
     rng = new_rng(seed, TASK, name)
     try:
         steps = reactions.path(reactant, product, rng)
     except Unusable as reason:
-        return Outcome(skipped=Counter({str(reason): 1}))
+        return JobResult(skipped=Counter({str(reason): 1}))
     last = steps[-1]
     highest = 1 + int(np.argmax([point.energy for point in last[1:-1]]))
     # the first third of the steps still remembers the interpolation, atoms passing through each other
     pool = [point for step in steps[len(steps) // 3 :] for point in step[1:-1] if point is not last[highest]]
     chosen = sorted(rng.permutation(len(pool))[:frames])
-    return Outcome([(library()[reactant].formula, name, (last[0], last[highest], last[-1]), [pool[i] for i in chosen])])
+    return JobResult(
+        [(library()[reactant].formula, name, (last[0], last[highest], last[-1]), [pool[i] for i in chosen])]
+    )
 
 
 def shipped_split(formulas: list[str], elements: list[set[int]], seed: int) -> list[str]:

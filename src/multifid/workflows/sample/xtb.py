@@ -41,7 +41,7 @@ class Point:
 
 
 @dataclass(slots=True)
-class Outcome:
+class JobResult:
     """What a job hands back: its records, and how many it had to skip for which reason."""
 
     records: list = field(default_factory=list)

@@ -20,6 +20,7 @@ from test_hostile import FORMATS, write_ani1x
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL_FILES = ("index", "install", "published", "clusters", "python")  # pages that do without the published samples
 BLOCK = re.compile(r"```(sh|python)\n(.*?)```", re.DOTALL)
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -108,6 +109,8 @@ def folder(tmp_path_factory) -> Path:
             (folder / name).mkdir()
             write(folder / name / file)
             prepare(name, [folder / name / file], folder / "data" / name, trust_units=True, progress=False)
+    (folder / "demo").mkdir()
+    (folder / "demo" / "stores").symlink_to(folder / "data")
     return folder
 
 
@@ -155,27 +158,34 @@ def test_the_tutorial_runs_in_an_empty_directory(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def published(folder) -> Path:
+def prepared(folder) -> Path:
+    """The folder with the store of the published file too."""
+    if not (folder / "data" / "ani1x").exists():
+        run(folder, "multifid prepare ani1x ani1x-release.h5 --out data/ani1x")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published(prepared) -> Path:
     """The folder with the published samples, and with the stores that docs/results.md makes of them."""
     if not SHARED.exists():
         pytest.skip("the published samples that the pages name are not beside the project")
     for path in SHARED.rglob("*"):
-        if path.is_file() and not (folder / path.name).exists():
-            (folder / path.name).symlink_to(path)
+        if path.is_file() and not (prepared / path.name).exists():
+            (prepared / path.name).symlink_to(path)
     for command in commands(ROOT / "docs" / "results.md"):
         if command.startswith("multifid prepare "):
-            run(folder, command)
-    if not (folder / "data" / "ani1x").exists():
-        run(folder, "multifid prepare ani1x ani1x-release.h5 --out data/ani1x")
-    return folder
+            run(prepared, command)
+    return prepared
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.xdist_group("pages")
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if page.stem != "tutorial"], ids=lambda page: page.stem)
-def test_commands_of_the_docs_run(published, page):
-    run_page(published, page, passed=lambda command: (published / command.rpartition("--out ")[2]).exists())
+def test_commands_and_python_of_the_docs_run(page, request):
+    folder = request.getfixturevalue("prepared" if page.stem in SMALL_FILES else "published")
+    run_page(folder, page, passed=lambda command: (folder / command.rpartition("--out ")[2]).exists())
 
 
 def test_every_page_is_read():

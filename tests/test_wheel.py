@@ -67,6 +67,7 @@ def test_the_wheel_goes_from_files_to_predictions(environment, tmp_path):
     call("train", "first.yaml")
     assert "meV/atom" in call("evaluate", "runs/first", "--data", "data/ani1x", "data/mptrj")
     call("export", "runs/first", "--out", "first.mfid")
+    call("predict", "first.mfid", "data/ani1x", "--task", "ani1x", "--out", "predicted.xyz")
     code = "import ase.build, multifid; model = multifid.load('first.mfid');"
     code += "print(model.predict(ase.build.molecule('CH4'), task='ani1x').energy)"
     assert re.fullmatch(r"\[-[0-9.]+\]", passed(environment / "python", "-c", code, cwd=tmp_path).strip())

@@ -97,8 +97,8 @@ def test_without_the_toolkit_the_error_says_what_to_install(stores, tmp_path, mo
         start(config_of(stores, tmp_path / "run", train={"neighbors": "device"}))
     assert not (tmp_path / "run" / "config.yaml").exists()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert lists_of(config(stores, tmp_path), GPU) is host_lists
-    assert lists_of(config(stores, tmp_path), CPU) is host_lists
+    assert lists_of("auto", GPU) is host_lists
+    assert lists_of("auto", CPU) is host_lists
 
 
 def test_a_toolkit_that_was_not_tested_is_not_used(monkeypatch):
@@ -108,20 +108,20 @@ def test_a_toolkit_that_was_not_tested_is_not_used(monkeypatch):
     assert candidates.missing(CPU) is None
 
 
-def test_auto_is_the_host_until_a_gpu_has_been_seen_to_make_its_lists(stores, tmp_path, monkeypatch, toolkit):
+def test_auto_is_the_host_until_a_gpu_has_been_seen_to_make_its_lists(monkeypatch, toolkit):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for device in (CPU, GPU):
-        assert lists_of(config(stores, tmp_path), device) is host_lists
-        assert lists_of(config(stores, tmp_path, neighbors="host"), device) is host_lists
-        assert lists_of(config(stores, tmp_path, neighbors="device"), device) == DeviceLists(device)
+        assert lists_of("auto", device) is host_lists
+        assert lists_of("host", device) is host_lists
+        assert lists_of("device", device) == DeviceLists(device)
 
 
-def test_other_accelerators_have_no_lists_of_their_own(stores, tmp_path, monkeypatch, toolkit):
+def test_other_accelerators_have_no_lists_of_their_own(monkeypatch, toolkit):
     monkeypatch.setattr(torch.version, "cuda", None)  # as in torch for AMD, which calls its devices cuda
     for device in (GPU, torch.device("xpu")):
-        assert lists_of(config(stores, tmp_path), device) is host_lists
+        assert lists_of("auto", device) is host_lists
         with pytest.raises(ValueError, match="NVIDIA GPUs and on the CPU, not on"):
-            lists_of(config(stores, tmp_path, neighbors="device"), device)
+            lists_of("device", device)
 
 
 def test_lists_from_the_device_are_refused_with_cuda_graphs(stores, tmp_path):

@@ -35,7 +35,7 @@ def trainer_of(both, device, encoder="egnn", forces="direct", precision="fp64", 
     sources = open_sources(config.tasks)
     placement, draws = place(list(config.tasks), "auto", 1), make_draws(config, sources)
     trainer = build(config, sources, placement, 10, alone(str(device)))
-    return trainer, Feed(config, sources, draws, placement, 0, lists_of(config, device))
+    return trainer, Feed(config, sources, draws, placement, 0, lists_of(config.train.neighbors, device))
 
 
 def predictions(trainer, batch) -> torch.Tensor:

@@ -116,7 +116,7 @@ def make_plan(config: Config, ranks: int, machine: Machine, trial: bool = False)
         for name in ("replicated", "split"):
             forecasts[f"{name}{SHARDED}"] = forecast(subject, placements[name], machine, memory=limit, sharded=True)
     sharded = SHARDED if config.parallel.shard_encoder else ""
-    steps = epoch_steps(config, draws)
+    steps = epoch_steps(config.train, draws)
     return Plan(
         ranks=ranks,
         machine=machine,
@@ -127,7 +127,7 @@ def make_plan(config: Config, ranks: int, machine: Machine, trial: bool = False)
         asked=("config" if isinstance(asked, dict) else asked) + sharded,
         passes={t: float(draw.rate) * steps / draw.order.size for draw in draws for t in draw.tasks},
         epoch_steps=steps,
-        steps=None if config.train.minutes is not None else total_steps(config, draws),
+        steps=None if config.train.minutes is not None else total_steps(config.train, draws),
         minutes=config.train.minutes,
         trial=config.parallel.costs == "measured",
     )

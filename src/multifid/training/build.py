@@ -55,7 +55,7 @@ def build(
     if config.init is not None and begins:
         start_from(potential, Path(config.init))
     potential.to(dtype=torch.float64 if t.precision == "fp64" else torch.float32).train()
-    shards = apply_shards(potential, config, world)
+    shards = apply_shards(potential, config.parallel.shard_encoder, world)
     potential.encoder.recompute = t.recompute
     potential.branches.to(world.device)
     # Of the whole process: products of float32 are exact unless a run asks for TF32.
@@ -67,7 +67,7 @@ def build(
     encoder = dict(potential.encoder_parameters()) if shards is None else shards.pieces
     parts.append(ModelPart(ENCODER, list(encoder.values()), world.group, shards))
     parameters = encoder | {name: p for b in mine for name, p in potential.branch_parameters(b)}
-    scales = task_scales(config, sources)
+    scales = task_scales(config.objective.scale, config.branches, sources)
     return Trainer(
         potential=potential,
         parameters=parameters,
@@ -88,10 +88,9 @@ def build(
     )
 
 
-def apply_shards(potential: Potential, config: Config, world: World) -> Shards | None:
-    """The encoder on the device of this rank: in pieces (`parallel.shard_encoder`, several ranks), or whole."""
-    conservative = config.model.branch.forces == "conservative"
-    wanted = config.parallel.shard_encoder
+def apply_shards(potential: Potential, wanted: bool, world: World) -> Shards | None:
+    """The encoder on the device of this rank: in pieces (wanted, and several ranks), or whole."""
+    conservative = potential.config.branch.forces == "conservative"
     shards = shard(potential.encoder, ENCODER, world, keep_gathered=conservative) if wanted else None
     if shards is None:
         potential.encoder.to(world.device)
@@ -108,13 +107,13 @@ def holders(branch_of: Mapping[str, str], placement: Mapping[str, Sequence[int]]
     }
 
 
-def task_scales(config: Config, sources: list[Source]) -> dict[str, float]:
+def task_scales(scale: str, branches: str, sources: list[Source]) -> dict[str, float]:
     """What divides the residuals of each task; one pooled scale where all tasks share a branch."""
     about = {task: source.about(task) for source in sources for task in source.tasks}
-    if config.objective.scale == "none":
+    if scale == "none":
         return dict.fromkeys(about, 1.0)
     own = {t: float(a["scale"]) for t, a in about.items()}
-    if config.branches == "per_task":
+    if branches == "per_task":
         return own
     counts = {t: max(a["labels"]["forces"], a["labels"]["energy"]) for t, a in about.items()}
     pooled = math.sqrt(sum(counts[t] * own[t] ** 2 for t in own) / sum(counts.values()))

@@ -26,6 +26,7 @@ from multifid.parallel.shares import shares
 from multifid.store.store import Store
 from multifid.training.counts import Known, labelled_parts
 from multifid.training.loss import KINDS
+from multifid.training.settings import TrainConfig
 
 AT_ONCE = 1 << 16  # structures of a split that are shared out together
 
@@ -56,7 +57,7 @@ class Feed:
 
     @property
     def epoch_steps(self) -> int:
-        return epoch_steps(self.config, self.draws)
+        return epoch_steps(self.config.train, self.draws)
 
     @property
     def structures(self) -> float:
@@ -140,12 +141,12 @@ class Feed:
         return np.array([counts[task] for task in self.config.tasks], np.float64)
 
 
-def lists_of(config: Config, device: torch.device) -> Lists:
-    """What makes the neighbour lists of a run that is processed on a device: `train.neighbors`.
+def lists_of(wanted: str, device: torch.device) -> Lists:
+    """What makes the neighbour lists of a run on a device; wanted: `train.neighbors`.
 
     ValueError where they are to be made on a device on which they cannot.
     """
-    wanted, trouble = config.train.neighbors, missing(device)
+    trouble = missing(device)
     on_device = wanted == "device"  # auto: on no GPU have the kernels been seen to make the host's lists
     if on_device and trouble is not None:
         raise ValueError(f"train.neighbors: device: {trouble}")
@@ -184,11 +185,11 @@ def near(sources: list[Source], placement: Mapping[str, Sequence[int]], director
     return [replace(s, store=copies.get(s.store.path, s.store)) for s in sources]
 
 
-def epoch_steps(config: Config, draws: list[Draw]) -> int:
+def epoch_steps(train: TrainConfig, draws: list[Draw]) -> int:
     """Steps in which the task with the longest pass completes it."""
-    return config.train.epoch_steps or max(draw.pass_steps for draw in draws)
+    return train.epoch_steps or max(draw.pass_steps for draw in draws)
 
 
-def total_steps(config: Config, draws: list[Draw]) -> int:
+def total_steps(train: TrainConfig, draws: list[Draw]) -> int:
     """The length of a run that is not ended by the clock."""
-    return config.train.steps or config.train.epochs * epoch_steps(config, draws)
+    return train.steps or train.epochs * epoch_steps(train, draws)

@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from multifid.config import Config
-from multifid.feed.loader import Source
+from multifid.feed.loader import Source, TaskConfig
 from multifid.feed.order import Draw
 from multifid.model.saved import load_description
 from multifid.store.content import SPLIT, STRUCTURES
@@ -31,18 +30,18 @@ WORDS = {"numbers": "elements", "natoms": "numbers of atoms", "cell": "cells", "
 WORDS |= {"charge": "charges", "spin": "multiplicities", "energy": "energies"}
 
 
-def kept_of(config: Config, sources: Iterable[Source], draws: Iterable[Draw]) -> Kept:
+def kept_of(tasks: Mapping[str, TaskConfig], sources: Iterable[Source], draws: Iterable[Draw]) -> Kept:
     """What a checkpoint keeps of the data. sources and draws belong together one by one."""
     kept = {}
     for source, draw in zip(sources, draws, strict=True):
         for task in source.tasks:
             drawn = {"drawn_with": draw.name, "order": [draw.order.task, draw.order.content]}
-            kept[task] = {"store": config.tasks[task].store, **drawn, **_data(source, task)}
+            kept[task] = {"store": tasks[task].store, **drawn, **_data(source, task)}
     return kept
 
 
 def own_data(
-    run: Path, config: Config, sources: list[Source], state: Mapping[str, Any]
+    run: Path, tasks: Mapping[str, TaskConfig], sources: list[Source], state: Mapping[str, Any]
 ) -> tuple[list[Source], Kept, list[str]]:
     """The sources of a run that goes on from a checkpoint, with its own references; what it keeps; what to say.
 
@@ -50,7 +49,7 @@ def own_data(
     """
     said, trouble, kept = [], [], state.get("data")
     if kept is None:
-        kept = _of_a_run_without(run, config, sources, state)
+        kept = _of_a_run_without(run, tasks, sources, state)
         places = ", ".join(f"{about['store']} for task {task!r}" for task, about in kept.items())
         said.append(
             f"{run} was begun by a version that kept no hashes of its data: what the stores hold now is taken for what "
@@ -62,7 +61,7 @@ def own_data(
                 continue
             now, then = _data(source, task), kept[task]
             if found := _differences(then, now):
-                trouble.append(f"task {task!r}, {config.tasks[task].store}: " + "; ".join(found))
+                trouble.append(f"task {task!r}, {tasks[task].store}: " + "; ".join(found))
             if (level := now["about"]["level_of_theory"]) != (own := then["about"]["level_of_theory"]):
                 said.append(f"task {task!r}: the level of theory is {level!r} now; the run keeps {own!r}")
     if trouble:
@@ -113,7 +112,9 @@ def _data(source: Source, task: str) -> dict[str, Any]:
     return {"content": source.store.content.of(source.tasks[task]), **counts, "about": source.about(task)}
 
 
-def _of_a_run_without(run: Path, config: Config, sources: list[Source], state: Mapping[str, Any]) -> Kept:
+def _of_a_run_without(
+    run: Path, tasks: Mapping[str, TaskConfig], sources: list[Source], state: Mapping[str, Any]
+) -> Kept:
     """What a run that kept no hashes is taken to have kept: its order, keyed by checksums then, and its references.
 
     The latter, and how many structures it trains on, are told by its model, if it has written one.
@@ -130,7 +131,7 @@ def _of_a_run_without(run: Path, config: Config, sources: list[Source], state: M
                 key: own[key] for key in ("references", "undetermined", "null_space", "labels") if key in own
             }
             data["splits"] |= {"train": own["structures"]} if own else {}
-            kept[task] = {"store": config.tasks[task].store, **drawn, **data}
+            kept[task] = {"store": tasks[task].store, **drawn, **data}
     return kept
 
 

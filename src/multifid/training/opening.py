@@ -8,13 +8,16 @@ import torch
 
 import multifid
 from multifid.config import Config
-from multifid.feed.loader import Source
+from multifid.feed.loader import Source, TaskConfig
 from multifid.feed.order import Draw
+from multifid.model.potential import ModelConfig
 from multifid.parallel.groups import World
 from multifid.parallel.layout import ranges
 from multifid.structures.structure import SPLITS
 from multifid.training.costs import parameters
 from multifid.training.lines import UNITS
+from multifid.training.loss import ObjectiveConfig
+from multifid.training.settings import TrainConfig
 
 LABELS = ("energy", "forces", "stress")
 
@@ -41,13 +44,13 @@ def opening(
     whole = sum(float(draw.rate) for draw in draws)
     lines = {
         "place": _place(world),
-        "model": _model(config),
+        "model": _model(config.model),
         "parameters": _parameters(config),
-        "training": _training(config),
+        "training": _training(config.train, config.objective, config.seed, config.init),
         "length": f"{length}; {whole:.6g} structures a step",
         "units": UNITS,
     }
-    return [*(f"  {name:<10}  {text}" for name, text in lines.items()), *_tasks(config, sources, rate, placement)]
+    return [*(f"  {name:<10}  {text}" for name, text in lines.items()), *_tasks(config.tasks, sources, rate, placement)]
 
 
 def _place(world: World) -> str:
@@ -58,11 +61,11 @@ def _place(world: World) -> str:
     return f"{socket.gethostname()}, {device}, {ranks}, threads {torch.get_num_threads()}, torch {torch.__version__}"
 
 
-def _model(config: Config) -> str:
-    encoder, branch = config.model.encoder, config.model.branch
+def _model(model: ModelConfig) -> str:
+    encoder, branch = model.encoder, model.branch
     size = ", ".join(f"{key} {value}" for key, value in encoder if key != "name")
     size = f"{encoder.name}, {size}" if size else encoder.name
-    return f"{size}; branches {'-'.join(map(str, branch.hidden))}, {branch.forces} forces; cutoff {config.model.cutoff}"
+    return f"{size}; branches {'-'.join(map(str, branch.hidden))}, {branch.forces} forces; cutoff {model.cutoff}"
 
 
 def _parameters(config: Config) -> str:
@@ -72,15 +75,17 @@ def _parameters(config: Config) -> str:
     return f"encoder {encoder:,}; each branch {branch:,}; in all, with {branches}, {encoder + number * branch:,}"
 
 
-def _training(config: Config) -> str:
-    t, o = config.train, config.objective
+def _training(t: TrainConfig, o: ObjectiveConfig, seed: int, init: str | None) -> str:
     weights = ", ".join(f"{kind} {getattr(o, kind):g}" for kind in LABELS if getattr(o, kind))
-    begun = "" if config.init is None else f"; from the weights of {config.init}"
-    return f"{o.loss} of {weights}; {t.optimizer}, lr {t.lr:g}, {t.schedule}, {t.precision}, seed {config.seed}{begun}"
+    begun = "" if init is None else f"; from the weights of {init}"
+    return f"{o.loss} of {weights}; {t.optimizer}, lr {t.lr:g}, {t.schedule}, {t.precision}, seed {seed}{begun}"
 
 
 def _tasks(
-    config: Config, sources: Sequence[Source], rate: Mapping[str, float], placement: Mapping[str, Sequence[int]]
+    tasks: Mapping[str, TaskConfig],
+    sources: Sequence[Source],
+    rate: Mapping[str, float],
+    placement: Mapping[str, Sequence[int]],
 ) -> list[str]:
     """Structures in each split, labels in all splits together, structures in a step, weight and ranks of each task."""
     splits = SPLITS[:3]
@@ -90,8 +95,8 @@ def _tasks(
             labels = source.store.manifest["tasks"][label_set]["labels"]
             found[task] = [source.store.size(split) for split in splits] + [labels[kind] for kind in LABELS]
     heads, rows = [*splits, *LABELS, "a step", "weight", "ranks"], []
-    for task in config.tasks:
-        numbers = [f"{n:,}" for n in found[task]] + [f"{rate[task]:.4g}", f"{config.tasks[task].weight:g}"]
+    for task in tasks:
+        numbers = [f"{n:,}" for n in found[task]] + [f"{rate[task]:.4g}", f"{tasks[task].weight:g}"]
         rows.append([task, *numbers, ranges(placement[task])])
     columns = list(zip(["task", *heads], *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]

@@ -143,7 +143,7 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
         refuse_apart(contents_of(sources), contents)
         kept: Kept = {}
         if found is not None:
-            sources, kept, said = own_data(folder, config, sources, found[0])
+            sources, kept, said = own_data(folder, config.tasks, sources, found[0])
             for line in [*(f"{bad}; going back to the checkpoint before it" for bad in found[2]), *said]:
                 log.print(f"[yellow]{escape(line)}[/yellow]")
         elif config.init is not None:
@@ -151,7 +151,7 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
             for line in inherited(Path(config.init), config.model, set(config.branch_of().values()), elements):
                 log.print(escape(line))
         draws = make_draws(config, sources)
-        lists = lists_of(config, world.device)
+        lists = lists_of(config.train.neighbors, world.device)
         trial = needs_trial(config, world.size)
         lacking = missing_labels(config.objective, sources) if world.first else []
     costs = measured(config, sources, draws, world) if trial else None
@@ -201,7 +201,7 @@ def length_at(config: Config, feed: Feed, position: Position, trainer: Trainer, 
     minutes, held = config.train.minutes, (state or {}).get("length")
     if minutes is None or held is None or held["minutes"] != minutes:
         trainer.schedule.straighten()
-    steps = total_steps(config, feed.draws)
+    steps = total_steps(config.train, feed.draws)
     return length_of(minutes, steps, feed.epoch_steps, position, feed.size("validation") / feed.structures, held)
 
 
@@ -302,7 +302,7 @@ def save(run: Run, better: bool) -> None:
     state = state_of(run.trainer, run.position, run.feed.draws)
     if run.length.minutes is not None:
         state["length"] = run.length.state(run.position)
-    state["data"] = kept_of(run.config, run.feed.sources, run.feed.draws)
+    state["data"] = kept_of(run.config.tasks, run.feed.sources, run.feed.draws)
     state["layout"] = {task: list(ranks) for task, ranks in run.feed.placement.items()}
     run.saver.save(run.position.step, tensors_of(run.trainer), names, state, write_best if better else None)
 

@@ -86,7 +86,7 @@ def models_of(config: Config, seed: int) -> list[Config]:
     resolved = resolve(config.model_copy(update={"seed": seed}), 1)
     draws = make_draws(resolved, open_sources(resolved.tasks))
     rate = {t: d.rate for d in draws for t in d.tasks}
-    steps, per_epoch = total_steps(resolved, draws), max(d.pass_steps for d in draws)
+    steps, per_epoch = total_steps(resolved.train, draws), max(d.pass_steps for d in draws)
     length = {"steps": steps, "epoch_steps": resolved.train.epoch_steps or per_epoch, "patience": None}
     folder = Path(config.run) / f"seed-{seed}"
 

@@ -148,7 +148,7 @@ def _measure(
     config = at_point(config, point)
     draws = make_draws(config, sources)
     placement = world.share(placement_of(config, sources, draws, world.size))
-    feed = Feed(config, sources, draws, placement, world.rank, lists_of(config, world.device))
+    feed = Feed(config, sources, draws, placement, world.rank, lists_of(config.train.neighbors, world.device))
     trainer = build(config, sources, placement, epoch_steps, world)
     clock = Clock(world.device)
     trainer.begins = clock.begins

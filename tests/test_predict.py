@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import multifid
 from multifid.apply.predict import predict
+from multifid.apply.relax import Settings, relax
 from multifid.model.saved import describe, save_description
 from multifid.store.store import Store
 from test_calculator import crystal, model, slab
@@ -94,9 +95,7 @@ def test_what_has_no_prediction_is_named_or_left_out_and_counted(run, tmp_path, 
     ion.info["charge"] = 4
     strange = [molecule("H2O"), molecule("SiH4"), close, ion, Atoms("H")]
     ase.io.write(tmp_path / "in.xyz", strange)
-    with pytest.raises(
-        ValueError, match=r"(?s)no prediction for.*in.xyz, structure 1: task 'a' has never seen Si"
-    ) as e:
+    with pytest.raises(ValueError, match=r"(?s)no result for.*in.xyz, structure 1: task 'a' has never seen Si") as e:
         predict(run, [tmp_path / "in.xyz"], tmp_path / "out.xyz", "a", device="cpu")
     assert "structure 2: atoms 0 and 1 are 1e-05" in str(e.value) and "--skip-refused" in str(e.value)
     assert "structure 3: info['charge'] is 4, but" in str(e.value)
@@ -131,3 +130,45 @@ def test_where_nothing_can_be_written_is_said_before_the_work(run, mixed, tmp_pa
         predict(run, mixed, tmp_path / "out.xyz", device="cpu")
     with pytest.raises(ValueError, match="nothing: not found"):
         predict(run, [tmp_path / "nothing"], tmp_path / "out.xyz", "a", device="cpu")
+
+
+def test_relaxed_structures_are_where_forces_and_stress_vanish(run, tmp_path, capsys):
+    fixed = slab()
+    fixed.set_constraint(FixAtoms([0, 1, 2, 3]))
+    ase.io.write(tmp_path / "in.xyz", [crystal(), fixed, molecule("H2O")])
+    settings = Settings(fmax=0.005, cell=True, trajectory=tmp_path / "paths")
+    assert relax(run, [tmp_path / "in.xyz"], tmp_path / "out.xyz", "a", settings, device="cpu")
+    assert "3 structures, task a, all converged to 0.005 eV/angstrom" in capsys.readouterr().out
+    given, there = ase.io.read(tmp_path / "in.xyz", ":"), ase.io.read(tmp_path / "out.xyz", ":")
+    for before, after in zip(given, there, strict=True):
+        after.calc = multifid.load(run).calculator("a", dtype="float64")
+        before.calc = after.calc
+        assert np.linalg.norm(after.get_forces(), axis=1).max() < 0.006 and after.info["converged"]
+        assert after.get_potential_energy() < before.get_potential_energy()
+    assert np.abs(there[0].get_stress()).max() * there[0].get_volume() / 8 < 0.006
+    np.testing.assert_allclose(there[1].positions[:4], given[1].positions[:4], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(there[1].cell, given[1].cell, rtol=0, atol=1e-7)
+    assert not np.allclose(there[0].cell, given[0].cell, atol=1e-3)
+    path = ase.io.read(tmp_path / "paths" / "000000.traj", ":")
+    assert len(path) == there[0].info["steps"] + 1 and len(list((tmp_path / "paths").iterdir())) == 3
+
+
+def test_what_has_not_converged_is_named_and_the_exit_code_says_so(run, tmp_path):
+    ase.io.write(tmp_path / "in.xyz", [crystal(), Atoms("H")])
+    command = ["multifid", "relax", run, tmp_path / "in.xyz", "--task", "a", "--steps", "1", "--fmax", "1e-5"]
+    command += ["--device", "cpu", "--out", tmp_path / "out.xyz"]
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 1 and "1 not converged in 1 steps, as" in done.stdout, done.stderr
+    assert "in.xyz, structure 0 (fmax " in done.stdout
+    assert [bool(a.info["converged"]) for a in ase.io.read(tmp_path / "out.xyz", ":")] == [False, True]
+
+
+def test_relaxations_that_cannot_be_are_refused(run, tmp_path):
+    ase.io.write(tmp_path / "in.xyz", [crystal(), molecule("SiH4")])
+    with pytest.raises(ValueError, match="structure 1: task 'a' has never seen Si"):
+        relax(run, [tmp_path / "in.xyz"], tmp_path / "out.xyz", "a", Settings(steps=1), device="cpu")
+    with pytest.raises(ValueError, match="must be one of fire, lbfgs, bfgs"):
+        Settings(optimizer="newton")
+    with pytest.raises(ValueError, match="must be a positive force"):
+        Settings(fmax=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.xyz"]

@@ -206,6 +206,37 @@ def predict(
 
 
 @app.command()
+def relax(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a trained run, or a model file")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="files that ASE reads, .aselmdb, or prepared stores")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="extended XYZ with the relaxed structures")],
+    task: Annotated[str | None, typer.Option(help="whose branch answers; needed where there are several")] = None,
+    fmax: Annotated[float, typer.Option(help="the longest force that may be left, eV/angstrom")] = 0.05,
+    steps: Annotated[int, typer.Option(min=0, help="at most, of each structure")] = 500,
+    cell: Annotated[bool, typer.Option("--cell", help="relax the cells of crystals too")] = False,
+    optimizer: Annotated[str, typer.Option(help="fire, lbfgs or bfgs")] = "fire",
+    trajectory: Annotated[
+        Path | None, typer.Option(metavar="DIRECTORY", help="for one ASE trajectory of each structure")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator if there is one")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float64",
+    skip_refused: Annotated[
+        bool,
+        typer.Option("--skip-refused", help="leave out what has no prediction, as elements never seen, and count it"),
+    ] = False,
+) -> None:
+    """Relax the structures in files. Exit code 1 where some have not converged; they are named, and written too."""
+    from multifid.apply.relax import Settings
+    from multifid.apply.relax import relax as run
+
+    settings = Settings(fmax, steps, cell, optimizer, trajectory)
+    if not run(model, files, out, task, settings, device=device, dtype=dtype, skip=skip_refused):
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a trained run")],
     out: Annotated[Path, typer.Option("--out", metavar="NAME.mfid", help="the model file")],

@@ -366,7 +366,7 @@ def trial_with_a_slow_task(values: dict, slow: str, seconds: float) -> tuple[dic
 
 def evaluated(run: str, data: list[str], split: str, max_edges: int, cache: str = "unused") -> list[dict]:
     """The rows of a run as each rank has them."""
-    options = {"device": "cpu", "max_edges": max_edges, "cache": Path(cache), "console": Console(quiet=True)}
+    options = {"device": "cpu", "max_edges": max_edges, "cache": Path(cache), "quiet": True}
     return evaluate([Path(run)], data, split, **options)
 
 

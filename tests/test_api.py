@@ -1,6 +1,11 @@
 """From Python: training that reports and stops, what it returns, and errors that are exceptions."""
 
+import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,8 @@ from ase import Atoms
 import multifid
 from conftest import MEASURED
 from multifid.training.journal import read_journal
+from multifid.workflows.export import export
+from test_cli import multifid as command
 from test_train import assert_same_bits, config_of, start
 
 TOLD = {"steps": 12, "epoch_steps": 6, "log_every": 3, "precision": "fp64"}
@@ -92,3 +99,93 @@ def test_errors_are_exceptions_with_the_message_of_the_command(stores, tmp_path)
         multifid.train(values, [fails], quiet=True)
     assert "a mistake of the caller" in (tmp_path / "run" / "train.log").read_text()
     assert multifid.train(values, quiet=True).complete, "and the run can be trained again"
+
+
+@pytest.fixture(scope="module")
+def run(stores, tmp_path_factory):
+    return start(config_of(stores, tmp_path_factory.mktemp("api") / "fruit", train=TOLD))
+
+
+def test_models_and_data_in_any_form_give_the_rows_of_the_command(run, stores, tmp_path):
+    data = {task: multifid.Store(path) for task, path in stores.items()}
+    out = tmp_path / "rows.json"
+    texts = [f"--data={task}={path}" for task, path in stores.items()]
+    done = command("evaluate", str(run), *texts, "--device", "cpu", "--out", str(out))
+    assert done.returncode == 0 and "Energy MAE" in done.stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["data"] for row in rows] == list(stores) and {row["model"] for row in rows} == {"fruit"}
+    file = export(run, tmp_path / "fruit.mfid")
+    other = tmp_path / "other" / "fruit"
+    other.parent.mkdir()
+    other.symlink_to(run)
+    for models, names in [
+        (str(run), ["fruit"]),
+        (multifid.load(run), ["model 1"]),
+        ({"a": file, "b": multifid.load(file)}, ["a", "b"]),
+        ([run, file, other], [str(run), "fruit.mfid", str(other)]),
+    ]:
+        found = multifid.evaluate(
+            models, data, device=None if "model 1" in names or "a" in names else "cpu", quiet=True
+        )
+        assert [row["model"] for row in found] == [name for name in names for _ in stores]
+        for k, row in enumerate(found):
+            assert {**row, "model": "fruit"} == {**rows[k % 3], "stress_mae": row["stress_mae"]}
+    precise = multifid.evaluate(multifid.load(run, precision="fp64"), data, quiet=True)
+    assert precise[0]["forces_mae"] == pytest.approx(rows[0]["forces_mae"], rel=1e-5)
+    assert precise[0]["forces_mae"] != rows[0]["forces_mae"]
+    done = command("evaluate", str(file), f"--data=apple={stores['apple']}", "--device=cpu")
+    assert "fruit.mfid" in done.stdout and not (tmp_path / "evaluation.json").exists()
+    with pytest.raises(ValueError, match="a loaded model is evaluated on the device that it is on"):
+        multifid.evaluate(multifid.load(run), data, device="cpu")
+
+
+def test_a_store_is_prepared_as_by_the_command(stores, tmp_path):
+    file, other = (stores["apple"].parent / f"{name}.xyz" for name in ("apple", "berry"))
+    store = multifid.prepare(
+        "extxyz", str(file), tmp_path / "a", task="apple", test=other, fractions=(0.8, 0.2, 0), seed=3, quiet=True
+    )
+    split = ["--fractions", "0.8,0.2,0", "--seed", "3"]
+    done = command(
+        "prepare", "extxyz", str(file), "--out", str(tmp_path / "b"), "--task=apple", f"--test={other}", *split
+    )
+    assert done.returncode == 0, done.stderr
+    assert store.content == multifid.Store(tmp_path / "b").content
+    assert store.tasks == ["apple"] and store.size("test") == 37
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing"):
+        multifid.prepare("extxyz", tmp_path / "nothing.xyz", tmp_path / "c")
+
+
+RANKS = """
+import sys
+import multifid
+config, stores = sys.argv[1], dict(text.split("=") for text in sys.argv[2:])
+result = multifid.train(config, quiet=True)
+rows = multifid.evaluate(result.run, stores, device="cpu", quiet=True)
+assert multifid.train(config, quiet=True).steps == result.steps
+try:
+    multifid.train({"run": "x", "tasks": {"a": {"store": "nowhere"}}}, quiet=True)
+except (ValueError, OSError) as error:
+    print(result.complete, [row["structures"] for row in rows], error)
+"""
+
+
+def test_a_script_on_several_ranks_trains_evaluates_and_hears_errors(run, stores, tmp_path):
+    """One world after another in the same processes, where rank 0 serves the rendezvous (as under srun)."""
+    config = config_of(stores, tmp_path / "run", train=TOLD)
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = [sys.executable, "-c", RANKS, str(tmp_path / "c.yaml"), *(f"{task}={path}" for task, path in stores.items())]
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(told, env={**os.environ, **launch, "RANK": str(rank)}, stdout=-1, stderr=-1, text=True)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        said, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors
+        assert said.startswith("True [") and "nowhere" in said
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    alone = multifid.evaluate(run, stores, device="cpu", quiet=True)
+    assert [row["forces_mae"] for row in rows] == pytest.approx([row["forces_mae"] for row in alone], rel=1e-5)

@@ -9,7 +9,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from rich.console import Console
 
 from conftest import write_molecules
 from multifid.evaluation.rows import read_rows
@@ -185,9 +184,8 @@ def run(stores, tmp_path_factory) -> Path:
 def test_a_file_is_evaluated_as_the_store_of_it_by_any_number_of_ranks(stores, run, tmp_path, pool):
     """All its structures, whatever a store would divide; the second time nothing is prepared."""
     file = stores["apple"].parent / "apple.xyz"
-    quiet = Console(quiet=True)
-    wanted = evaluate([run], [str(stores["apple"])], "all", device="cpu", console=quiet)
-    found = evaluate([run], [f"apple={file}"], device="cpu", cache=tmp_path, console=quiet)
+    wanted = evaluate([run], [str(stores["apple"])], "all", device="cpu", quiet=True)
+    found = evaluate([run], [f"apple={file}"], device="cpu", cache=tmp_path, quiet=True)
     split = {"split": "test", "source": str(file)}
     same(found, [wanted[0] | split])
     made = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if not p.name.startswith(".")}
@@ -202,8 +200,8 @@ def test_a_file_is_evaluated_as_the_store_of_it_by_any_number_of_ranks(stores, r
 
 
 def test_what_a_user_gets_wrong_about_files_is_said(stores, run, tmp_path):
-    file, quiet = str(stores["apple"].parent / "apple.xyz"), Console(quiet=True)
-    options = {"cache": tmp_path / "cache", "console": quiet, "device": "cpu"}
+    file = str(stores["apple"].parent / "apple.xyz")
+    options = {"cache": tmp_path / "cache", "quiet": True, "device": "cpu"}
     for data, more, message in (
         ([file], {"split": "train"}, r"no train structure \(test 60, validation 0, train 0\)"),
         ([file], {"options": {"colour": "red"}}, r"--option colour: extxyz has .*energy"),

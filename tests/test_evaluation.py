@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import data_of, write_molecules
@@ -19,6 +18,7 @@ from multifid.evaluation.failures import Failures
 from multifid.evaluation.rows import add_rows, read_rows
 from multifid.evaluation.table import markdown
 from multifid.model.potential import Potential
+from multifid.model.predictor import Predictor
 from multifid.model.saved import load_potential
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
@@ -72,7 +72,7 @@ def test_many_ranks_say_what_one_process_says_and_one_of_them_writes(
     for run in (alone, shared):
         shutil.copytree(conservative, run)
     data = [str(stores["apple"]), str(crystals)]
-    one = evaluate([alone], data, "all", device="cpu", max_edges=60, console=Console(quiet=True))
+    one = evaluate([alone], data, "all", device="cpu", max_edges=60, quiet=True)
     many = pool.run(ranks, "evaluated", str(shared), data, "all", 60)
     for rows in [*many, read_rows(shared)]:
         same(rows, one, 1e-12)  # the same batches in another order of addition
@@ -123,8 +123,7 @@ def test_stress_is_compared_where_model_and_data_have_it(conservative, stores, c
     predicted = []
     (data,) = data_of(str(crystals))
     row = asking.evaluate(
-        potential,
-        description,
+        Predictor(potential, description),
         "m",
         data,
         "all",
@@ -158,8 +157,7 @@ def test_structures_with_unseen_elements_are_left_out_of_the_means_and_counted(c
     collected = []
     potential, description = asking.load_potential(run)
     row = asking.evaluate(
-        potential,
-        description,
+        Predictor(potential, description),
         "m",
         data,
         "all",
@@ -225,7 +223,7 @@ def test_a_damaged_file_of_rows_is_named_and_left_as_it_is(tmp_path, text):
 def test_two_datasets_of_one_name_are_refused(stores, conservative, tmp_path):
     shutil.copytree(stores["apple"], tmp_path / "other")
     with pytest.raises(ValueError, match=r"both called 'apple'.*NAME="):
-        evaluate([conservative], [str(stores["apple"]), str(tmp_path / "other")], console=Console(quiet=True))
+        evaluate([conservative], [str(stores["apple"]), str(tmp_path / "other")], quiet=True)
 
 
 def test_a_task_without_energies_has_seen_the_elements_of_its_split(stores, tmp_path):
@@ -247,8 +245,7 @@ def test_the_budget_of_edges_follows_width_and_memory(stores, tmp_path):
     wide = small.model_copy(update={"encoder": small.encoder.model_copy(update={"hidden": 866, "layers": 4})})
     budgets = []
     for model in (small, wide):
-        with torch.device("meta"):
-            budgets.append(asking.edge_budget(Potential(model, ["a"], {"a": "a"}, 0), Share()))
+        budgets.append(asking.edge_budget(Predictor(Potential(model, ["a"], {"a": "a"}, 0), {}), Share()))
     assert budgets[0] == asking.EDGES and budgets[1] == asking.MEMORY // (asking.KEPT * 866 * 4 * 4)
     assert asking.edge_budget(None, replace(Share(), max_edges=5)) == 5
 
@@ -309,7 +306,7 @@ def test_predictions_that_are_not_finite_are_counted_named_and_in_no_mean(
         errors.extend(((p.energy - batch.targets[task].energy) / batch.natoms).abs().tolist())
 
     potential, description = load_potential(run)
-    asking.evaluate(potential, description, "m", data, "all", collect=compare)
+    asking.evaluate(Predictor(potential, description), "m", data, "all", collect=compare)
 
     def failing(self, batch, stress=False, original=Potential.forward):
         out = original(self, batch, stress)

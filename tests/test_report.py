@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from conftest import data_of
 from multifid.config import load_config
-from multifid.evaluation.evaluate import data_of, evaluate_run
+from multifid.evaluation.evaluate import evaluate_run
 from multifid.training.journal import read_journal
 from multifid.workflows.report import gather, report
 from multifid.workflows.report.charts import formula

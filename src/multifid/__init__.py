@@ -2,10 +2,12 @@
 
     import multifid
 
+    store = multifid.prepare("extxyz", "mine.xyz", "data/mine")
     result = multifid.train("config.yaml")              result.run, result.best, result.rows, result.model()
     model = multifid.load("runs/demo")                  a trained run, or a model file
     out = model.predict(atoms, task="ani1x")            out.energy (eV), out.forces (eV/angstrom), out.stress
     atoms.calc = model.calculator(task="ani1x")         an ASE calculator; multifid.Calculator([...]) averages models
+    rows = multifid.evaluate("runs/demo", "data/ani1x") errors of models on stores and files
     store = multifid.Store("data/ani1x")                a prepared dataset
     config = multifid.Config.from_file("config.yaml")   everything that a run is told
 
@@ -21,11 +23,25 @@ if TYPE_CHECKING:
     from multifid.config import Config
     from multifid.model.predictor import Output, Predictor
     from multifid.store.store import Store
-    from multifid.training.result import Result
-    from multifid.workflows.train import train
+    from multifid.workflows.evaluate import evaluate
+    from multifid.workflows.prepare import prepare
+    from multifid.workflows.train import Result, train
 
 __version__ = "0.1.0"
-__all__ = ["Calculator", "Config", "Model", "Output", "Predictor", "Result", "Store", "__version__", "load", "train"]
+__all__ = [
+    "Calculator",
+    "Config",
+    "Model",
+    "Output",
+    "Predictor",
+    "Result",
+    "Store",
+    "__version__",
+    "evaluate",
+    "load",
+    "prepare",
+    "train",
+]
 
 _WHERE = {
     "Calculator": "multifid.apply.calculator",
@@ -33,9 +49,11 @@ _WHERE = {
     "Model": "multifid.apply.model",
     "Output": "multifid.model.predictor",
     "Predictor": "multifid.model.predictor",
-    "Result": "multifid.training.result",
+    "Result": "multifid.workflows.train",
     "Store": "multifid.store.store",
+    "evaluate": "multifid.workflows.evaluate",
     "load": "multifid.apply.model",
+    "prepare": "multifid.workflows.prepare",
     "train": "multifid.workflows.train",
 }
 

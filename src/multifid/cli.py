@@ -65,27 +65,25 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn published files into a store; the same command goes on with one that was killed."""
-    from multifid.parallel.launch import launch
-    from multifid.preparation.prepare import prepare as run
+    from multifid.workflows.prepare import prepare as run
 
     shares = [_float(x, "--fractions") for x in fractions.split(",")]
     if len(shares) != 3:
         raise ValueError(f"--fractions {fractions!r} must be three numbers: train,validation,test")
-    given = {"train": train or [], "validation": validation or [], "test": test or []}
     run(
         format,
         inputs or [],
         out,
         task=task,
         limit=limit,
-        files_of_split={split: files for split, files in given.items() if files},
+        train=train or (),
+        validation=validation or (),
+        test=test or (),
         fractions=(shares[0], shares[1], shares[2]),
         seed=seed,
         options=dict(_pair(x) for x in option or []),
         level_of_theory=level_of_theory,
         workers=workers,
-        rank=(who := launch()).rank,
-        size=who.size,
         trust_units=trust_units,
         drop_duplicates=drop_duplicates,
         drop_duplicates_of=drop_duplicates_of or (),
@@ -136,7 +134,7 @@ def train(
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="trained runs")],
+    runs: Annotated[list[str], typer.Argument(metavar="MODEL...", help="trained runs, or model files (NAME.mfid)")],
     data: Annotated[
         list[str], typer.Option("--data", metavar="[TASK=][FORMAT:]PATH...", help="stores, or files of any format")
     ],
@@ -153,8 +151,9 @@ def evaluate(
     option: Annotated[list[str] | None, typer.Option(help="key=value of a file's format, as in prepare")] = None,
     trust_units: Annotated[bool, typer.Option("--trust-units", help="though units of a file look wrong")] = False,
     cache: Annotated[Path | None, typer.Option(help="where files become stores; default: ~/.cache/multifid")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="all rows in a file")] = None,
 ) -> None:
-    """Energy, force and stress errors of runs on stores and files, as a table and in RUN/evaluation.json."""
+    """Energy, force and stress errors of models on stores and files, as a table and in RUN/evaluation.json."""
     from multifid.workflows.evaluate import evaluate as run
 
     more = [text for text in runs if _is_data(text)]  # `--data A B`: an option takes one value, B arrives with the runs
@@ -171,6 +170,7 @@ def evaluate(
         options=dict(_pair(x) for x in option or []),
         trust_units=trust_units,
         cache=cache,
+        out=out,
     )
 
 
@@ -380,10 +380,12 @@ def scaling(
 
 
 def _is_data(text: str) -> bool:
-    """Whether an argument names a store or file ([TASK=][FORMAT:]PATH) and not a run, which is a directory."""
+    """Whether an argument names a store or file ([TASK=][FORMAT:]PATH) and not a model: a directory, or NAME.mfid."""
     path = Path(text)
     if path.is_dir():
         return (path / "manifest.json").exists()
+    if path.suffix == ".mfid" and "=" not in text:
+        return False
     return path.is_file() or "=" in text or ":" in text
 
 

@@ -116,7 +116,7 @@ def test_a_run_leaves_the_other_devices_alone(both, device, tmp_path, pool):
 def test_an_evaluation_is_the_cpus(both, device, tmp_path, reference):
     data = [Data(name, Store(path), name) for name, path in both.items()]
     here, there = (
-        evaluate_run(reference, data, share=Share(device=place, workers=2)) for place in (device, torch.device("cpu"))
+        evaluate_run(reference, data, share=Share(workers=2), device=place) for place in (device, torch.device("cpu"))
     )
     for one, other in zip(here, there, strict=True):
         for key, value in other.items():

@@ -1,4 +1,4 @@
-"""Ask trained models about stores: one row of errors for each model and dataset.
+"""The errors of trained models on stores: one row for each model and dataset.
 
 On any device, and on any number of processes: each takes every so-manieth batch, and only the sums of `Errors` are
 added over them, by the function that is handed down. The batches are the same however many processes there are.
@@ -18,7 +18,9 @@ from multifid.evaluation.metrics import Errors, Row
 from multifid.evaluation.rows import add_rows
 from multifid.feed.loader import Source, ahead, collate, cut, edge_costs
 from multifid.graphs.batch import Batch, Targets
-from multifid.model.potential import Potential, Prediction
+from multifid.model.model_file import load_model
+from multifid.model.potential import Prediction
+from multifid.model.predictor import Predictor
 from multifid.model.saved import Description, load_potential
 from multifid.store.references import References
 from multifid.store.store import Store
@@ -45,7 +47,6 @@ def _unheard(structures: int) -> None:
 class Share:
     """What one process does of an evaluation, and how the sums of all are added."""
 
-    device: torch.device = CPU
     rank: int = 0
     size: int = 1
     sum_: Callable[[Tensor], Tensor] = _as_it_is  # of a float64 tensor on the host, over all processes
@@ -87,20 +88,38 @@ def evaluate_run(
     weights: str = "model.safetensors",
     unseen: bool = False,
     share: Share = Share(),
+    device: torch.device = CPU,
+    name: str | None = None,
 ) -> list[Row]:
-    """Rows of one trained run on several datasets, also added to RUN/evaluation.json by the first process."""
-    potential, description = load_potential(run, weights)
+    """Rows of one trained run, or of a model file, on several datasets.
+
+    Those of a run are also added to RUN/evaluation.json by the first process. name: of the model in the rows.
+    """
+    potential, description = load_potential(run, weights) if run.is_dir() else load_model(run)
     asked = [d if branch or d.name in description["tasks"] else _as_trained_on(run, d) for d in data]
-    rows = [evaluate(potential, description, run.name, d, split, branch, unseen=unseen, share=share) for d in asked]
-    if share.rank == 0:
+    model = Predictor(potential, description, device)
+    rows = evaluate_model(model, name or run.name, asked, split, branch, unseen=unseen, share=share)
+    if share.rank == 0 and run.is_dir():
         add_rows(run, rows)
     return rows
 
 
+def evaluate_model(
+    model: Predictor,
+    name: str,
+    data: list[Data],
+    split: str = "test",
+    branch: str | None = None,
+    unseen: bool = False,
+    share: Share = Share(),
+) -> list[Row]:
+    """Rows of one model on several datasets."""
+    return [evaluate(model, name, d, split, branch, unseen=unseen, share=share) for d in data]
+
+
 def evaluate(
-    potential: Potential,
-    description: Description,
-    model: str,
+    model: Predictor,
+    name: str,
     data: Data,
     split: str = "test",
     branch: str | None = None,
@@ -108,7 +127,7 @@ def evaluate(
     unseen: bool = False,
     share: Share = Share(),
 ) -> Row:
-    """The errors of one model on one split of one dataset, in eV/atom, eV/angstrom and eV/angstrom^3.
+    """The errors of one model, called `name`, on one split of one dataset: eV/atom, eV/angstrom and eV/angstrom^3.
 
     A model that was trained on the task answers with its branch and its reference energies, and total energies are
     compared. Another answers with its only branch (or the one named), and its aligned energies are compared with the
@@ -117,28 +136,26 @@ def evaluate(
     Structures whose prediction is not finite are counted and named, and enter no mean.
     Called on all processes of a `share`, with the same on each; all get the same row.
     """
-    answers, references, whose = _who_answers(description, data, branch, model)
+    answers, references, whose = _who_answers(model.description, data, branch, name)
     source = Source(data.store, {answers: data.label_set}, {answers: references})
-    known, scale = _elements(description, answers), description["tasks"][answers]["scale"]
-    potential, errors = potential.to(share.device).eval(), Errors(share.device)
-    failures = Failures(share.device)
-    for index, whole in _batches(source, split, description["cutoff"], edge_budget(potential, share), share):
-        for part, batch, p in _predictions(potential, source, index, whole, share.device):
-            strange = _unseen(batch, known).to(share.device)
-            targets, structure = _moved(batch.targets[answers], share.device), batch.structure.to(share.device)
-            p = _times(p, scale)
+    known, device = _elements(model.description, answers), model.device
+    errors, failures = Errors(device), Failures(device)
+    for index, whole in _batches(source, split, model.cutoff, edge_budget(model, share), share):
+        for part, batch, p in _predictions(model, source, index, whole):
+            strange = _unseen(batch, known).to(device)
+            targets, structure = _moved(batch.targets[answers], device), batch.structure.to(device)
             bad = failed(p, targets, structure)
             left_out = torch.zeros_like(bad) if unseen else strange
             failures.add(bad, left_out, part)
             targets = _without(targets, bad | left_out, structure)
-            errors.add(p.energy, p.forces, p.stress, targets, batch.natoms.to(share.device), strange)
+            errors.add(p.energy, p.forces, p.stress, targets, batch.natoms.to(device), strange)
             if collect is not None:
                 collect(_at(p, CPU), batch, answers)
         share.advance(len(index) * share.size)
-    row = Errors.from_tensor(share.sum_(errors.as_tensor().cpu())).row(model, data.name, split)
+    row = Errors.from_tensor(share.sum_(errors.as_tensor().cpu())).row(name, data.name, split)
     nonfinite, lost = failures.row(data.store, share.rank, share.size, share.sum_)
     counted = row["structures"] - lost - (0 if unseen else row["unseen_structures"])
-    return row | nonfinite | _about(counted, unseen, data, description["tasks"][answers]["branch"], whose)
+    return row | nonfinite | _about(counted, unseen, data, model.description["tasks"][answers]["branch"], whose)
 
 
 def _as_trained_on(run: Path, data: Data) -> Data:
@@ -187,15 +204,15 @@ def _about(counted: int, unseen: bool, data: Data, branch: str | None, reference
     }
 
 
-def edge_budget(potential: Potential, share: Share) -> int:
+def edge_budget(model: Predictor, share: Share) -> int:
     """Edges of a batch, so that what a pass keeps of them stays within the memory."""
     if share.max_edges is not None:
         return share.max_edges
-    encoder, number = potential.encoder, next(potential.parameters())
-    of_edge = KEPT * encoder.degrees[0] * max(encoder.depth, 1) * number.element_size()
-    if share.device.type == "cpu":
+    encoder = model.potential.encoder
+    of_edge = KEPT * encoder.degrees[0] * max(encoder.depth, 1) * model.dtype.itemsize
+    if model.device.type == "cpu":
         return max(1, min(EDGES, MEMORY // of_edge))
-    free, _ = torch.accelerator.get_memory_info(share.device)
+    free, _ = torch.accelerator.get_memory_info(model.device)
     return max(EDGES // 10, min(100 * EDGES, int(PART * free) // of_edge))
 
 
@@ -229,35 +246,26 @@ def _pieces(
 
 
 def _predictions(
-    potential: Potential, source: Source, index: np.ndarray, batch: Batch, device: torch.device
+    model: Predictor, source: Source, index: np.ndarray, batch: Batch
 ) -> Iterator[tuple[np.ndarray, Batch, Prediction]]:
-    """A batch and what the model says of it, in scaled units; in halves where the device has no memory for the whole.
+    """A batch and what the model says of it, in eV; in halves where the device has no memory for the whole.
 
     index: of its structures in the source's store; comes back with the batch, or with each half.
     """
-    (task, label_set), cutoff = next(iter(source.tasks.items())), potential.config.cutoff
-    conservative = potential.config.branch.forces == "conservative"
-    stress = conservative and source.store.manifest["tasks"][label_set]["labels"]["stress"] > 0
-    number = next(potential.parameters())
+    task, label_set = next(iter(source.tasks.items()))
+    stress = model.conservative and source.store.manifest["tasks"][label_set]["labels"]["stress"] > 0
     prediction = None
     try:
-        with torch.no_grad():
-            prediction = potential(replace(batch, targets={}).to(device, number.dtype), stress=stress)[task]
+        prediction = model.aligned(replace(batch, targets={}), task, stress=stress)
     except torch.OutOfMemoryError as error:
         if len(index) == 1:
             where = f"structure {index[0]} of {source.store.path} ({int(batch.natoms[0])} atoms)"
-            raise ValueError(f"{device} has not enough memory for {where}: try --device cpu") from error
+            raise ValueError(f"{model.device} has not enough memory for {where}: try --device cpu") from error
     if prediction is not None:
         yield index, batch, prediction
         return
     for half in (index[: len(index) // 2], index[len(index) // 2 :]):
-        yield from _predictions(potential, source, half, collate([(source, half)], cutoff), device)
-
-
-def _times(p: Prediction, scale: float) -> Prediction:
-    """In eV and in float64."""
-    stress = None if p.stress is None else p.stress.double() * scale
-    return Prediction(p.energy.double() * scale, p.forces.double() * scale, stress)
+        yield from _predictions(model, source, half, collate([(source, half)], model.cutoff))
 
 
 def _at(p: Prediction, device: torch.device) -> Prediction:

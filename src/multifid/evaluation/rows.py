@@ -12,12 +12,12 @@ NAME = "evaluation.json"
 IDENTITY = ("model", "data", "split", "branch", "seed")  # rows that agree in these say the same: the newer one stays
 
 
-def write_rows(directory: Path, rows: Sequence[Row]) -> None:
-    """DIRECTORY/evaluation.json with exactly these rows, by rename. JSON has no NaN and no infinity: null."""
-    part = directory / f".{NAME}.{os.getpid()}.part"
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """A file with exactly these rows, by rename. JSON has no NaN and no infinity: null."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     valid = [{key: None if _not_finite(value) else value for key, value in row.items()} for row in rows]
     part.write_text(json.dumps({"rows": valid}, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(part, directory / NAME)
+    os.replace(part, path)
 
 
 def add_rows(directory: Path, rows: Sequence[Row]) -> None:
@@ -26,7 +26,7 @@ def add_rows(directory: Path, rows: Sequence[Row]) -> None:
     ValueError, and the file as it was, where it is damaged.
     """
     earlier = [row for row in read_rows(directory) if not any(_same(row, new) for new in rows)]
-    write_rows(directory, [*earlier, *rows])
+    write_rows(directory / NAME, [*earlier, *rows])
 
 
 def read_rows(directory: Path) -> list[Row]:

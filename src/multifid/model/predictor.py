@@ -159,6 +159,15 @@ class Predictor:
         copy.load_state_dict(self.potential.state_dict())
         return replace(self, potential=copy, dtype=PRECISIONS[precision])
 
+    def aligned(self, batch: Batch, task: str, *, stress: bool) -> Prediction:
+        """What the branch of a task says of a batch, which is moved to the device and type of the model first.
+
+        In eV and float64, reference energies still subtracted; on the device. stress: only of conservative forces.
+        """
+        moved = completed(batch, self.potential.encoder.needs).to(self.device, self.dtype)
+        with torch.no_grad():
+            return self.physical(self.potential(moved, stress=stress)[task], task)
+
     def physical(self, prediction: Prediction, task: str) -> Prediction:
         """A prediction of the potential in eV, float64, reference energies still subtracted."""
         scale = self.description["tasks"][task]["scale"]
@@ -209,12 +218,10 @@ class Predictor:
         self, packed: Packed, batch: Batch, task: str, *, stress: bool, features: bool = False
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]]:
         """The same of structures whose batch is at hand; stress only where it is asked for."""
-        moved = completed(batch, self.potential.encoder.needs).to(self.device, self.dtype)
         seen: list[Tensor] = []
         hook = self.potential.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.scalars))
         try:
-            with torch.no_grad():
-                found = self.physical(self.potential(moved, stress=stress)[task], task)
+            found = self.aligned(batch, task, stress=stress)
         finally:
             hook.remove()
         table, known = np.zeros(MAX_Z + 1), self._references(task)

@@ -14,11 +14,13 @@ import os
 import socket
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from hashlib import blake2b
+from itertools import count
 from typing import Any
 
 import torch
@@ -37,6 +39,10 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xc
 FAULT = "fault"  # the key under which the first fault of any rank is told to all
 STOPPED = 143  # the exit code after SIGTERM
 POLL = 0.005  # seconds between two looks into the store
+# A process may join one world after another (it trains, then evaluates): each has keys of its own in the store, which
+# rank 0 serves, unless the launcher does, from the first one to the end of the process.
+_WORLDS: defaultdict[tuple[str, str], Iterator[int]] = defaultdict(count)
+_SERVERS: dict[str, dist.Store] = {}
 LAST_WORDS = 3.0  # seconds to wait for another rank's fault when a connection breaks
 
 
@@ -196,7 +202,9 @@ def world(name: str | None, silence: float = SILENCE) -> Iterator[World]:
         return
     url = f"tcp://{me.address}:{me.port}?rank={me.rank}&world_size={me.size}"
     root, _, _ = next(dist.rendezvous(url, timeout=RENDEZVOUS_TIMEOUT))
+    _SERVERS.setdefault(url, root)
     prefix = f"multifid/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    prefix = f"{prefix}/{next(_WORLDS[url, prefix])}"
     heart = Heartbeat(dist.PrefixStore(prefix, root.clone()), me.rank, me.size, FAULT, silence)
     root.set_timeout(COLLECTIVE_TIMEOUT)
     store = dist.PrefixStore(prefix, root)

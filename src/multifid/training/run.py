@@ -35,6 +35,7 @@ from multifid.training.build import build, settings_of_torch_kept
 from multifid.training.callbacks import Callback, Callbacks
 from multifid.training.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.training.counts import announced
+from multifid.training.ending import Ending
 from multifid.training.feed import Feed, Step, lists_of, make_draws, near, total_steps
 from multifid.training.identity import Kept, contents_of, kept_of, own_data, refuse_apart
 from multifid.training.journal import Journal
@@ -45,7 +46,6 @@ from multifid.training.opening import heading, opening
 from multifid.training.pace import Pace
 from multifid.training.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
 from multifid.training.resolve import needs_trial, open_run, placement_of, write_config
-from multifid.training.result import Result
 from multifid.training.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
 from multifid.training.step import ENCODER, Norms, Totals, Trainer
 from multifid.training.tensor_file import consolidate
@@ -85,7 +85,7 @@ def train(
     clock: Callable[[], float] = time.monotonic,
     callbacks: Sequence[Callback] = (),
     signals: bool = False,
-) -> Result:
+) -> Ending:
     """Train, or go on training, what a config describes; says how that ended.
 
     joined: the ranks, where the caller has joined them already.  clock: seconds from any beginning.
@@ -313,7 +313,7 @@ def keep_beginning(run: Run) -> None:
         save(run, better=False)
 
 
-def finish(run: Run, stop: list[str]) -> Result:
+def finish(run: Run, stop: list[str]) -> Ending:
     """How the run ended. Where it is complete, the last model is written beside the best one."""
     run.saver.wait()
     position, patience = run.position, run.config.train.patience
@@ -328,7 +328,7 @@ def finish(run: Run, stop: list[str]) -> Result:
             write_last(run)
     best = finite(position.best)
     step = None if best is None else position.best_step
-    return Result(run.folder, position.step, best, step, complete=not unfinished(run), reason=reason)
+    return Ending(run.folder, position.step, best, step, complete=not unfinished(run), reason=reason)
 
 
 def write_last(run: Run) -> None:

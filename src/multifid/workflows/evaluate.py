@@ -1,29 +1,36 @@
-"""`multifid evaluate RUN... --data ...`: trained models on stores and files, on all ranks of a launch.
+"""`multifid evaluate MODEL... --data ...`: trained models on stores and files, on all ranks of a launch.
 
 Every rank evaluates its part of every dataset; the first one writes and prints.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from multifid.evaluation.evaluate import Data, Share, evaluate_run, size_of
+from multifid.evaluation.evaluate import Data, Share, evaluate_model, evaluate_run, size_of
 from multifid.evaluation.matrix import Row, quantities
+from multifid.evaluation.rows import write_rows
 from multifid.evaluation.table import rich_table
+from multifid.model.predictor import Predictor
 from multifid.parallel import groups
 from multifid.parallel.groups import World
 from multifid.parallel.launch import cache_directory
+from multifid.store.store import Store
 from multifid.workflows.asked import open_data
 
 SPLITS = ("test", "validation", "train", "all")
+AnyModel = Predictor | Path | str
+AnyData = Store | Path | str
 
 
 def evaluate(
-    runs: Sequence[Path],
-    data: Sequence[str],
+    models: AnyModel | Sequence[AnyModel] | Mapping[str, AnyModel],
+    data: AnyData | Sequence[AnyData] | Mapping[str, AnyData],
     split: str = "test",
     branch: str | None = None,
     *,
@@ -31,38 +38,87 @@ def evaluate(
     device: str | None = None,
     max_edges: int | None = None,
     workers: int = 1,
-    options: dict[str, str] | None = None,
+    options: dict[str, Any] | None = None,
     trust_units: bool = False,
-    cache: Path | None = None,
-    console: Console | None = None,
+    cache: Path | str | None = None,
+    out: Path | str | None = None,
+    quiet: bool = False,
 ) -> list[Row]:
-    """Rows of every run on every dataset, added to RUN/evaluation.json and printed as tables by rank 0.
+    """Errors of every model on every dataset: one row for each, and tables of them.
 
-    data: `[TASK=]STORE`, or `[TASK=][FORMAT:]FILE`, all of whose structures are test.  unseen: structures with elements
-    that a model has not seen enter its means.  device: as in `train.device`.  options, trust_units: how files are read,
-    as in `prepare`.  cache: where files become stores.  The same on every rank of a launch by torchrun or srun.
+    models: what `multifid.load` gave, a run's directory, a model file, or several; a dict names them in rows and
+        tables.
+    data: a `Store`, a path, or several; a path may be written `[TASK=]STORE`, or `[TASK=][FORMAT:]FILE`, all of whose
+        structures are test; a dict has the tasks as keys. A model that was trained on TASK answers with that branch,
+        and total energies are compared; for other data its only branch answers, or the one that `branch` names, and
+        energies are compared with reference energies subtracted.
+    split: test, validation, train, or all.
+    unseen: structures with elements that a model has not seen enter its means.
+    device: cpu, cuda, ..., for models that are paths; an accelerator if there is one. A loaded model stays where it is.
+    max_edges: of a batch; what the memory allows. workers: threads that prepare batches ahead, on each rank.
+    options, trust_units: how files are read, as in `prepare`. cache: where they become stores (~/.cache/multifid).
+    out: a JSON file for all rows. Those of a run are added to RUN/evaluation.json in any case.
+    quiet: print nothing.
+
+    Returns dicts with the keys model, data, split, structures, counted_structures, unseen_structures,
+    nonfinite_structures, atoms, energy_mae and energy_rmse (eV/atom), forces_mae and forces_rmse (eV/angstrom, by
+    component), stress_mae and stress_rmse (eV/angstrom^3), branch, references, ...; None where there is no label.
+    The same on every rank of a launch by torchrun or srun. Raises ValueError or OSError for what cannot be evaluated.
     """
-    if not runs:
-        raise ValueError("evaluate needs a trained run: multifid evaluate RUN... --data PATH...")
+    named = _named(models)
+    if not named:
+        raise ValueError("evaluate needs a trained model: multifid evaluate RUN... --data PATH...")
     if split not in SPLITS:
         raise ValueError(f"--split {split!r} must be {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
-    console = console or Console()
+    if device is not None and any(isinstance(model, Predictor) for _, model in named):
+        raise ValueError(f"device {device!r} is for paths: a loaded model is evaluated on the device that it is on")
+    console, aside = Console(quiet=quiet), Console(stderr=True, quiet=quiet)
     with groups.world(device) as world:
-        asked = open_data(data, options or {}, trust_units, cache or cache_directory(), world, Console(stderr=True))
+        where = Path(cache) if cache is not None else cache_directory()
+        asked = open_data(_texts(data), options or {}, trust_units, where, world, aside)
         with world.together():
             _refuse_empty(asked, split)
         rows = []
-        for run in runs:
+        for name, model in named:
             structures = sum(size_of(d, split) for d in asked)
-            with progress(world, run.name, structures) as advance:
-                share = Share(world.device, world.rank, world.size, world.group.sum_, workers, max_edges, advance)
-                rows += evaluate_run(run, asked, split, branch, unseen=unseen, share=share)
+            with progress(world, name, structures, aside) as advance:
+                share = Share(world.rank, world.size, world.group.sum_, workers, max_edges, advance)
+                if isinstance(model, Predictor):
+                    rows += evaluate_model(model, name, asked, split, branch, unseen=unseen, share=share)
+                else:
+                    path, place = Path(model), world.device
+                    rows += evaluate_run(
+                        path, asked, split, branch, unseen=unseen, share=share, device=place, name=name
+                    )
         if world.first:
+            if out is not None:
+                write_rows(Path(out), rows)
             for quantity in quantities(rows):
                 console.print(rich_table(rows, quantity))
             for note in notes(rows, asked):
                 console.print(note, highlight=False, markup=False)
     return rows
+
+
+def _named(models: AnyModel | Sequence[AnyModel] | Mapping[str, AnyModel]) -> list[tuple[str, AnyModel]]:
+    """Every model with the name that its rows have: that of its directory or file, all of the path where names meet."""
+    if isinstance(models, Mapping):
+        return list(models.items())
+    several = [models] if isinstance(models, Predictor | Path | str) else list(models)
+    names = [f"model {k + 1}" if isinstance(m, Predictor) else Path(m).resolve().name for k, m in enumerate(several)]
+    twice = {name for name, number in Counter(names).items() if number > 1}
+    return [
+        (str(model) if name in twice and not isinstance(model, Predictor) else name, model)
+        for name, model in zip(names, several, strict=True)
+    ]
+
+
+def _texts(data: AnyData | Sequence[AnyData] | Mapping[str, AnyData]) -> list[str]:
+    """Datasets as the command takes them."""
+    if isinstance(data, Mapping):
+        return [f"{task}={_texts(one)[0]}" for task, one in data.items()]
+    several = [data] if isinstance(data, Store | Path | str) else list(data)
+    return [str(one.path if isinstance(one, Store) else one) for one in several]
 
 
 def _refuse_empty(data: Sequence[Data], split: str) -> None:
@@ -86,11 +142,11 @@ def notes(rows: Sequence[Row], data: Sequence[Data]) -> list[str]:
 
 
 @contextmanager
-def progress(world: World, name: str, structures: int) -> Iterator[Callable[[int], None]]:
+def progress(world: World, name: str, structures: int, console: Console) -> Iterator[Callable[[int], None]]:
     """A bar over the structures of all datasets, on rank 0 and on a terminal: call it with how many more are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not (world.first and console.is_terminal)) as bar:
+    shown_here = world.first and console.is_terminal and not console.quiet
+    with Progress(*columns, console=console, disable=not shown_here) as bar:
         shown, done = bar.add_task(name, total=structures), 0
 
         def advance(more: int) -> None:

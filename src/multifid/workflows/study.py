@@ -19,15 +19,16 @@ from multifid.evaluation.evaluate import Data, Share, evaluate, references_row
 from multifid.evaluation.figures import Parity, convergence, error_matrix, parity, save
 from multifid.evaluation.matrix import BASELINE, TWO_LEVEL, Row, own_model, quantities
 from multifid.evaluation.parity import ParityCollector
-from multifid.evaluation.rows import add_rows, write_rows
+from multifid.evaluation.rows import NAME, add_rows, write_rows
 from multifid.evaluation.table import rich_table, write_tables
 from multifid.feed.loader import open_sources
+from multifid.model.predictor import Predictor
 from multifid.model.saved import load_potential
 from multifid.parallel import groups
 from multifid.parallel.groups import World
+from multifid.training.ending import Ending
 from multifid.training.journal import read_journal
 from multifid.training.resolve import resolve
-from multifid.training.result import Result
 from multifid.training.run import make_draws, total_steps, train
 
 
@@ -73,7 +74,7 @@ def _study(config: Config, world: World, console: Console) -> Path:
 
 def _write(root: Path, rows: list[Row], console: Console) -> None:
     """Rows, tables and the figure of all seeds."""
-    write_rows(root, rows)
+    write_rows(root / NAME, rows)
     write_tables(rows, root)
     save(error_matrix(rows), root / "matrix.png")
     for quantity in quantities(rows):
@@ -163,7 +164,7 @@ def _train_one(text: str, threads: int) -> None:
     _finished(train(config, Console(quiet=True), signals=True))  # quiet: lines of several would be mixed
 
 
-def _finished(result: Result) -> None:
+def _finished(result: Ending) -> None:
     """The study ends where one of its models was told to stop."""
     if not result.complete:
         raise SystemExit(groups.STOPPED)
@@ -178,15 +179,12 @@ def _evaluate(run: Path, datasets: list[Data], seed: int, clouds: dict[str, Pari
 
     Elements that a model has not seen enter the means: the paper asks every model about every dataset.
     """
-    potential, description = load_potential(run)
+    model = Predictor(*load_potential(run), world.device)
     rows: list[Row] = []
-    share = Share(world.device, world.rank, world.size, world.group.sum_)
+    share = Share(world.rank, world.size, world.group.sum_)
     for data in datasets:
         collector = ParityCollector(share)
-        rows.append(
-            evaluate(potential, description, run.name, data, collect=collector, unseen=True, share=share)
-            | {"seed": seed}
-        )
+        rows.append(evaluate(model, run.name, data, collect=collector, unseen=True, share=share) | {"seed": seed})
         if run.name == TWO_LEVEL:
             clouds[data.name] = collector.parity()
     if world.first:

@@ -1,15 +1,27 @@
 """`multifid train`, and training from Python."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from multifid.apply import model
+from multifid.apply.model import Model
 from multifid.config import Config, as_config
 from multifid.training.callbacks import Callback
-from multifid.training.result import Result
+from multifid.training.ending import Ending
 from multifid.training.run import train as train_run
+
+
+@dataclass(frozen=True)
+class Result(Ending):
+    """How a run ended, and its model. The same on all ranks."""
+
+    def model(self, device: str | None = None, precision: str = "fp32") -> Model:
+        """The model of the best validation value, as `multifid.load` gives it. ValueError where there is none yet."""
+        return model.load(self.run, device, precision)
 
 
 def train(
@@ -37,4 +49,5 @@ def train(
     on, FloatingPointError where loss or gradient was not finite too often, and on ranks that leave because another
     one failed RuntimeError.
     """
-    return train_run(as_config(config), Console(stderr=True, quiet=quiet), callbacks=callbacks, signals=signals)
+    console = Console(stderr=True, quiet=quiet)
+    return Result(**vars(train_run(as_config(config), console, callbacks=callbacks, signals=signals)))

@@ -17,7 +17,8 @@ from multifid.evaluation.matrix import TWO_LEVEL
 from multifid.evaluation.matrix import Row as Errors
 from multifid.evaluation.rows import read_rows
 from multifid.feed.loader import open_sources
-from multifid.model.saved import Description, load_description, load_potential
+from multifid.model.predictor import Predictor, load
+from multifid.model.saved import Description, load_description
 from multifid.store.store import Store
 from multifid.training.journal import read_journal
 from multifid.workflows.report.sample import TaskErrors, errors_of
@@ -70,7 +71,7 @@ def gather(path: Path, structures: int) -> Content:
     journal, warnings = read_journal(run), []
     stores: dict[str, Store] = {}
     errors: dict[str, TaskErrors] = {}
-    potential, _ = load_potential(run)
+    model: Predictor = load(run)
     for task, section in config.tasks.items():
         try:
             (source,) = open_sources({task: section})
@@ -78,7 +79,7 @@ def gather(path: Path, structures: int) -> Content:
             warnings.append(f"Task {task} has no errors here, because its store cannot be read: {error}")
             continue
         stores[task] = source.store
-        found = errors_of(potential, description, run.name, task, source, structures)
+        found = errors_of(model, run.name, task, source, structures)
         if found is None:
             warnings.append(f"Task {task} has no test split: its errors are not shown.")
         else:

@@ -8,8 +8,8 @@ import numpy as np
 from multifid.evaluation.evaluate import Data, evaluate
 from multifid.feed.loader import Source
 from multifid.graphs.batch import Batch
-from multifid.model.potential import Potential, Prediction
-from multifid.model.saved import Description
+from multifid.model.potential import Prediction
+from multifid.model.predictor import Predictor
 from multifid.store.store import Store
 
 
@@ -89,14 +89,12 @@ class Thinned(Store):
         return np.asarray(self._test[places], np.int64) if split == "test" else super().pick(split, places)
 
 
-def errors_of(
-    potential: Potential, description: Description, model: str, task: str, source: Source, most: int
-) -> TaskErrors | None:
+def errors_of(model: Predictor, name: str, task: str, source: Source, most: int) -> TaskErrors | None:
     """The errors of one task's branch on at most so many structures of its test split; None where it is empty."""
     whole = source.store.size("test")
     if not whole:
         return None
     found = TaskErrors(of=whole)
     data = Data(task, Thinned(source.store, most), source.tasks[task])
-    found.row = evaluate(potential, description, model, data, collect=found)
+    found.row = evaluate(model, name, data, collect=found)
     return found

@@ -80,7 +80,12 @@ class Config(BaseModel):
     def from_file(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Config":
         """A config from a YAML file, or from a run's directory, which holds one.
 
-        overrides: `key.key=value`, as on the command line. ValueError names the key, what was given and what is right.
+        Args:
+            path: of the file or the run.
+            overrides: `key.key=value`, as on the command line.
+
+        Raises:
+            ValueError: names the key, what was given and what is right.
         """
         return load_config(Path(path), list(overrides))
 

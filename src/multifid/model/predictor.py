@@ -41,15 +41,24 @@ class Output:
     """Predictions for S structures, in their order; numpy arrays in float64.
 
     For a single structure forces, stress, energies and features are its arrays; for a list they are lists of arrays.
+
+    Attributes:
+        energy: (S,) eV, totals: reference energies included.
+        forces: (N, 3) eV/angstrom.
+        stress: (3, 3) eV/angstrom^3, positive under tension; None for direct forces, NaN without a volume.
+        energies: (N,) eV, what each atom adds to the total.
+        features: (N, H), the encoder's scalars, where they were asked for.
+        task: which one answered.
+        undetermined: (S,) bool, the training data do not determine the total energy of this composition.
     """
 
-    energy: np.ndarray  # (S,) eV, total: reference energies included
-    forces: Any  # (N, 3) eV/angstrom
-    stress: Any  # (3, 3) eV/angstrom^3, tension-positive; None for direct forces, NaN without a cell
-    energies: Any  # (N,) eV: what each atom adds to the total
-    features: Any = None  # (N, H), of the encoder, where they were asked for
+    energy: np.ndarray
+    forces: Any
+    stress: Any
+    energies: Any
+    features: Any = None
     task: str = ""
-    undetermined: Any = None  # (S,) bool: the training data say nothing about the total energy of this composition
+    undetermined: Any = None
 
 
 @dataclass
@@ -106,14 +115,27 @@ class Predictor:
         features: bool = False,
         max_edges: int = EDGES,
     ) -> Output:
-        """What the branch of a task says of one `ase.Atoms`, or of a list of them.
+        """What the branch of a task says of structures.
 
-        precision: fp32 or fp64; by default that of the model. features: those of the encoder too. max_edges: of a
-        batch; larger structures are taken alone. Charge and multiplicity are read from `info["charge"]` and
-        `info["spin"]`, and used where the task was trained with several. ValueError for an element that the branch has
-        never seen, and for structures that `pack_atoms`, `as_trained` or `refuse_coincident` refuse. The warning
-        `UndeterminedEnergy` names compositions whose total energy the training data do not determine
-        (`Output.undetermined`).
+        Charge and multiplicity are read from `info["charge"]` and `info["spin"]`, and used where the task was trained
+        with several.
+
+        Args:
+            structures: one `ase.Atoms`, or a list of them.
+            task: whose branch answers; may be left out where there is only one.
+            precision: fp32 or fp64; default: that of the model.
+            features: give those of the encoder too.
+            max_edges: of a batch; larger structures are taken alone.
+
+        Returns:
+            Total energies in eV, forces, stress and more, as numpy arrays.
+
+        Raises:
+            ValueError: an element that the task has never seen, a charge or multiplicity that it does not know, atoms
+                that lie on each other, positions that are not finite, a cell that spans nothing where it is periodic.
+
+        Warns:
+            UndeterminedEnergy: the training data do not determine the total energy of a composition.
         """
         alone = not isinstance(structures, list | tuple)
         given = [structures] if alone else list(structures)

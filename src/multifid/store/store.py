@@ -21,11 +21,21 @@ VERIFY = ("touch", "open", "off")
 
 
 class Store:
-    """A prepared dataset. `read` returns packed structures in any order; see DESIGN of the store in ARCHITECTURE.md.
+    """A prepared dataset, read from memory-mapped files; what is damaged is a ValueError that names file and place.
 
-    path, manifest (dict), structures, atoms, tasks (label sets, in the order of the manifest), natoms, elements (Z ->
-    number of atoms). Two hashes: `checksum` (hexadecimal, of the manifest) is of every byte, fitted numbers and version
-    included; `content` is of the data alone, the same wherever and by whichever version they were prepared.
+    Args:
+        path: its directory. ValueError where that is no store.
+        verify: when blocks are compared with their checksums: "touch" (when first read), "open" (all now) or "off".
+
+    Attributes:
+        path: its directory.
+        manifest: what manifest.json says: source, tasks with reference energies and scale, splits, counts.
+        structures: their number.
+        atoms: of all structures.
+        tasks: names of the label sets, in the order of the manifest.
+        elements: atomic number -> number of atoms.
+        content: hash of the data alone, the same wherever and by whichever version they were prepared.
+        checksum: hash of every byte, fitted numbers and version included.
     """
 
     def __init__(self, path: Path | str, verify: str = "touch") -> None:

@@ -44,26 +44,37 @@ def evaluate(
     out: Path | str | None = None,
     quiet: bool = False,
 ) -> list[Row]:
-    """Errors of every model on every dataset: one row for each, and tables of them.
+    """Errors of every model on every dataset, as rows and, printed, as tables.
 
-    models: what `multifid.load` gave, a run's directory, a model file, or several; a dict names them in rows and
-        tables.
-    data: a `Store`, a path, or several; a path may be written `[TASK=]STORE`, or `[TASK=][FORMAT:]FILE`, all of whose
-        structures are test; a dict has the tasks as keys. A model that was trained on TASK answers with that branch,
-        and total energies are compared; for other data its only branch answers, or the one that `branch` names, and
-        energies are compared with reference energies subtracted.
-    split: test, validation, train, or all.
-    unseen: structures with elements that a model has not seen enter its means.
-    device: cpu, cuda, ..., for models that are paths; an accelerator if there is one. A loaded model stays where it is.
-    max_edges: of a batch; what the memory allows. workers: threads that prepare batches ahead, on each rank.
-    options, trust_units: how files are read, as in `prepare`. cache: where they become stores (~/.cache/multifid).
-    out: a JSON file for all rows. Those of a run are added to RUN/evaluation.json in any case.
-    quiet: print nothing.
+    The same on every rank of a launch by torchrun or srun.
 
-    Returns dicts with the keys model, data, split, structures, counted_structures, unseen_structures,
-    nonfinite_structures, atoms, energy_mae and energy_rmse (eV/atom), forces_mae and forces_rmse (eV/angstrom, by
-    component), stress_mae and stress_rmse (eV/angstrom^3), branch, references, ...; None where there is no label.
-    The same on every rank of a launch by torchrun or srun. Raises ValueError or OSError for what cannot be evaluated.
+    Args:
+        models: what `multifid.load` gave, a run's directory, a model file, or several; a dict names them in rows and
+            tables.
+        data: a `Store`, a path, or several. A path may be written `[TASK=]STORE`, or `[TASK=][FORMAT:]FILE`, all of
+            whose structures are test; a dict has the tasks as keys. A model that was trained on TASK answers with that
+            branch, and total energies are compared. For other data its only branch answers, or the one that `branch`
+            names, and energies are compared with reference energies subtracted.
+        split: test, validation, train, or all.
+        branch: the branch that answers.
+        unseen: let structures with elements that a model has not seen into its means.
+        device: cpu, cuda, ... for models that are paths; default: an accelerator if there is one. A loaded model stays
+            where it is.
+        max_edges: of a batch; default: what the memory allows.
+        workers: threads that prepare batches ahead, on each rank.
+        options: how files are read, as in `prepare`.
+        trust_units: of files, as in `prepare`.
+        cache: where files become stores; default: ~/.cache/multifid.
+        out: a JSON file for all rows. Those of a run are added to RUN/evaluation.json in any case.
+        quiet: print nothing.
+
+    Returns:
+        A dict for each model and dataset: model, data, split, structures, counted_structures, unseen_structures,
+            nonfinite_structures, atoms, energy_mae and energy_rmse (eV/atom), forces_mae and forces_rmse (eV/angstrom,
+            by component), stress_mae and stress_rmse (eV/angstrom^3), branch, references, ... None without a label.
+
+    Raises:
+        ValueError: for what cannot be evaluated, with the reason. (OSError where files cannot be read or written.)
     """
     named = _named(models)
     if not named:

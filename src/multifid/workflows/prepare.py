@@ -33,22 +33,30 @@ def prepare(
 ) -> Store | None:
     """Turn published files, or files of your own, into a store; the same call goes on with one that was killed.
 
-    format: as `multifid formats` lists them: ani1x, mptrj, extxyz, aselmdb, ...
-    inputs: files, directories or patterns, one or several; [] where all files are given by split.
-    out: directory of the new store, which must not exist.
-    task: name of the label set; default: the format's. limit: at most so many structures of each file.
-    train, validation, test: inputs that are this split as a whole. fractions: of the rest, for train, validation and
-        test, by relatives; 0, 0, 1 makes only a test set. seed: of the split.
-    level_of_theory: for the manifest, where it is not the format's.
-    options: of the format, see `multifid formats FORMAT`.
-    workers: processes that read; the store is the same for all.
-    trust_units: make the store though its units look wrong.
-    drop_duplicates: set structures aside that repeat an earlier one. drop_duplicates_of: stores; set aside what is
-        trained on here and tested on there, or the other way round.
-    quiet: print nothing.
+    Args:
+        format: as `multifid formats` lists them: ani1x, mptrj, extxyz, aselmdb, ...
+        inputs: files, directories or patterns, one or several; [] where all files are given by split.
+        out: directory of the new store, which must not exist.
+        task: name of the label set; default: the format's.
+        limit: at most so many structures of each file.
+        train: inputs that are all training split.
+        validation: inputs that are all validation split.
+        test: inputs that are all test split.
+        fractions: of the other inputs, for train, validation and test, by relatives; (0, 0, 1) makes only a test set.
+        seed: of the split.
+        level_of_theory: for the manifest, where it is not the format's.
+        options: of the format, as `multifid formats FORMAT` lists them.
+        workers: processes that read; the store is the same for all.
+        trust_units: make the store though its units look wrong.
+        drop_duplicates: set structures aside that repeat an earlier one.
+        drop_duplicates_of: stores; set aside what is trained on here and tested on there, or the other way round.
+        quiet: print nothing.
 
-    Returns the store; in a launch of several ranks, which share the work, None on all but the first. Raises ValueError
-    or OSError for whatever a user can mend, naming file and place.
+    Returns:
+        The store. In a launch of several ranks, which share the work, None on all but the first.
+
+    Raises:
+        ValueError: for what a user can mend, naming file and place. (OSError where files cannot be read or written.)
     """
     given = {"train": _listed(train), "validation": _listed(validation), "test": _listed(test)}
     who = launch()

@@ -17,7 +17,20 @@ from multifid.training.run import train as train_run
 
 @dataclass(frozen=True)
 class Result(Ending):
-    """How a run ended, and its model. The same on all ranks."""
+    """How a run ended, and its model. The same on all ranks.
+
+    Attributes:
+        run: its directory.
+        steps: of the run, those of earlier starts included.
+        best: lowest validation value, the objective over the whole validation splits; None where there is none yet.
+        best_step: whose weights are the model.
+        complete: False where it was stopped before its end; training the same config goes on from there.
+        reason: "complete", "stopped early: ...", "stopped by a signal", "stopped by a callback (...)".
+        rows: all rows of RUN/metrics.jsonl, from the very beginning; one dict for each task at each log step and
+            validation: step, epoch, split ("train" or "validation"), task, loss and objective (of scaled residuals),
+            energy_mae (eV/atom), forces_mae (eV/angstrom), stress_mae (eV/angstrom^3), structures, seconds, lr,
+            grad_norm, best, ... None where there is no value.
+    """
 
     def model(self, device: str | None = None, precision: str = "fp32") -> Model:
         """The model of the best validation value, as `multifid.load` gives it. ValueError where there is none yet."""
@@ -31,23 +44,30 @@ def train(
     quiet: bool = False,
     signals: bool = False,
 ) -> Result:
-    """Train a model, or go on with a run that was stopped; returns how that ended.
+    """Train a model, or go on with a run that was stopped.
 
-    config: a `Config`; the path of a YAML file, or of a run's directory; or a dict as YAML would give it.
-    callbacks: functions of one argument, called at every log step (`train.log_every`) and validation with its rows, a
-        list of one dict for each task (see `Result.rows`; `split` is "train" or "validation", `objective` the value
-        that is minimised). One that returns True, or a text that says why, stops the run after the next step, with
-        everything saved. An error that it raises ends the run and is the caller's.
-    quiet: print nothing; what a run says is in RUN/train.log in any case.
-    signals: let SIGTERM and Ctrl-C stop the run like a callback, as `multifid train` does (main thread only). Without,
-        Ctrl-C is KeyboardInterrupt, and the run goes on from its newest checkpoint when it is trained again.
+    In a launch of several ranks (torchrun, srun) every rank makes the same call; callbacks are called on rank 0 alone,
+    and their decision is that of all ranks.
 
-    In a launch of several ranks (torchrun, srun) every rank calls it alike; callbacks are called on rank 0 alone, and
-    their decision is that of all ranks.
+    Args:
+        config: a `Config`; the path of a YAML file, or of a run's directory; or a dict as YAML would give it, in which
+            paths may be `Path` objects.
+        callbacks: functions of one argument, called at every log step (`train.log_every`) and validation with its rows
+            (see `Result.rows`). One that returns True, or a text that says why, stops the run after the next step, with
+            everything saved; whatever else is returned means nothing. An error that it raises ends the run and is the
+            caller's.
+        quiet: print nothing; what a run says is in RUN/train.log in any case.
+        signals: let SIGTERM and Ctrl-C stop the run like a callback, as `multifid train` does (main thread only).
+            Without, Ctrl-C is KeyboardInterrupt, and the same call goes on from the newest checkpoint.
 
-    Raises ValueError or OSError, with the message that the command prints, for a config or data that cannot be trained
-    on, FloatingPointError where loss or gradient was not finite too often, and on ranks that leave because another
-    one failed RuntimeError.
+    Returns:
+        How the run ended, and its model.
+
+    Raises:
+        ValueError: the config or the data cannot be trained on; with the message that the command prints. (OSError
+            where files cannot be read or written.)
+        FloatingPointError: loss or gradient was not finite too often, or no validation value was.
+        RuntimeError: this rank leaves because another one failed, which says why.
     """
     console = Console(stderr=True, quiet=quiet)
     return Result(**vars(train_run(as_config(config), console, callbacks=callbacks, signals=signals)))

@@ -56,7 +56,7 @@ IN_LOW_PRECISION = {"bf16": lambda: torch.autocast("cpu", torch.bfloat16), "tf32
 # Relative to the length of all forces, or of the stress. Between a cell and its supercell only geometry could differ by
 # more: edge vectors in bfloat16 make it 0.03 to 0.13 for this crystal, and in TF32 0.006 to 0.02.
 TOLERANCE = {"bf16": 0.035, "tf32": 0.008}
-NETWORK = {"bf16": 0.1, "tf32": 0.02}  # what products in the network cost against float32: 0.01 to 0.05 was seen in bf16
+NETWORK = {"bf16": 0.1, "tf32": 0.02}  # products in the network against float32: 0.01 to 0.05 was seen in bf16
 in_low_precision = pytest.mark.parametrize("precision", IN_LOW_PRECISION)
 ALL = list(itertools.product(KINDS, FORCES, IN_LOW_PRECISION))
 ORDINARY = {("egnn", "conservative", "bf16"), ("painn", "direct", "tf32"), ("egnn with tensors", "direct", "bf16")}

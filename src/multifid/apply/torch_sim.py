@@ -106,7 +106,7 @@ def packed_of(state: Any) -> Packed:
     cell = host(take("cell")).astype(np.float64).transpose(0, 2, 1).copy()  # torch-sim has vectors as columns
     systems, positions = len(cell), host(take("positions")).astype(np.float64)
     natoms = np.bincount(system, minlength=systems)
-    bad = ~np.isfinite(cell).all(axis=(1, 2))
+    bad = np.asarray(~np.isfinite(cell).all(axis=(1, 2)))
     bad[system[~np.isfinite(positions).all(axis=1)]] = True
     if bad.any():
         raise ValueError(f"system {int(np.flatnonzero(bad)[0])} of the state: positions and cell must be finite")

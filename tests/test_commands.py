@@ -44,6 +44,7 @@ SHORTER = {
     r"\bSTORE\b": "data/pack/ani1x",
     r"\bFOLDER\b": "reading",
     r"(benchmarks/placements\.py .*)": r"\1 --tables tables.md --figure figure.png",
+    r"^(multifid relax .*)--fmax \S+": r"\1--fmax 1000",
     r"(benchmarks/accuracy\.py .*)": r"\1 --seeds 0",
 }
 
@@ -156,9 +157,11 @@ def test_commands_and_python_of_the_readme_run(folder):
 
 
 @pytest.mark.full
-def test_the_tutorial_runs_in_an_empty_directory(tmp_path):
+def test_the_tutorial_runs_in_an_empty_directory_and_its_model_is_used(tmp_path):
     run_page(tmp_path, ROOT / "docs" / "tutorial.md")
     assert (tmp_path / "alloys.mfid").exists() and (tmp_path / "alloys.md").exists()
+    run_page(tmp_path, ROOT / "docs" / "use.md")
+    assert (tmp_path / "relaxed.xyz").exists()
 
 
 @pytest.fixture(scope="session")
@@ -186,7 +189,9 @@ def published(prepared) -> Path:
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.xdist_group("pages")
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if page.stem != "tutorial"], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:] if page.stem not in ("tutorial", "use")], ids=lambda page: page.stem
+)
 def test_commands_and_python_of_the_docs_run(page, request):
     folder = request.getfixturevalue("prepared" if page.stem in SMALL_FILES else "published")
     run_page(folder, page, passed=lambda command: (folder / command.rpartition("--out ")[2]).exists())

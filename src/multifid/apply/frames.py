@@ -21,8 +21,8 @@ INTERNAL = ("\n", "\r", '"')  # what a value of extended XYZ cannot hold
 
 
 @dataclass(slots=True)
-class Frame:
-    """One structure, and where it was found, for people."""
+class Given:
+    """One structure that a file gives, and where it was found, for people."""
 
     atoms: Atoms
     where: str
@@ -36,7 +36,7 @@ class Unread:
     why: str
 
 
-def frames(paths: Sequence[Path]) -> Iterator[Frame | Unread]:
+def frames(paths: Sequence[Path]) -> Iterator[Given | Unread]:
     """The structures of files and stores, in their order, without labels.
 
     ValueError names a path that is not there, cannot be read, or holds no structure.
@@ -52,7 +52,7 @@ def frames(paths: Sequence[Path]) -> Iterator[Frame | Unread]:
             raise ValueError(f"{path}: it holds no structure")
 
 
-def _of(path: Path) -> Iterator[Frame | Unread]:
+def _of(path: Path) -> Iterator[Given | Unread]:
     if (path / MANIFEST).exists():
         return _of_store(path)
     if path.is_dir():
@@ -60,7 +60,7 @@ def _of(path: Path) -> Iterator[Frame | Unread]:
     return _of_database(path) if path.name.lower().endswith(aselmdb.ENDINGS) else _of_ase(path)
 
 
-def _of_store(path: Path) -> Iterator[Frame]:
+def _of_store(path: Path) -> Iterator[Given]:
     store = Store(path)
     for start in range(0, store.structures, AT_ONCE):
         index = np.arange(start, min(start + AT_ONCE, store.structures))
@@ -72,10 +72,10 @@ def _of_store(path: Path) -> Iterator[Frame]:
             info |= _electrons(int(packed.charge[k]), int(packed.spin[k]))
             made = Atoms(packed.numbers[atoms], packed.positions[atoms], cell=packed.cell[k], pbc=packed.pbc[k])
             made.info = info
-            yield Frame(made, f"{path}, structure {i}")
+            yield Given(made, f"{path}, structure {i}")
 
 
-def _of_database(path: Path) -> Iterator[Frame | Unread]:
+def _of_database(path: Path) -> Iterator[Given | Unread]:
     for found in aselmdb.geometries(path):
         if isinstance(found, Skip):
             yield Unread(f"{path}, row {found.where}", found.reason)
@@ -83,7 +83,7 @@ def _of_database(path: Path) -> Iterator[Frame | Unread]:
         cell = np.zeros((3, 3)) if found.cell is None else found.cell
         atoms = Atoms(found.numbers, found.positions, cell=cell, pbc=False if found.pbc is None else found.pbc)
         atoms.info = {"source": found.source_id, **_electrons(found.charge or 0, found.spin or 1)}
-        yield Frame(atoms, f"{path}, row {found.source_id}")
+        yield Given(atoms, f"{path}, row {found.source_id}")
 
 
 def _electrons(charge: int, spin: int) -> dict[str, int]:
@@ -91,13 +91,13 @@ def _electrons(charge: int, spin: int) -> dict[str, int]:
     return ({"charge": charge} if charge else {}) | ({"spin": spin} if spin != 1 else {})
 
 
-def _of_ase(path: Path) -> Iterator[Frame]:
+def _of_ase(path: Path) -> Iterator[Given]:
     number = 0
     try:
         for atoms in ase.io.iread(path, index=":", do_not_split_by_at_sign=True):
             atoms.calc = None
             atoms.info = {key: value for key, value in atoms.info.items() if _fits(value)}
-            yield Frame(atoms, f"{path}, structure {number}")
+            yield Given(atoms, f"{path}, structure {number}")
             number += 1
     except GeneratorExit:
         raise

@@ -21,12 +21,12 @@ from ase.io.extxyz import write_xyz
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from multifid.apply.frames import Frame, Unread, frames
+from multifid.apply.frames import Given, Unread, frames
 from multifid.parallel.groups import World
 
 NAMED = 5  # structures that a message names
 ENDINGS = (".xyz", ".extxyz")
-Work = Callable[[int, Sequence[Frame]], tuple[list[Atoms], list[str]]]  # number, chunk -> results, what was refused
+Work = Callable[[int, Sequence[Given]], tuple[list[Atoms], list[str]]]  # number, chunk -> results, what was refused
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _own_part(
         for k, chunk in enumerate(_chunks(files, *most)):
             if k % world.size != world.rank:
                 continue
-            there, refused = work(k, [f for f in chunk if isinstance(f, Frame)])
+            there, refused = work(k, [f for f in chunk if isinstance(f, Given)])
             refused = [*(f"{u.where}: {u.why}" for u in chunk if isinstance(u, Unread)), *refused]
             if refused and not skip:
                 raise ValueError(_refusal(refused))
@@ -121,13 +121,13 @@ def _refusal(refused: Sequence[str]) -> str:
     return f"no result for\n  {listed}{more}\n--skip-refused leaves such structures out and counts them"
 
 
-def _chunks(files: Sequence[Path], atoms: int, structures: int) -> Iterator[list[Frame | Unread]]:
+def _chunks(files: Sequence[Path], atoms: int, structures: int) -> Iterator[list[Given | Unread]]:
     """Consecutive structures, about so many atoms together."""
-    chunk: list[Frame | Unread] = []
+    chunk: list[Given | Unread] = []
     there = 0
-    for frame in frames(files):
-        chunk.append(frame)
-        there += len(frame.atoms) if isinstance(frame, Frame) else 0
+    for given in frames(files):
+        chunk.append(given)
+        there += len(given.atoms) if isinstance(given, Given) else 0
         if there >= atoms or len(chunk) >= structures:
             yield chunk
             chunk, there = [], 0

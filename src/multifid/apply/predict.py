@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from rich.console import Console
 
-from multifid.apply.frames import Frame
+from multifid.apply.frames import Given
 from multifid.apply.model import Model, load
 from multifid.apply.output import labelled, refuse_out, write_all
 from multifid.model.predictor import EDGES
@@ -44,7 +44,7 @@ def predict(
         loaded = load(model, world.device, precision)
         name = loaded.task(task)
 
-        def work(number: int, chunk: Sequence[Frame]) -> tuple[list[Atoms], list[str]]:
+        def work(number: int, chunk: Sequence[Given]) -> tuple[list[Atoms], list[str]]:
             return _predicted(loaded, name, chunk, max_edges or EDGES)
 
         tally = write_all(
@@ -56,22 +56,22 @@ def predict(
     return tally.structures
 
 
-def _predicted(model: Model, task: str, chunk: Sequence[Frame], max_edges: int) -> tuple[list[Atoms], list[str]]:
+def _predicted(model: Model, task: str, chunk: Sequence[Given], max_edges: int) -> tuple[list[Atoms], list[str]]:
     """Atoms with their predictions, and what was refused of a chunk: where and why."""
     try:
-        out = model.predict([frame.atoms for frame in chunk], task, max_edges=max_edges)
+        out = model.predict([given.atoms for given in chunk], task, max_edges=max_edges)
     except ValueError as error:
         if len(chunk) == 1:
             return [], [f"{chunk[0].where}: {str(error).removeprefix('structure 0: ')}"]
-        each = [_predicted(model, task, [frame], max_edges) for frame in chunk]  # which one it is
+        each = [_predicted(model, task, [given], max_edges) for given in chunk]  # which one it is
         return [atoms for there, _ in each for atoms in there], [text for _, refused in each for text in refused]
     there, refused = [], []
-    for k, frame in enumerate(chunk):
+    for k, given in enumerate(chunk):
         results = {"energy": float(out.energy[k]), "forces": out.forces[k]}
         if not (np.isfinite(results["energy"]) and np.isfinite(out.forces[k]).all()):
-            refused.append(f"{frame.where}: the model's answer is not finite")
+            refused.append(f"{given.where}: the model's answer is not finite")
             continue
         if out.stress is not None and np.isfinite(out.stress[k]).all():
             results["stress"] = full_3x3_to_voigt_6_stress(out.stress[k])
-        there.append(labelled(frame.atoms, results, task=task))
+        there.append(labelled(given.atoms, results, task=task))
     return there, refused

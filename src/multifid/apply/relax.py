@@ -19,7 +19,7 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from rich.console import Console
 
 from multifid.apply.calculator import Calculator
-from multifid.apply.frames import Frame
+from multifid.apply.frames import Given
 from multifid.apply.model import load
 from multifid.apply.output import NAMED, labelled, refuse_out, write_all
 from multifid.parallel import groups
@@ -75,7 +75,7 @@ def relax(
                 settings.trajectory.mkdir(parents=True, exist_ok=True)
         late: list[str] = []
 
-        def work(number: int, chunk: Sequence[Frame]) -> tuple[list[Atoms], list[str]]:
+        def work(number: int, chunk: Sequence[Given]) -> tuple[list[Atoms], list[str]]:
             there, refused = _relaxed(calculator, number, chunk[0], settings) if chunk else ([], [])
             late.extend(f"{chunk[0].where} (fmax {a.info['fmax']:.3g})" for a in there if not a.info["converged"])
             return there, refused
@@ -90,9 +90,9 @@ def relax(
     return not late
 
 
-def _relaxed(calculator: Calculator, number: int, frame: Frame, settings: Settings) -> tuple[list[Atoms], list[str]]:
+def _relaxed(calculator: Calculator, number: int, given: Given, settings: Settings) -> tuple[list[Atoms], list[str]]:
     """One structure relaxed, or why not."""
-    atoms = frame.atoms
+    atoms = given.atoms
     atoms.calc = calculator
     movable = FrechetCellFilter(atoms) if settings.cell and atoms.pbc.all() else atoms
     path = None if settings.trajectory is None else str(settings.trajectory / f"{number:06}.traj")
@@ -104,7 +104,7 @@ def _relaxed(calculator: Calculator, number: int, frame: Frame, settings: Settin
         if calculator.conservative:
             results |= _stress(atoms)
     except ValueError as error:
-        return [], [f"{frame.where}: {str(error).removeprefix('structure 0: ')}"]
+        return [], [f"{given.where}: {str(error).removeprefix('structure 0: ')}"]
     how = {"converged": converged, "steps": int(optimizer.nsteps), "fmax": float(left)}
     return [labelled(atoms, results, task=calculator.task, **how)], []
 

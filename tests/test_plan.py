@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from angular import Angular
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,8 +25,9 @@ from multifid.forecast.subject import TaskLoad, make_subject
 from multifid.forecast.this_machine import this_machine
 from multifid.forecast.waiting import Kind, expected_slowest, exposed, taking_turns, unevenness
 from multifid.graphs import edges
-from multifid.model import footprint as footprints
-from multifid.model.footprint import Size, count, footprint
+from multifid.model import counting
+from multifid.model.encoders import announced
+from multifid.model.footprint import BatchSize, count, footprint
 from multifid.model.potential import ModelConfig
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
@@ -73,7 +75,8 @@ def measured(config, folder: Path) -> dict[str, int]:
     ("encoder", "hidden", "forces", "optimizer"),
     [(e, h, "direct", "adamw") for e in ("egnn", "painn") for h in (16, 64, 160)]
     + [("egnn", 64, "conservative", "adamw"), ("egnn", 16, "direct", "soap")]
-    + [("egnn with tensors", 16, "direct", "adamw"), ("egnn with tensors", 16, "conservative", "soap")],
+    + [("egnn with tensors", 16, "direct", "adamw"), ("egnn with tensors", 16, "conservative", "soap")]
+    + [("angular", 16, "direct", "adamw"), ("angular", 16, "conservative", "adamw")],
 )
 def test_bytes_are_those_of_a_run(stores, tmp_path, encoder, hidden, forces, optimizer):
     layers = 2 if (encoder, hidden, forces) == ("egnn", 160, "direct") else 1  # counting takes a second for a layer
@@ -93,7 +96,7 @@ def test_a_large_batch_in_tiles_is_told_from_a_small_one(monkeypatch, encoder):
     monkeypatch.setattr(edges, "TILE_EDGES", 96)
     monkeypatch.setattr(edges, "TILE_VALUES", 0)
     model = {"encoder": {**KINDS[encoder], "layers": 1, "hidden": 16}, "branch": {"hidden": [16], "forces": "direct"}}
-    config, large = ModelConfig.model_validate(model), Size(1, 400, 400, 40 * 96)
+    config, large = ModelConfig.model_validate(model), BatchSize(1, 400, 400, 40 * 96)
     told = footprint(config, edges_per_atom=9.6, atoms=400, processor=True)
     seen = count(config, large, torch.float32, processor=True)
     assert told.activations(large) == pytest.approx(seen["activations"], rel=0.03)
@@ -110,7 +113,24 @@ def test_few_and_many_edges_are_counted_too(edges_per_atom, processor):
     told = footprint(ModelConfig.model_validate(model), edges_per_atom=edges_per_atom, atoms=64, processor=processor)
     for quantity, coefficients in told.coefficients.items():
         assert np.isfinite(coefficients).all(), quantity
-    assert told.forward(Size(1, 64, 64, 640)).flops + told.forward(Size(1, 64, 64, 640)).traffic > 0
+    assert told.forward(BatchSize(1, 64, 64, 640)).flops + told.forward(BatchSize(1, 64, 64, 640)).traffic > 0
+
+
+def test_an_encoder_whose_operations_need_values_is_counted_with_a_batch_that_has_them(monkeypatch):
+    class Reading(Angular):
+        def forward(self, graph):
+            features = super().forward(graph)
+            features.scalars = features.scalars * (1.0 + 0.0 * int(graph.receivers.max()))
+            return features
+
+    model = {"encoder": {"name": "angular", "layers": 1, "hidden": 16}, "branch": {"hidden": [16], "forces": "direct"}}
+    config, size = ModelConfig.model_validate(model), BatchSize(1, 400, 400, 4000, 36000)
+    told = footprint(config, edges_per_atom=10.0, atoms=128)
+    monkeypatch.setitem(announced()[0], "angular", Reading)
+    other = footprint(config, edges_per_atom=10.0, atoms=128)
+    assert other.activations(size) == pytest.approx(told.activations(size), rel=0.02)
+    assert other.forward(size).traffic == pytest.approx(told.forward(size).traffic, rel=0.02)
+    assert told.coefficients["backward.traffic"][5] > 0, "triplets count"
 
 
 def test_the_largest_batch_is_the_largest_that_fits(stores, tmp_path):
@@ -269,7 +289,7 @@ WIDE = {"encoder": {"layers": 1, "hidden": 96}, "branch": {"hidden": [96, 96]}}
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_update_is_counted_as_it_is_made(optimizer, monkeypatch):
     """Products against torch's own counter of operations, state against that of real updates, moved bytes by bounds."""
-    monkeypatch.setattr(footprints, "LAPACK", 0.0)  # torch counts products only
+    monkeypatch.setattr(counting, "LAPACK", 0.0)  # torch counts products only
     shapes = named_of(ModelConfig.model_validate(WIDE))
     count_update.cache_clear()
     told = count_update(optimizer, tuple(shapes.items()), torch.float32)
@@ -321,7 +341,7 @@ def test_a_trial_gives_the_rates_of_passes_and_of_quick_updates(optimizer, monke
     machine, both = replace(SLOW, flops=1e12, traffic=1e11, launch=0.0), (subject.encoder, subject.branch)
     monkeypatch.setattr(here, "_seconds", lambda work, device: work() or 0.25)
     slower = here.tried(machine, subject, "cpu")
-    assert here.told_passes(slower, subject, Size(1, 10, 10, 100)) == pytest.approx(0.25)
+    assert here.told_passes(slower, subject, BatchSize(1, 10, 10, 100)) == pytest.approx(0.25)
     assert sum(update_bytes(slower, subject.update(p).work) for p in both) / slower.update == pytest.approx(
         0.25 / UPDATES
     )

@@ -15,7 +15,7 @@ from multifid.forecast.machines import Machine, collective, sent, slowed
 from multifid.forecast.members import Member, members_of, steps_of
 from multifid.forecast.subject import Parameters, Subject
 from multifid.forecast.waiting import expected_slowest, exposed, taking_turns
-from multifid.model.footprint import Work
+from multifid.model.counting import Work
 from multifid.parallel.gradients import BUCKET_BYTES
 
 # Bytes that are moved for a byte of parameters beside the optimizer: gradients are zeroed and their norm is taken (2);
@@ -117,7 +117,7 @@ def _largest(subject: Subject, rank: Member, held: dict[str, int], limit: float,
     own = subject.footprint
     state = sum(held.values()) - held["activations"]
     state += subject.encoder.gathered * subject.width * sharded
-    nothing = own.activations(replace(rank.size, atoms=0.0, labelled=0.0, edges=0.0))
+    nothing = own.activations(rank.size.times(0.0))
     growth = own.activations(rank.size) - nothing
     return max(0.0, (limit - state - nothing) / max(growth, 1.0))
 
@@ -250,7 +250,7 @@ def _waits(
     part = subject.footprint.of_branches(rank.size)
     if not sharded:
         return small + exposed(machine, last, part, groups, (ranks, float(encoder)), BUCKET_BYTES)
-    layers = max(1, getattr(subject.model.encoder, "layers", 1))
+    layers = max(1, subject.layers)
     moved = collective(machine, ranks, encoder, rounds=_rounds(subject))
     hidden = machine.overlap * min(moved * (1 - 1 / layers), (forward + backward) * (1 - 1 / layers))
     return small + moved - hidden + exposed(machine, last, part, groups, (1, 0.0), BUCKET_BYTES)

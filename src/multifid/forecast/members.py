@@ -8,7 +8,7 @@ import numpy as np
 
 from multifid.forecast.subject import Subject
 from multifid.forecast.waiting import Kind, sampled_steps, unevenness
-from multifid.model.footprint import Size
+from multifid.model.footprint import BatchSize
 from multifid.parallel.balance import Network, network, spread
 from multifid.training.build import holders
 
@@ -23,7 +23,7 @@ class Member:
     count: int  # ranks of this class
     groups: list[tuple[str, int]]  # branches held, and the ranks of their groups
     structures: dict[tuple[str, ...], float]  # of each unit
-    size: Size
+    size: BatchSize
     pieces: int  # micro-batches
     even: float  # most / mean within the class
     deviation: float  # of a rank's time, as a part of it
@@ -92,9 +92,11 @@ def _member(
     loads = {u: subject.tasks[u[0]] for u in structures}
     atoms = sum(n * loads[u].atoms for u, n in structures.items())
     edges = sum(n * loads[u].edges for u, n in structures.items())
+    triplets = sum(n * loads[u].triplets for u, n in structures.items())
     labelled = sum(n * loads[u].atoms * len(u) for u, n in structures.items())
     seen = sum(-math.expm1(-n) * len(u) for u, n in structures.items())  # tasks of which a step holds a structure
     pieces = 1 if subject.max_edges is None else max(1, math.ceil(edges / subject.max_edges))
     kinds = [Kind(n, loads[u].edges, loads[u].spread, loads[u].error) for u, n in structures.items()]
     even, deviation = unevenness(kinds, count, balanced)
-    return Member(count, groups, structures, Size(max(seen, 1.0), atoms, labelled, edges), pieces, even, deviation)
+    size = BatchSize(max(seen, 1.0), atoms, labelled, edges, triplets)
+    return Member(count, groups, structures, size, pieces, even, deviation)

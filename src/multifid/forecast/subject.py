@@ -18,7 +18,7 @@ from multifid.feed.order import Draw
 from multifid.forecast.machines import Machine
 from multifid.model.branch import Branch
 from multifid.model.encoders import build_encoder
-from multifid.model.footprint import Footprint, Size, footprint
+from multifid.model.footprint import BatchSize, Footprint, footprint
 from multifid.model.potential import ModelConfig
 from multifid.parallel.shard import rows_of_piece
 from multifid.store.store import Store
@@ -38,6 +38,7 @@ class TaskLoad:
     edges: float  # of a structure
     spread: float = 0.0  # standard deviation of a structure's edges, as a part of the mean
     error: float = MOLECULE_ERROR  # of their estimate
+    triplets: float = 0.0  # of a structure: pairs of edges that meet
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Subject:
     model: ModelConfig
     encoder: Parameters
     branch: Parameters
+    layers: int  # of the encoder, between which it may be cut
     footprint: Footprint
     tasks: dict[str, TaskLoad]
     branch_of: dict[str, str]
@@ -84,11 +86,11 @@ class Subject:
     def seconds(self, machine: Machine) -> tuple[float, float]:
         """Seconds that a machine computes for one more edge, and for one more atom, of a step."""
 
-        def of(size: Size) -> float:
+        def of(size: BatchSize) -> float:
             works = [self.footprint.forward(size), self.footprint.backward(size)]
             return sum(w.flops / machine.flops * self.width / 4 + w.traffic / machine.traffic for w in works)
 
-        many = Size(1, 1e6, 1e6, 1e7)
+        many = BatchSize(1, 1e6, 1e6, 1e7)
         edge = (of(replace(many, edges=2e7)) - of(many)) / 1e7
         return edge, (of(replace(many, atoms=2e6, labelled=2e6)) - of(many)) / 1e6
 
@@ -107,13 +109,14 @@ def subject_of(
         index = np.asarray(source.store.index("train"))
         sample = index[:: max(1, len(index) // SAMPLE)].astype(np.int64)
         edges = edge_costs(source, sample, config.model.cutoff)
-        mean = max(float(edges.mean()), 1e-9)
+        mean, natoms = max(float(edges.mean()), 1e-9), source.store.rows("natoms", sample)
         load = TaskLoad(
             structures=float(draw.rate),
-            atoms=float(source.store.rows("natoms", sample).mean()),
+            atoms=float(natoms.mean()),
             edges=float(edges.mean()),
             spread=float(edges.std()) / mean,
             error=CRYSTAL_ERROR if _periodic(source.store, sample) else MOLECULE_ERROR,
+            triplets=float(triplets_of(edges, natoms).mean()),
         )
         tasks |= dict.fromkeys(draw.tasks, load)
     atoms = sum(tasks[draw.tasks[0]].structures * tasks[draw.tasks[0]].atoms for draw in draws)
@@ -151,12 +154,15 @@ def make_subject(
     beside = gathered(encoder, model.branch.forces == "conservative", max_edges is not None)
     atoms = sum(load.structures * load.atoms for load in tasks.values())
     edges = sum(load.structures * load.edges for load in tasks.values())
+    triplets = sum(load.structures * load.triplets for load in tasks.values())
+    each = (float(f"{edges / atoms:.2g}"), float(f"{triplets / max(edges, 1e-9):.2g}"))
     alone = set(tasks) - {t for unit in together for t in unit}
     return Subject(
         model=model,
         encoder=replace(_parameters("encoder", encoder), gathered=beside),
         branch=_parameters("branches.branch", branch),
-        footprint=_footprint(model.model_dump_json(), double, float(f"{edges / atoms:.2g}"), near, processor),
+        layers=encoder.depth,
+        footprint=_footprint(model.model_dump_json(), double, *each, near, processor, len(tasks)),
         tasks=tasks,
         branch_of=dict(branch_of or {t: t for t in tasks}),
         together=tuple(tuple(unit) for unit in [*together, *([t] for t in sorted(alone))]),
@@ -167,16 +173,24 @@ def make_subject(
     )
 
 
+def triplets_of(edges: np.ndarray, natoms: np.ndarray) -> np.ndarray:
+    """Pairs of edges that meet in each structure, if all its atoms have as many edges."""
+    return edges * np.maximum(edges / natoms - 1.0, 0.0)
+
+
 def _periodic(store: Store, indices: np.ndarray) -> bool:
     """Whether some of these structures are crystals, slabs or wires."""
     return "pbc.npy" in store.manifest["files"] and bool(store.rows("pbc", indices).any())
 
 
 @lru_cache(maxsize=32)
-def _footprint(model: str, double: bool, edges_per_atom: float, near: int, processor: bool) -> Footprint:
+def _footprint(
+    model: str, double: bool, edges_per_atom: float, triplets_per_edge: float, near: int, processor: bool, tasks: int
+) -> Footprint:
     """Counted once for the many forecasts of one model."""
     dtype = torch.float64 if double else torch.float32
-    return footprint(ModelConfig.model_validate_json(model), dtype, edges_per_atom, near, processor)
+    config = ModelConfig.model_validate_json(model)
+    return footprint(config, dtype, edges_per_atom, triplets_per_edge, near, processor, tasks)
 
 
 def _parameters(prefix: str, module: torch.nn.Module) -> Parameters:

@@ -13,7 +13,7 @@ from torch import nn
 from multifid.forecast.estimate import pass_seconds, update_bytes
 from multifid.forecast.machines import GB, Link, Machine
 from multifid.forecast.subject import Subject
-from multifid.model.footprint import PER_STRUCTURE, Size, blank_batch
+from multifid.model.footprint import BatchSize, blank_batch
 from multifid.model.potential import ModelConfig, Potential
 from multifid.parallel.devices import find_device
 from multifid.training.optimizer import OPTIMIZERS, update
@@ -80,13 +80,14 @@ def tried(machine: Machine, subject: Subject, name: str | None) -> Machine:
 def with_passes(machine: Machine, subject: Subject, name: str | None) -> Machine:
     """The machine, slower in all by what a forward and a backward pass of the model take longer than is told.
 
-    Through a batch of random structures, as large as a step of the run or as `PATIENCE` allows.
+    Through a batch of made-up structures, as large as a step of the run or as `PATIENCE` allows.
     """
     atoms = sum(subject.tasks[unit[0]].structures * subject.tasks[unit[0]].atoms for unit in subject.together)
     edges = sum(subject.tasks[unit[0]].structures * subject.tasks[unit[0]].edges for unit in subject.together)
-    told = told_passes(machine, subject, Size(1.0, atoms, atoms, edges))
+    triplets = sum(subject.tasks[unit[0]].structures * subject.tasks[unit[0]].triplets for unit in subject.together)
+    told = told_passes(machine, subject, BatchSize(1.0, atoms, atoms, edges, triplets))
     part = min(1.0, PATIENCE / (REPEATS + 1) / told)
-    size = Size(1.0, float(math.ceil(part * atoms)), None, float(math.ceil(part * edges)))
+    size = BatchSize(1.0, *(float(math.ceil(part * x)) for x in (atoms, atoms, edges, triplets)))
     if subject.footprint.activations(size) > machine.memory / 4:
         return machine
     passes = trial_passes(subject.model, size, find_device(name, 0), _dtype(subject))
@@ -97,18 +98,10 @@ def with_passes(machine: Machine, subject: Subject, name: str | None) -> Machine
     )
 
 
-def trial_passes(config: ModelConfig, size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """A function that makes both passes of a model through random structures of this size, as a training step does."""
+def trial_passes(config: ModelConfig, size: BatchSize, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """A function that makes both passes of a model through made-up structures of this size, as a training step does."""
     potential = Potential(config, ["t0"], {"t0": "t0"}, seed=0).to(device, dtype).train()
-    atoms, edges = int(size.atoms), int(size.edges)
-    batch = blank_batch(["t0"], atoms, edges, dtype, False, potential.encoder.needs)
-    generator = torch.Generator().manual_seed(0)
-    batch.numbers.random_(1, 9, generator=generator)
-    batch.positions.normal_(0.0, config.cutoff / 4, generator=generator)
-    batch.structure[:] = torch.arange(atoms) // PER_STRUCTURE
-    batch.edges[0] = torch.arange(edges) * atoms // max(edges, 1)
-    batch.edges[1] = (batch.edges[0] + 1 + torch.arange(edges) % PER_STRUCTURE) % atoms
-    batch = batch.to(device)
+    batch = blank_batch(["t0"], size, dtype, False, potential.encoder.needs).to(device)
 
     def passes() -> None:
         potential.zero_grad()
@@ -118,7 +111,7 @@ def trial_passes(config: ModelConfig, size: Size, device: torch.device, dtype: t
     return passes
 
 
-def told_passes(machine: Machine, subject: Subject, size: Size) -> float:
+def told_passes(machine: Machine, subject: Subject, size: BatchSize) -> float:
     """Seconds of both passes through a batch."""
     works = (subject.footprint.forward(size), subject.footprint.backward(size))
     return sum(pass_seconds(work, machine, subject.width) for work in works)

@@ -1,181 +1,175 @@
-"""What a training step of the model asks of a device: bytes, arithmetic, memory traffic, kernels. Counted, not run.
+"""What a training step of a model asks of a device: bytes, arithmetic, memory traffic, kernels. Counted, not run.
 
-The real modules run on tensors without memory (torch's `meta` tensors), forward and backward, and every operation that
-autograd and the modules issue is looked at: what it computes, what it reads and writes, which storages live while it
-runs. Nothing here knows what an encoder is made of, so what it says stays right when an encoder changes.
+The real modules make trial passes, forward and backward, on tensors without memory, and `counting.py` looks at every
+operation. Nothing here knows what an encoder is made of; one whose operations need values (numbers that are read from
+tensors) makes its passes over a small batch that has some.
 
 All of it is linear in the size of a batch: so much for the step, for every branch, every atom, every atom that a branch
-sees, and every edge. Five batches give five coefficients.
+sees, every edge and every triplet. A batch for each gives the coefficients.
 """
 
-import math
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from multifid.graphs.batch import Batch, Targets
 from multifid.graphs.edges import edges_of_tile, in_tiles
 from multifid.graphs.graph import GraphNeeds
+from multifid.model.counting import Count, Work
 from multifid.model.encoders import build_encoder
 from multifid.model.potential import ModelConfig, Potential
 
 PER_STRUCTURE = 16  # atoms of a structure while counting: what structures cost by themselves is next to nothing
 # Tiles of edges in a batch that is counted: from some on, one more is like the one before. What a tile needs for itself
-# matters for bytes only where its derivative is written out; autograd keeps everything.
-TILES, TILES_OF_AUTOGRAD, TILES_OF_SUMS = 12, 1, 1
-# Of decompositions (QR, eigenvectors), for n^3: a few, which take the time of ten times as many in a product. Assumed.
-LAPACK = 30.0
-DENSE = 10.0  # operations per byte from which a matrix product waits for arithmetic and not for memory
+# matters for bytes only where its derivative is not autograd's, which keeps everything.
+TILES, TILES_OF_AUTOGRAD = 12, 1
+REAL_ATOMS = 256  # in a trial pass over tensors with memory
+MOST_TASKS = 4  # in a batch that is counted
 
-_PHASES = ("forward", "backward")
-_QUANTITIES = ("activations", "flops", "traffic", "kernels")
+QUANTITIES = ("activations", *(f"{p}.{q}" for p in ("forward", "backward") for q in ("flops", "traffic", "kernels")))
 
 
 @dataclass(frozen=True)
-class Size:
+class BatchSize:
     """A batch on a rank."""
 
     tasks: float = 1.0  # that have structures in it
     atoms: float = 0.0
     labelled: float | None = None  # atoms x the tasks that they are labelled for; None: one task each
     edges: float = 0.0
+    triplets: float = 0.0  # pairs of edges that meet; of no matter to encoders that do not read them
 
     def vector(self) -> np.ndarray:
         labelled = self.atoms if self.labelled is None else self.labelled
-        return np.array([1.0, self.tasks, self.atoms, labelled, self.edges])
+        return np.array([1.0, self.tasks, self.atoms, labelled, self.edges, self.triplets])
 
-    def times(self, factor: float) -> "Size":
+    def times(self, factor: float) -> "BatchSize":
         labelled = None if self.labelled is None else self.labelled * factor
-        return Size(self.tasks, self.atoms * factor, labelled, self.edges * factor)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one pass does."""
-
-    flops: float  # floating-point operations of large matrix products
-    traffic: float  # bytes that all other operations read and write
-    kernels: float  # operations, each of which is launched
+        return BatchSize(self.tasks, self.atoms * factor, labelled, self.edges * factor, self.triplets * factor)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Coefficients of everything, in the order of `Size.vector`: constant, task, atom, labelled atom, edge."""
+    """Coefficients of everything, in the order of `BatchSize.vector`."""
 
-    coefficients: dict[str, np.ndarray]  # activations; forward.flops ... backward.kernels
+    coefficients: dict[str, np.ndarray]  # of `QUANTITIES`
 
-    def activations(self, size: Size) -> float:
+    def activations(self, size: BatchSize) -> float:
         """Bytes beside parameters and gradients at the fullest moment of the step, the batch included."""
         return float(self.coefficients["activations"] @ size.vector())
 
-    def forward(self, size: Size) -> Work:
+    def forward(self, size: BatchSize) -> Work:
         return self._work("forward", size)
 
-    def backward(self, size: Size) -> Work:
+    def backward(self, size: BatchSize) -> Work:
         return self._work("backward", size)
 
-    def of_branches(self, size: Size) -> float:
+    def of_branches(self, size: BatchSize) -> float:
         """The part of the backward pass that is over when the branches' gradients have arrived, by arithmetic."""
         row, at = self.coefficients["backward.flops"], size.vector()
         branches = float(row[1] * at[1] + row[3] * at[3])
         return branches / max(float(row @ at), 1.0)
 
-    def _work(self, phase: str, size: Size) -> Work:
+    def _work(self, phase: str, size: BatchSize) -> Work:
         at = size.vector()
-        flops, traffic, kernels = (max(float(self.coefficients[f"{phase}.{q}"] @ at), 0.0) for q in _QUANTITIES[1:])
-        return Work(flops, traffic, kernels)
+        return Work(*(max(float(self.coefficients[f"{phase}.{q}"] @ at), 0.0) for q in ("flops", "traffic", "kernels")))
 
 
 def footprint(
     config: ModelConfig,
     dtype: torch.dtype = torch.float32,
     edges_per_atom: float = 12.0,
+    triplets_per_edge: float | None = None,
     atoms: int = 2048,
     processor: bool = False,
+    tasks: int = 2,
 ) -> Footprint:
     """The footprint of a model with weights of `dtype`, near batches of `atoms` with so many edges each.
 
-    processor: of the code that runs on a CPU, where edges are taken in tiles; else of that for accelerators. Bytes at
-    the fullest moment are the largest of several linear functions (the moment shifts with the edges per atom), so
-    `edges_per_atom` should be that of the data. Everything else is linear everywhere. Of a large batch in tiles a
+    triplets_per_edge: None as of atoms that all have as many edges.  processor: of the code that runs on a CPU, where
+    edges are taken in tiles; else of that for accelerators.  tasks: in a batch with all of them.
+
+    Bytes at the fullest moment are the largest of several linear functions (the moment shifts with the edges per atom),
+    so edges and triplets should be those of the data. Everything else is linear everywhere. Of a large batch in tiles a
     smaller one is counted.
     """
-
-    def atoms_with(edges: int) -> int:
-        """As many as have so many edges, and no more than were asked for, however few edges there are."""
-        return max(1, min(atoms, round(edges / max(edges_per_atom, 1 / atoms))))
-
-    n, e = atoms, int(atoms * edges_per_atom)
     with torch.device("meta"):
-        tile = edges_of_tile(build_encoder(config.encoder, config.cutoff).degrees[0])
-    if processor:
-        e = min(e, tile * (TILES_OF_AUTOGRAD if config.branch.forces == "conservative" else TILES))
-        n = atoms_with(e)
+        encoder = build_encoder(config.encoder, config.cutoff)
+    device = "meta" if _needs_no_values(config, dtype) else "cpu"
+    atoms = atoms if device == "meta" else min(atoms, REAL_ATOMS)
+    tile, several = edges_of_tile(encoder.degrees[0]), min(max(tasks, 2), MOST_TASKS)
 
-    def solve(sizes: list[Size], rows: list[dict[str, float]], key: str) -> np.ndarray:
-        return np.linalg.solve(np.stack([s.vector() for s in sizes]), np.array([row[key] for row in rows]))
-
-    more = n + max(n // 16, 1)
-    sizes = [
-        Size(1, n, n, e),
-        Size(2, n, n, e),
-        Size(2, n, 2 * n, e),
-        Size(1, more, more, e),
-        Size(1, n, n, e + max(e // 16, 1)),
-    ]
-    rows = [count(config, s, dtype, processor) for s in sizes]
-    activations = solve(sizes, rows, "activations")
-    if processor:  # a few more edges may be no further operation: sums need whole tiles
-        e = TILES_OF_SUMS * tile
-        n = atoms_with(e)
+    def coefficients(e: int, more: int) -> np.ndarray:
+        """Of all quantities, (6, 7), from batches near one of so many edges, and of some more."""
+        # As many atoms as have so many edges, and no more than were asked for, however few edges there are.
+        n = max(1, min(atoms, round(e / max(edges_per_atom, 1 / atoms))))
+        each = max(e / n - 1.0, 0.0) if triplets_per_edge is None else triplets_per_edge
+        base = BatchSize(1, n, n, e, round(e * each) if encoder.needs.triplets else 0)
+        larger = n + max(n // 16, 1)
         sizes = [
-            Size(1, n, n, e),
-            Size(2, n, n, e),
-            Size(2, n, 2 * n, e),
-            Size(1, 2 * n, 2 * n, e),
-            Size(1, n, n, 2 * e),
+            base,
+            replace(base, tasks=several),
+            replace(base, tasks=several, labelled=several * n),
+            replace(base, atoms=larger, labelled=larger),
+            replace(base, edges=e + more),
         ]
-        rows = [count(config, s, dtype, processor) for s in sizes]
-    return Footprint({"activations": activations, **{key: solve(sizes, rows, key) for key in rows[0] if "." in key}})
+        if encoder.needs.triplets:
+            sizes.append(replace(base, triplets=base.triplets + max(base.triplets // 16, 1)))
+        rows = [count(config, size, dtype, processor, device) for size in sizes]
+        solved = np.linalg.solve(
+            np.stack([size.vector()[: len(sizes)] for size in sizes]), [[row[q] for q in QUANTITIES] for row in rows]
+        )
+        return np.vstack([solved, np.zeros((6 - len(sizes), len(QUANTITIES)))])
+
+    edges = int(atoms * edges_per_atom)
+    if processor:
+        edges = min(edges, tile * (TILES_OF_AUTOGRAD if config.branch.forces == "conservative" else TILES))
+    near = coefficients(edges, max(edges // 16, 1))
+    if processor:  # a few more edges may be no further operation: sums need whole tiles
+        near[:, 1:] = coefficients(tile, tile)[:, 1:]
+    return Footprint(dict(zip(QUANTITIES, near.T, strict=True)))
 
 
-def count(config: ModelConfig, size: Size, dtype: torch.dtype, processor: bool) -> dict[str, float]:
+def count(
+    config: ModelConfig, size: BatchSize, dtype: torch.dtype, processor: bool, device: str = "meta"
+) -> dict[str, float]:
     """All quantities of one forward and one backward pass through a batch of this size."""
     tasks = [f"t{k}" for k in range(int(size.tasks))]
     shared = len(tasks) > 1 and size.labelled != size.atoms
-    with torch.device("meta"), _default(dtype), in_tiles(processor):
+    with torch.device(device), _default(dtype), in_tiles(processor):
         potential = Potential(config, tasks, {t: t for t in tasks}, seed=0).train()
         for p in potential.parameters():
             p.grad = torch.zeros_like(p)
-        with _counting(potential) as counts:
-            batch = blank_batch(tasks, int(size.atoms), int(size.edges), dtype, shared, potential.encoder.needs)
-            predictions = potential(batch)
-            loss = sum(p.energy.abs().sum() + p.forces.abs().sum() for p in predictions.values())
-            counts.phase = "backward"
+        held = [t for p in potential.parameters() for t in (p, p.grad) if t is not None] + list(potential.buffers())
+        batch = blank_batch(tasks, size, dtype, shared, potential.encoder.needs)
+        with Count(held) as counted:
+            batch = batch.moved(torch.clone)  # counted as bytes, and not as work
+            with counted.apart() as forward:
+                predictions = potential(batch)
+                loss = sum(p.energy.abs().sum() + p.forces.abs().sum() for p in predictions.values())
             assert isinstance(loss, Tensor)
-            loss.backward()
-    return {"activations": float(counts.most), **counts.sums}
+            with counted.apart() as backward:
+                loss.backward()
+    works = (forward.flops, forward.traffic, forward.kernels, backward.flops, backward.traffic, backward.kernels)
+    return dict(zip(QUANTITIES, (float(counted.most), *works), strict=True))
 
 
-def count_work(run: Callable[[], None]) -> Work:
-    """What a function does to tensors, some of which have no memory."""
-    counts = _Counts("run", sums=dict.fromkeys((f"run.{q}" for q in _QUANTITIES), 0.0))
-    with _Watch(counts, []):
-        run()
-    return Work(*(counts.sums[f"run.{q}"] for q in _QUANTITIES[1:]))
+def _needs_no_values(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether a model makes its passes on tensors without memory."""
+    try:
+        count(config, BatchSize(1, 4, 4, 8, 8), dtype, processor=False)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 @contextmanager
 def _default(dtype: torch.dtype) -> Iterator[None]:
-    """Modules that are built inside have weights of `dtype`; those without memory cannot be converted later."""
+    """Modules that are built inside have weights of `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -184,8 +178,12 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def blank_batch(tasks: list[str], atoms: int, edges: int, dtype: torch.dtype, shared: bool, needs: GraphNeeds) -> Batch:
-    """A batch of structures of equal size; `shared`: every task labels all of them, else each labels its part."""
+def blank_batch(tasks: list[str], size: BatchSize, dtype: torch.dtype, shared: bool, needs: GraphNeeds) -> Batch:
+    """A batch of structures of equal size on the default device; atoms and edges are somewhere, none twice.
+
+    shared: every task labels all of them, else each labels its part.
+    """
+    atoms, edges, triplets = int(size.atoms), int(size.edges), int(size.triplets)
     s = -(-atoms // PER_STRUCTURE)
     cuts = [0, s] if shared else [s * k // len(tasks) for k in range(len(tasks) + 1)]
     slices = {}
@@ -198,121 +196,28 @@ def blank_batch(tasks: list[str], atoms: int, edges: int, dtype: torch.dtype, sh
         )
         for task, (where, at) in slices.items()
     }
-
-    triplets = round(edges * max(edges / max(atoms, 1) - 1.0, 0.0))  # every edge meets all others of its sender but one
-
-    def integers(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int64)
-
+    number, edge, triplet = torch.arange(atoms), torch.arange(edges), torch.arange(triplets)
+    receivers = edge * atoms // max(edges, 1)
+    first_atom = receivers // PER_STRUCTURE * PER_STRUCTURE
+    senders = first_atom + (receivers - first_atom + 1 + edge % PER_STRUCTURE) % (atoms - first_atom).clamp(
+        max=PER_STRUCTURE
+    )
+    met = torch.stack([triplet % max(edges, 1), triplet * edges // max(triplets, 1)])
     return Batch(
-        numbers=integers(atoms),
-        positions=torch.zeros(atoms, 3, dtype=dtype),
+        numbers=1 + number % 8,
+        positions=torch.sin(number[:, None] * torch.tensor([1.0, 1.7, 2.9])).to(dtype),
         cell=torch.zeros(s, 3, 3, dtype=dtype),
-        charge=integers(s),
-        spin=integers(s),
-        natoms=integers(s),
-        structure=integers(atoms),
-        edges=integers(2, edges),
+        charge=torch.zeros(s, dtype=torch.int64),
+        spin=torch.ones(s, dtype=torch.int64),
+        natoms=torch.full((s,), PER_STRUCTURE),
+        structure=number // PER_STRUCTURE,
+        edges=torch.stack([receivers, senders]),
         shifts=torch.zeros(edges, 3, dtype=dtype),
         slices=slices,
         targets=targets,
-        reverse=integers(edges) if needs.reverse else None,
-        triplets=integers(2, triplets) if needs.triplets else None,
+        reverse=edge if needs.reverse else None,
+        triplets=met if needs.triplets else None,
         edge_slices={
-            t: slice(edges * a.start // max(atoms, 1), edges * a.stop // max(atoms, 1)) for t, (_, a) in slices.items()
+            t: slice(*(-(-edges * atom // max(atoms, 1)) for atom in (a.start, a.stop))) for t, (_, a) in slices.items()
         },
     )
-
-
-@dataclass
-class _Counts:
-    """What has been seen so far."""
-
-    phase: str = "forward"
-    live: int = 0  # bytes of the storages that were made meanwhile and are still there
-    most: int = 0
-    sums: dict[str, float] = field(default_factory=lambda: {f"{p}.{q}": 0.0 for p in _PHASES for q in _QUANTITIES[1:]})
-
-
-@contextmanager
-def _counting(potential: nn.Module) -> Iterator[_Counts]:
-    """Counts of every operation inside; what the module holds already is not counted as bytes."""
-    counts = _Counts()
-    held = [t for p in potential.parameters() for t in (p, p.grad) if t is not None] + list(potential.buffers())
-    with _Watch(counts, held):
-        yield counts
-
-
-class _Watch(TorchDispatchMode):
-    """Looks at every operation, below autograd, in the backward pass too."""
-
-    def __init__(self, counts: _Counts, held: list[Tensor]) -> None:
-        super().__init__()
-        self.counts = counts
-        self.known = weakref.WeakSet(t.untyped_storage() for t in held)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        fresh = [t for t in made if self._is_new(t)]
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        mutates = func._schema.is_mutable
-        if fresh or mutates:  # views launch nothing
-            self._add(func, args, given, made)
-        return out
-
-    def _is_new(self, tensor: Tensor) -> bool:
-        storage = tensor.untyped_storage()
-        if storage in self.known:
-            return False
-        self.known.add(storage)
-        counts, size = self.counts, storage.nbytes()
-        counts.live += size
-        counts.most = max(counts.most, counts.live)
-
-        def gone() -> None:
-            counts.live -= size
-
-        weakref.finalize(storage, gone)
-        return True
-
-    def _add(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> None:
-        counts, name = self.counts, func.overloadpacket.__name__
-        moved = _moved(name, given, made) + (0 if made else _written(func, args))
-        flops = _product(name, given, made)
-        dense = flops >= DENSE * moved
-        counts.sums[f"{counts.phase}.flops"] += flops if dense else 0.0
-        counts.sums[f"{counts.phase}.traffic"] += 0.0 if dense else moved
-        counts.sums[f"{counts.phase}.kernels"] += 1.0
-
-
-def _moved(name: str, given: list[Tensor], made: list[Tensor]) -> int:
-    """Bytes read and written. Of a table that is read or added to by an index, as many rows as the index has."""
-    sizes = [t.numel() * t.element_size() for t in given]
-    out = sum(t.numel() * t.element_size() for t in made)
-    if "empty" in name:
-        return 0
-    if name.startswith("new_") or name.endswith("_like"):
-        return out
-    if name in ("index_select", "index", "gather", "embedding"):
-        return sum(sizes[1:]) + 2 * out
-    if name in ("index_add_", "index_add"):
-        return sum(sizes[1:]) + 2 * sizes[-1]
-    return sum(sizes) + out
-
-
-def _written(func: Any, args: Any) -> int:
-    """Bytes of the arguments that an operation writes."""
-    own = [value for argument, value in zip(func._schema.arguments, args, strict=False) if argument.is_write]
-    return sum(t.numel() * t.element_size() for t in tree_leaves(own) if isinstance(t, Tensor))
-
-
-def _product(name: str, given: list[Tensor], made: list[Tensor]) -> float:
-    """Operations of a matrix product, a multiplication and an addition each; 0 for what moves more than it computes."""
-    if "linalg" in name:
-        *batch, rows, columns = given[0].shape
-        return LAPACK * math.prod(batch) * rows * columns * min(rows, columns)
-    if name not in ("mm", "addmm", "bmm", "baddbmm"):
-        return 0.0
-    inner = given[-2].shape[-1]
-    return 2.0 * made[0].numel() * inner

@@ -1,7 +1,7 @@
 """What one update of an optimizer asks of a device, and what the optimizer keeps, whichever it is. Counted, not run.
 
 The real optimizer makes a few updates of parameters without memory (torch's `meta` tensors), and every operation that
-it issues is looked at (`model/footprint.py`). Nothing here knows what an optimizer is made of.
+it issues is looked at (`model/counting.py`). Nothing here knows what an optimizer is made of.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from multifid.model.footprint import Work, count_work
+from multifid.model.counting import Count, Work
 from multifid.training.optimizer import OPTIMIZERS, moments, set_moments, update
 
 # Updates that are counted, of which the mean is taken: some optimizers do part of their work every few updates only.
@@ -40,10 +40,8 @@ def count_update(optimizer: str, shapes: Shapes, dtype: torch.dtype) -> UpdateWo
         set_moments(made, p, moments(made, p), 1)
         made.state[p]["step"] = torch.tensor(1.0)  # a number that is read
 
-    def updates() -> None:
+    with Count() as counted:
         for _ in range(UPDATES):
             update(made, 1e-3, torch.tensor(1.0), 1.0)
-
-    work = count_work(updates)
     kept = sum(t.nbytes for state in made.state.values() for t in state.values() if isinstance(t, torch.Tensor))
-    return UpdateWork(Work(work.flops / UPDATES, work.traffic / UPDATES, work.kernels / UPDATES), kept)
+    return UpdateWork(counted.work.times(1 / UPDATES), kept)

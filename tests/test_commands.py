@@ -5,12 +5,14 @@ structures in place of millions; lengths of runs and of measurements are shorten
 there, an option that no longer exists, or a step in the wrong order fails here.
 """
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import yaml
@@ -195,6 +197,18 @@ def published(prepared) -> Path:
 def test_commands_and_python_of_the_docs_run(page, request):
     folder = request.getfixturevalue("prepared" if page.stem in SMALL_FILES else "published")
     run_page(folder, page, passed=lambda command: (folder / command.rpartition("--out ")[2]).exists())
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_the_notebook_runs(tmp_path):
+    cells = json.loads((ROOT / "docs" / "demo.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for long, short in (("STRUCTURES = 150", "STRUCTURES = 30"), ("MINUTES = 4", "MINUTES = 0.05")):
+        assert long in code
+        code = code.replace(long, short)
+    (tmp_path / "demo.py").write_text(f"if __name__ == '__main__':\n{indent(code, '    ')}\n", encoding="utf-8")
+    assert "relaxation lowers the energy" in run(tmp_path, "MPLBACKEND=agg python demo.py")
 
 
 def test_every_page_is_read():

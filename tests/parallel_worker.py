@@ -326,6 +326,14 @@ def stopped_by_callback(values: dict, step: int) -> tuple[int, bool, str, float 
     return result.steps, result.complete, result.reason, result.best
 
 
+def train_and_evaluate(values: dict, stores: dict) -> list[float]:
+    """Errors of a run, trained in one world, evaluated in the next, and found complete in a third."""
+    result = multifid.train(values, quiet=True)
+    rows = multifid.evaluate(result.run, stores, device="cpu", quiet=True)
+    assert multifid.train(values, quiet=True).steps == result.steps
+    return [row["forces_mae"] for row in rows]
+
+
 def contexts_after_a_run(values: dict) -> list[int]:
     """The GPUs on which this process has a context when a run has ended."""
     assert whole_run(values) == 0
@@ -395,6 +403,7 @@ JOBS = {
         groups_of,
         recorded_steps,
         stopped_by_callback,
+        train_and_evaluate,
         updated_weights,
         whole_run,
         newest_checkpoint,

@@ -67,7 +67,8 @@ def train(
         ValueError: the config or the data cannot be trained on; with the message that the command prints. (OSError
             where files cannot be read or written.)
         FloatingPointError: loss or gradient was not finite too often, or no validation value was.
-        RuntimeError: this rank leaves because another one failed, which says why.
+        RuntimeError: this rank leaves because another one failed, which says why. In the midst of a step, where it may
+            wait for the other one for ever, its process is ended (exit code 75).
     """
     console = Console(stderr=True, quiet=quiet)
     return Result(**vars(train_run(as_config(config), console, callbacks=callbacks, signals=signals)))

@@ -64,7 +64,7 @@ def prepare(
         typer.Option(metavar="STORE", help="set aside what is trained on here and tested on in STORE, or vice versa"),
     ] = None,
 ) -> None:
-    """Turn published files into a store; the same command goes on with one that was killed."""
+    """Turn published files into a store; the same command resumes one that was killed."""
     from multifid.workflows.prepare import prepare as run
 
     shares = [_float(x, "--fractions") for x in fractions.split(",")]
@@ -120,10 +120,10 @@ def init(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run to go on with")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run to resume")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.lr=0.001")] = None,
 ) -> None:
-    """Train a model; the same command goes on with a run that was stopped."""
+    """Train a model; the same command resumes a run that was stopped."""
     from multifid.config import load_config
     from multifid.parallel.groups import STOPPED
     from multifid.workflows.train import train as run

@@ -32,15 +32,17 @@ PART = 0.25  # of an accelerator's free memory
 KEPT = 16  # numbers for each edge, hidden unit and layer that a pass keeps if autograd needs them, at most
 MOST_WAYS = 12  # that an error offers
 AT_ONCE = 1 << 16  # structures whose costs are looked at together
-Collector = Callable[[Prediction, Batch, str], None]  # hears (prediction in eV, batch, data) of this process's batches
+Collector = Callable[
+    [Prediction, Batch, str], None
+]  # called with (prediction in eV, batch, data) of this process's batches
 
 
 def _as_it_is(sums: Tensor) -> Tensor:
     return sums
 
 
-def _unheard(structures: int) -> None:
-    """Nobody looks at how far it is."""
+def _no_progress(structures: int) -> None:
+    """The no-op callback for progress."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Share:
     sum_: Callable[[Tensor], Tensor] = _as_it_is  # of a float64 tensor on the host, over all processes
     workers: int = 1  # threads that prepare batches ahead
     max_edges: int | None = None  # of a batch; None: by the width of the model and the memory of the device
-    advance: Callable[[int], None] = _unheard  # is told how many more structures are done, over all processes
+    advance: Callable[[int], None] = _no_progress  # called with the number of structures just done, over all processes
 
 
 @dataclass(frozen=True)

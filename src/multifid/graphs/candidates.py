@@ -43,7 +43,7 @@ class Candidates:
 
 @dataclass(slots=True)
 class Portion:
-    """Some structures with what the kernels want to know of them, on the host."""
+    """Some structures with the arguments of the kernels, on the host."""
 
     systems: Systems  # cells complete: three independent vectors
     ranges: np.ndarray  # (structures, 3) int64: images to look at in each direction

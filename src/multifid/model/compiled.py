@@ -1,6 +1,6 @@
 """A potential whose training passes are compiled, for batches of few shapes (`graphs/padding.py`).
 
-A pass is first written down for the shapes at hand as a list of plain operations (`make_fx`), and the list is compiled.
+A pass is first traced for the shapes at hand into a list of plain operations (`make_fx`), and the list is compiled.
 
     shapes -> list of operations -> compiled, with its derivative        once for each, then looked up
 
@@ -12,7 +12,7 @@ energies of a batch *and* their gradient, written out by autograd while the list
 gradients of parameters. Its key has the slices of all tasks, and all gradients leave at the end of the backward pass.
 
 What torch's code generator gets wrong, and how that is avoided, stands in `inductor.py`. What needs no gradient
-(validation, evaluation) is computed as ever.
+(validation, evaluation) is not compiled.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -64,7 +64,7 @@ class Lists:
 
     @property
     def wanted(self) -> bool:
-        """Whether a pass that begins now is to be compiled: not while it is written down."""
+        """Whether a pass that begins now is to be compiled: not while it is traced."""
         return torch.is_grad_enabled() and not self.writing
 
     def __call__(self, what: Hashable, module: nn.Module, inputs: list[Tensor], call: Callable) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The encoder contract: what an encoder is told, what it gives, and what heads may ask of it.
+"""The encoder contract: what an encoder gets, what it gives, and what heads may require of it.
 
 An encoder is a module with a config of its own. It gets a graph and gives features of every atom:
 
@@ -47,7 +47,7 @@ class EncoderConfig(BaseModel):
 
 @dataclass(slots=True)
 class Features:
-    """What an encoder says of each atom."""
+    """The output of an encoder for each atom."""
 
     scalars: Tensor  # (N, H)
     vectors: Tensor | None = None  # (N, C, 3): x, y, z

@@ -105,9 +105,9 @@ class NodeEmbedding(nn.Module):
     Neutral singlets add nothing, and a charge or spin that training never showed acts as they do. Data that say nothing
     of charge and spin are taken as neutral singlets, so their rows are exactly those of a model without these tables.
 
-    Every atom is told of the total charge and spin of its structure: which atom carries the charge is for the network
-    to learn. So energies are extensive for neutral singlets only: two far copies of a cation are one structure of
-    charge 2, and a sum over atoms that see the total cannot know that they are not one dication.
+    Every atom sees the total charge and spin of its structure; which one carries the charge is learned. So energies are
+    extensive for neutral singlets only: two far copies of a cation are one structure of charge 2, and a sum over atoms
+    that see the total cannot know that they are not one dication.
     """
 
     def __init__(self, width: int):

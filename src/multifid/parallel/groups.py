@@ -43,7 +43,7 @@ POLL = 0.005  # seconds between two looks into the store
 # rank 0 serves, unless the launcher does, from the first one to the end of the process.
 _WORLDS: defaultdict[tuple[str, str], Iterator[int]] = defaultdict(count)
 _SERVERS: dict[str, dist.Store] = {}
-LAST_WORDS = 3.0  # seconds to wait for another rank's fault when a connection breaks
+FAULT_WAIT = 3.0  # seconds to wait for another rank's error message when a connection breaks
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _tell(here: World, error: Exception) -> None:
     """Tell the others of this rank's fault; where another's fault came first, leave because of that."""
     mine = f"rank {here.rank} on {socket.gethostname()}: {type(error).__name__}: {error}"
     try:
-        until = time.monotonic() + (LAST_WORDS if isinstance(error, RuntimeError) else 0.0)
+        until = time.monotonic() + (FAULT_WAIT if isinstance(error, RuntimeError) else 0.0)
         while time.monotonic() < until and not here.store.check([FAULT]):
             time.sleep(0.05)  # a broken connection is the effect of a fault elsewhere, which is about to be told
         first = here.store.compare_set(FAULT, "", mine).decode()

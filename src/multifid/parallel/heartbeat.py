@@ -4,7 +4,7 @@ Every rank writes a growing number into the shared store, a dozen times in what 
 them and writes its verdict; the others read only that, so the load on the store grows with the number of ranks and not
 with its square. A rank that is silent for so long (`parallel.silence`) is dead, rank 0 and the store included: calls to
 the store may hang where the network is cut, so a second thread watches the first. At most twice that passes until
-everybody has heard it.
+all ranks know.
 
 A short timeout of collectives would be simpler, but compiling and validating last longer than a dead rank should.
 """

@@ -2,8 +2,8 @@
 
 For an encoder that outweighs its branches, or that does not fit beside its own moments. FSDP2 (`fully_shard`) gathers
 the weights of a layer when a pass comes to it, and sums and scatters its gradients when the backward pass has left it;
-branches live and are reduced as ever (`gradients.py`). Parameters are cut by rows, ceil(rows / N) for each rank, so the
-last pieces are smaller or empty.
+branches live and are reduced as without it (`gradients.py`). Parameters are cut by rows, ceil(rows / N) for each rank,
+so the last pieces are smaller or empty.
 
     forward     gather layer 1 | layer 2 | ... | layer L
     backward                                     branches' buckets, by name | layer L: gather, sum and scatter | L-1 ...

@@ -69,8 +69,8 @@ def prepare(
     read. rank, size: this process among others that prepare the same store on a common file system; only the first has
     a store to return. progress: show a bar on a terminal, and, with `talk`, print what the store holds.
 
-    ValueError or OSError for anything that a user can mend, naming it; nothing is left then. What was done when the
-    process was killed or interrupted stays, and the same call goes on with it.
+    ValueError or OSError for anything that a user can correct, naming it; nothing is left then. What was done when the
+    process was killed or interrupted stays, and the same call resumes from it.
     """
     module = reader(format)
     chosen = _options(module, format, options or {})

@@ -1,12 +1,12 @@
-"""The folder in which a store is prepared: what is done stays there, so that a killed prepare goes on.
+"""The folder in which a store is prepared: what is done stays there, so that a killed prepare resumes.
 
     .NAME.parts/KEY.plan.json        how the files are cut into parts: written by the first rank
     .NAME.parts/KEY-000012.*         parts that are done, see `parts`
     .NAME.parts/KEY.rank-3           a number that grows while rank 3 lives
 
-KEY says what was asked for and of which files (format, options, names, sizes, times of change): another question finds
-nothing to go on with, and the first rank removes what answers none. Ranks meet here only, so that nothing but a common
-file system is needed.
+KEY says what was asked for and of which files (format, options, names, sizes, times of change): a call that asks for
+something else starts anew, and the first rank removes files of other calls. Ranks meet here only, so that nothing but
+a common file system is needed.
 """
 
 import contextlib

@@ -54,7 +54,7 @@ class Saver:
     ) -> None:
         """Begin to write a checkpoint: `mine` are the files of this rank, `names` those of all ranks together.
 
-        The tensors lie in host memory, and nobody will change them. before_commit: rank 0 calls it with the directory
+        The tensors lie in host memory, and must not be changed. before_commit: rank 0 calls it with the directory
         of all files before that becomes a checkpoint. Errors of the last save are raised here, and by `check` and
         `wait`.
         """
@@ -104,7 +104,7 @@ class Saver:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             self.world.store.set(f"{key}/open", "1")
-        self._heard(f"{key}/open")
+        self._answer(f"{key}/open")
         for name, tensors in mine.items():
             path = part / f"{name}.safetensors"
             save_file(tensors, path)
@@ -113,7 +113,7 @@ class Saver:
             self.world.store.set(f"{key}/{name}", json.dumps(about))
         if not self.world.first:
             return
-        listed = {f"{name}.safetensors": json.loads(self._heard(f"{key}/{name}")) for name in names}
+        listed = {f"{name}.safetensors": json.loads(self._answer(f"{key}/{name}")) for name in names}
         if before_commit is not None:
             before_commit(part)
         text = json.dumps(_written({**state, "step": step, "files": listed}), indent=1, allow_nan=False)
@@ -128,11 +128,11 @@ class Saver:
         for old in [*newest_first(self.run)[self.keep :], *killed]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _heard(self, key: str) -> bytes:
-        """What another rank says under a key, when it has said it."""
+    def _answer(self, key: str) -> bytes:
+        """What another rank wrote under a key, once it is there."""
         while not self.world.store.check([key]):
             if self._given_up.wait(POLL):
-                raise InterruptedError(f"nobody else will finish this checkpoint ({key} is missing)")
+                raise InterruptedError(f"no other rank will finish this checkpoint ({key} is missing)")
         return self.world.store.get(key)
 
 

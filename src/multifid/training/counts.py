@@ -76,7 +76,7 @@ class Counts:
 
     @property
     def on_the_way(self) -> bool:
-        """Whether other ranks have yet to be heard."""
+        """Whether the sum over ranks is still under way."""
         return self._work is not None
 
     def wait(self) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""What a run eats: which structures a step holds, who processes which of them, and the batches of this rank.
+"""The input of a run: which structures a step holds, which rank processes which, and the batches of this rank.
 
 The places of a step are the same on every rank, and so is the cut: each rank computes it from the numbers of atoms, and
 reads only what is its own.

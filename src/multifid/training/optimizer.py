@@ -26,7 +26,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, clip: floa
     """Clip and move, unless the norm of the gradient is not finite: then nothing changes, moments and counts included.
 
     The fused kernel divides gradients by one number and looks at another before it does anything, so that all of this
-    is decided where the gradients are, and nobody waits for the norm.
+    is decided where the gradients are, and the host does not wait for the norm.
     """
     scale = torch.ones_like(norm) if clip is None else (norm / clip).clamp(min=1.0)
     vars(optimizer).update(grad_scale=scale.float(), found_inf=(~torch.isfinite(norm)).float())

@@ -1,4 +1,4 @@
-"""What became of a step, which the host hears when the device has come to it."""
+"""The result of a step (norm, skipped or not, stop), which the host reads once the device has computed it."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Outcome:
-    """What became of a step, on all ranks alike."""
+    """The result of a step, the same on all ranks."""
 
     def __init__(self, squared_norm: Tensor, stop: Tensor, miscounted: Tensor) -> None:
         self._numbers = Later(torch.stack([squared_norm, stop, miscounted.to(squared_norm.dtype)]))

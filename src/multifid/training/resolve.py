@@ -36,7 +36,7 @@ def resolve(config: Config, ranks: int) -> Config:
 
 
 def open_run(config: Config, ranks: int) -> tuple[Config, Path]:
-    """The resolved config and the directory of a run, new or to be gone on with. Writes nothing.
+    """The resolved config and the directory of a run, new or to be resumed. Writes nothing.
 
     ValueError with the differences where the directory holds a run of another config. Keys that change neither the
     mathematics nor the order of data (`NEUTRAL`, the layout, where the stores lie) may differ, and the new ones count;
@@ -62,7 +62,7 @@ def open_run(config: Config, ranks: int) -> tuple[Config, Path]:
         hint = "To add tasks to the run, or drop some, set train.change_tasks=true.\n" if tasks else ""
         raise ValueError(
             f"{run} holds a run of another config:\n  " + "\n  ".join(changed) + f"\n{hint}"
-            "Give the run another directory (run=...), or go on with the run's own config: multifid train " + str(run)
+            "Give the run another directory (run=...), or resume with the run's own config: multifid train " + str(run)
         )
     return config, run
 

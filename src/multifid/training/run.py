@@ -215,7 +215,7 @@ def length_in_words(run: Run) -> str:
 
 
 def loop(run: Run, stop: list[str]) -> None:
-    """Steps from the position to the end of the run, or until a rank has a reason to stop and all have heard of it."""
+    """Steps from the position to the end of the run, or until a rank has a reason to stop and all know it."""
     t, feed, trainer, position = run.config.train, run.feed, run.trainer, run.position
     per_epoch, length = feed.epoch_steps, run.length
 
@@ -308,7 +308,7 @@ def save(run: Run, better: bool) -> None:
 
 
 def keep_beginning(run: Run) -> None:
-    """What `init` gave is kept before the first step: from then on nobody asks for the other run again."""
+    """What `init` gave is kept before the first step: from then on the other run is not needed."""
     if run.config.init is not None and run.position.step == 0 and not folder_of(run.folder, 0).exists():
         save(run, better=False)
 

@@ -31,7 +31,7 @@ from multifid.training.optimizer import MovingAverage, Named, Schedule, update
 from multifid.training.outcome import Outcome
 
 ENCODER = "encoder"
-NOTHING = laid_out(collate([], cutoff=1.0), {})  # a batch without structures
+EMPTY_BATCH = laid_out(collate([], cutoff=1.0), {})  # a batch without structures
 
 
 def part_of_branch(branch: str) -> str:
@@ -87,7 +87,7 @@ def pinned(x: Tensor) -> Tensor:
 
 
 def unwatched(phase: str) -> None:
-    """Nobody wants to know which part of a step begins."""
+    """The no-op callback for the phases of a step."""
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Trainer:
         of it, which on an accelerator is one step later, `stopped` is set on all of them.
 
         An update whose gradient or loss is not finite is skipped: weights, moments, averages and schedule stay as they
-        were, and the position in the data advances. An accelerator decides that by itself; the host hears of it at the
+        were, and the position in the data advances. An accelerator decides that by itself; the host reads it at the
         next step, or from `settle`, and never waits for a step that it has just begun.
         """
         self.begins("bookkeeping")
@@ -168,7 +168,7 @@ class Trainer:
         here = Totals([t.name for t in self.tasks], self.device)
         self.gradients.zero()
         for k in range(rounds):
-            batch = micro_batches[k] if k < len(micro_batches) else NOTHING  # others have more of them
+            batch = micro_batches[k] if k < len(micro_batches) else EMPTY_BATCH  # others have more of them
             if batch.structures or self.gradients.shards is not None:  # whose collectives need all ranks
                 self._backward(batch, whole, here, last=k == rounds - 1)
             elif k == rounds - 1:
@@ -313,7 +313,7 @@ class Trainer:
         for batch in chain(batches, repeat(None)):
             if not self.world.sum_(torch.tensor(float(batch is not None))):
                 return
-            yield NOTHING if batch is None else batch
+            yield EMPTY_BATCH if batch is None else batch
 
     def _physical(self, predicted: dict[str, Tensor], labels: BatchLabels) -> dict[str, Tensor]:
         """Predictions in physical units: times the scale of each row's task."""

@@ -20,7 +20,7 @@ from multifid.parallel.groups import World
 from multifid.parallel.layout import Load
 from multifid.training.build import build
 from multifid.training.costs import loads, mean_edges
-from multifid.training.step import NOTHING, Totals, Trainer
+from multifid.training.step import EMPTY_BATCH, Totals, Trainer
 
 TURNS = 3  # steps of every kind, of which the shortest counts; one before them is not looked at
 LEAST = 1e-3  # a task costs at least this part of the dearest one: a difference of two times may be nothing
@@ -36,7 +36,7 @@ def measured(config: Config, sources: list[Source], draws: list[Draw], world: Wo
     one_branch = config.model_copy(update={"branches": "shared", "init": None})
     everywhere = {task: list(range(world.size)) for source in sources for task in source.tasks}
     trainer = build(one_branch, sources, everywhere, 1, world)
-    empty = _seconds(trainer, [NOTHING], world)
+    empty = _seconds(trainer, [EMPTY_BATCH], world)
     branch = sum(p.numel() for _, p in trainer.potential.branch_parameters("shared"))
     held = sum(p.numel() for p in trainer.parameters.values())
     cost = {}

@@ -39,7 +39,9 @@ class Watch:
         many = self.trainer.skipped_in_a_row
         if not many:
             return
-        step = self.position.step - (1 if self.trainer.at_once else 2)  # an accelerator is heard of one step later
+        step = self.position.step - (
+            1 if self.trainer.at_once else 2
+        )  # results of an accelerator are read one step later
         enough = many > self.most
         if many == 1:
             self.skipped = in_step(self.trainer, self.feed, self.world, step)

@@ -1,5 +1,6 @@
 """`multifid predict`: files in, one file out that ASE reads back, whole or not there."""
 
+import json
 import subprocess
 import sys
 
@@ -103,6 +104,19 @@ def test_what_has_no_prediction_is_named_or_left_out_and_counted(run, tmp_path, 
     assert predict(run, [tmp_path / "in.xyz"], tmp_path / "out.xyz", "a", device="cpu", skip=True) == 2
     assert "2 structures, task a; 3 left out, as" in capsys.readouterr().out
     assert [len(a) for a in ase.io.read(tmp_path / "out.xyz", ":")] == [3, 1]
+
+
+def test_totals_that_training_does_not_determine_are_marked_and_counted(run, tmp_path, capsys):
+    about = json.loads((run / "model.json").read_text())
+    third = {"8": 1 / 3, "1": -2 / 3, "6": 2 / 3}
+    about["tasks"]["a"] |= {"null_space": [third], "undetermined": [[1, 6, 8]]}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.json").write_text(json.dumps(about))
+    (tmp_path / "run" / "model.safetensors").symlink_to(run / "model.safetensors")
+    ase.io.write(tmp_path / "in.xyz", [crystal(), molecule("H2O")])
+    predict(tmp_path / "run", [tmp_path / "in.xyz"], tmp_path / "out.xyz", "a", device="cpu")
+    assert "; 1 of compositions whose total energy the training data of a do not" in capsys.readouterr().out
+    assert ["undetermined" in a.info for a in ase.io.read(tmp_path / "out.xyz", ":")] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """`multifid predict MODEL FILE... --task T --out OUT.xyz`: a model's energies, forces and stresses of files."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from rich.console import Console
@@ -12,6 +14,7 @@ from multifid.apply.frames import Given
 from multifid.apply.model import Model, load
 from multifid.apply.output import labelled, refuse_out, write_all
 from multifid.model.predictor import EDGES
+from multifid.model.undetermined import UndeterminedEnergy
 from multifid.parallel import groups
 
 ATOMS = 4096  # of a chunk, about
@@ -33,7 +36,8 @@ def predict(
     """Write the structures of files with what a model says of them; returns how many.
 
     out: extended XYZ that ASE reads back: energy (eV, total), forces (eV/angstrom), stress (eV/angstrom^3) where there
-    is one, `info["task"]`, and what else a structure had but its labels. files: see `frames`. skip: leave out what the
+    is one, `info["task"]`, and what else a structure had but its labels; `info["undetermined"]` is true where the
+    training data do not determine the total energy of a composition. files: see `frames`. skip: leave out what the
     model refuses, and count it, in place of an error. The same on every rank of a launch by torchrun or srun.
 
     ValueError names the structures that are refused: elements that the task has never seen, atoms that coincide,
@@ -44,14 +48,24 @@ def predict(
         loaded = load(model, world.device, precision)
         name = loaded.task(task)
 
+        doubtful = 0
+
         def work(number: int, chunk: Sequence[Given]) -> tuple[list[Atoms], list[str]]:
-            return _predicted(loaded, name, chunk, max_edges or EDGES)
+            nonlocal doubtful
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UndeterminedEnergy)  # said once, at the end
+                there, refused = _predicted(loaded, name, chunk, max_edges or EDGES)
+            doubtful += sum("undetermined" in atoms.info for atoms in there)
+            return there, refused
 
         tally = write_all(
             files, out, work, world, atoms=ATOMS, structures=STRUCTURES, skip=skip, title=f"predict {name}"
         )
+        doubtful = int(world.group.sum_(torch.tensor(doubtful)))
         if world.first:
             text = f"{out}: {tally.structures} structures, task {name}{tally.left_out()}"
+            if doubtful:
+                text += f"; {doubtful} of compositions whose total energy the training data of {name} do not determine"
             (console or Console()).print(text, soft_wrap=True, highlight=False, markup=False)
     return tally.structures
 
@@ -73,5 +87,6 @@ def _predicted(model: Model, task: str, chunk: Sequence[Given], max_edges: int) 
             continue
         if out.stress is not None and np.isfinite(out.stress[k]).all():
             results["stress"] = full_3x3_to_voigt_6_stress(out.stress[k])
-        there.append(labelled(given.atoms, results, task=task))
+        doubt = {"undetermined": True} if out.undetermined[k] else {}
+        there.append(labelled(given.atoms, results, task=task, **doubt))
     return there, refused

@@ -30,7 +30,7 @@ def undetermined(null_space: Sequence[Mapping[str, float]] | None, packed: Packe
     structure = np.repeat(np.arange(len(packed.natoms)), packed.natoms)
     counts = np.zeros((len(packed.natoms), MAX_Z + 1))
     np.add.at(counts, (structure, packed.numbers), 1.0)
-    fractions = counts / packed.natoms[:, None]
+    fractions = counts / np.maximum(packed.natoms, 1)[:, None]
     return np.asarray(np.linalg.norm(fractions @ table, axis=1) > TOLERANCE)
 
 

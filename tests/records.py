@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from multifid.readers import Record, Skip
+from multifid.readers.contract import Record, Skip
 from multifid.store.block import Block, tasks_of
 from multifid.structures.structure import Labels, Structure
 

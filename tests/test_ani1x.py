@@ -14,8 +14,8 @@ from multifid.config import parse_config
 from multifid.model.encoders.egnn import EGNN
 from multifid.model.potential import Potential
 from multifid.preparation.prepare import prepare
-from multifid.readers import Skip
 from multifid.readers.ani1x import FIDELITIES, TASKS, Options, read
+from multifid.readers.contract import Skip
 from multifid.store.block import relative_hash
 from multifid.structures.structure import Structure
 from multifid.training.run import train

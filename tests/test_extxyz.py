@@ -11,7 +11,7 @@ import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from multifid.preparation.prepare import prepare
-from multifid.readers import IsolatedAtom, Skip
+from multifid.readers.contract import IsolatedAtom, Skip
 from multifid.readers.extxyz import Options, read
 from multifid.readers.packed import zstd
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multifid.preparation.prepare import prepare
-from multifid.readers import Skip
+from multifid.readers.contract import Skip
 from multifid.readers.extxyz import Options, read
 
 GPA = 0.006241509074460763  # eV/angstrom^3

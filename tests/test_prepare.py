@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from multifid.preparation import prepare as module
 from multifid.preparation.prepare import prepare
-from multifid.readers import IsolatedAtom, LabelSet, Skip, one_part
+from multifid.readers.contract import IsolatedAtom, LabelSet, Skip, one_part
 from multifid.store.store import Store
 from multifid.structures.structure import SPLITS, Labels, Structure
 

@@ -22,18 +22,8 @@ import pytest
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from multifid.preparation.validate import NO_VOLUME, screen
-from multifid.readers import (
-    IsolatedAtom,
-    Skip,
-    alexandria,
-    aselmdb,
-    json_file,
-    json_scan,
-    mptrj,
-    qm7x,
-    transition1x,
-    unpack,
-)
+from multifid.readers import alexandria, aselmdb, json_file, json_scan, mptrj, qm7x, transition1x, unpack
+from multifid.readers.contract import IsolatedAtom, Skip
 from multifid.store.block import pack
 from multifid.structures.structure import Structure
 

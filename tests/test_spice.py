@@ -10,7 +10,8 @@ from ase.calculators.lj import LennardJones
 from ase.cluster import Octahedron
 
 from multifid.preparation.prepare import prepare
-from multifid.readers import Skip, spice
+from multifid.readers import spice
+from multifid.readers.contract import Skip
 from multifid.readers.smiles import read_smiles
 from multifid.store.block import relative_hash
 from multifid.structures.structure import Structure

@@ -16,7 +16,7 @@ from multifid.preparation import parts as parts_module
 from multifid.preparation import prepare as module
 from multifid.preparation import survey, unfinished
 from multifid.preparation.prepare import prepare
-from multifid.readers import IsolatedAtom, LabelSet, Skip, cut
+from multifid.readers.contract import IsolatedAtom, LabelSet, Skip, cut
 from multifid.store.store import Store
 from multifid.structures.structure import Labels, Structure
 

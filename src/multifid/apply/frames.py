@@ -12,7 +12,8 @@ import ase.io
 import numpy as np
 from ase import Atoms
 
-from multifid.readers import Skip, aselmdb
+from multifid.readers import aselmdb
+from multifid.readers.contract import Skip
 from multifid.store.fields import MANIFEST
 from multifid.store.store import Store
 

@@ -23,7 +23,7 @@ from multifid.preparation.parts import (
 )
 from multifid.preparation.unfinished import Unfinished
 from multifid.preparation.workers import Workers
-from multifid.readers import LabelSet, Part
+from multifid.readers.contract import LabelSet, Part
 from multifid.store.placing import Place
 from multifid.store.writer import StoreWriter
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from multifid.preparation.validate import assumed, malformed, screen
-from multifid.readers import IsolatedAtom, Part, Record, Skip
+from multifid.readers.contract import IsolatedAtom, Part, Record, Skip
 from multifid.store.block import Block, join, pack, tasks_of
 from multifid.store.placing import Columns, Contents, Place, contents_of, place, place_skipped, renamed, skipped_line
 from multifid.structures.structure import Structure

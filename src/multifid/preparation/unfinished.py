@@ -23,7 +23,7 @@ import xxhash
 
 from multifid import __version__
 from multifid.preparation.parts import is_done
-from multifid.readers import Part
+from multifid.readers.contract import Part
 from multifid.store.fields import SCHEMA
 
 PARTS = 2  # what parts look like on disk: others are made anew

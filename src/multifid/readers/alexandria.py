@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from multifid.readers import LabelSet, Part, Progress, Record, Skip
+from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip
 from multifid.readers.crystal_json import crystal
 from multifid.readers.holdings import listed
 from multifid.readers.json_file import elements, first_key, json_parts, pairs

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from multifid.readers import LabelSet, Part, Progress, Record, Skip, cut
+from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.readers.molecule_hdf5 import HARTREE, dataset, datasets_of, first_record, groups, opened
 from multifid.readers.records import BadRecord
 from multifid.store.block import Block, relative_hash

@@ -24,8 +24,8 @@ import lmdb
 import numpy as np
 from pydantic import Field
 
-from multifid.readers import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.readers.charges import ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
+from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.readers.holdings import listed
 from multifid.readers.records import (
     BadRecord,

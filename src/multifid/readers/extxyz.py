@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from multifid.readers import LabelSet, Part, Progress, Record, Skip, one_part
+from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip, one_part
 from multifid.readers.extxyz_frames import Frame, frames
 from multifid.readers.extxyz_record import TASK, LabelReader, Options, record_of
 from multifid.readers.holdings import listed

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 from pydantic import Field, model_validator
 
-from multifid.readers import IsolatedAtom
 from multifid.readers.charges import (
     CHARGE,
     MULTIPLICITY,
@@ -21,6 +20,7 @@ from multifid.readers.charges import (
     spin_of,
     spin_of_moments,
 )
+from multifid.readers.contract import IsolatedAtom
 from multifid.readers.extxyz_frames import Frame, elements, numbers_in, table
 from multifid.readers.label_keys import STEMS, Keys, looks_like
 from multifid.readers.records import VOIGT, BadRecord

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from multifid.readers import Part, Progress
+from multifid.readers.contract import Part, Progress
 from multifid.readers.json_scan import Scan
 from multifid.readers.json_seams import BARE, LONGEST, Seam, parse
 from multifid.readers.packed import packing_of, unpacked

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from multifid.readers import LabelSet, Part, Progress, Record, Skip
+from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip
 from multifid.readers.crystal_json import crystal
 from multifid.readers.holdings import listed
 from multifid.readers.json_file import first_key, json_parts, pairs

@@ -20,7 +20,7 @@ from typing import Literal
 import h5py
 from pydantic import BaseModel, ConfigDict, Field
 
-from multifid.readers import IsolatedAtom, LabelSet, Part, Progress, Record, Skip, cut
+from multifid.readers.contract import IsolatedAtom, LabelSet, Part, Progress, Record, Skip, cut
 from multifid.readers.molecule_hdf5 import dataset, first_record, opened
 from multifid.readers.records import atomic_numbers, number, structure_or_skip, vectors
 from multifid.readers.unpack import HDF5_MAGIC, hdf5_files

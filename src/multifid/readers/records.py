@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from multifid.readers import Skip
+from multifid.readers.contract import Skip
 from multifid.structures.elements import MAX_Z, NUMBERS, no_element
 from multifid.structures.structure import Structure
 

@@ -21,8 +21,8 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from multifid.readers import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.readers.charges import CHARGE, ChargeOptions, charge_of
+from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.readers.molecule_hdf5 import BOHR, HARTREE, dataset, datasets_of, first_record, groups, opened
 from multifid.readers.records import BadRecord, array, atomic_numbers
 from multifid.readers.smiles import read_smiles

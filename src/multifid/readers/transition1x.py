@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from multifid.readers import LabelSet, Part, Progress, Record, Skip, cut
+from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.readers.molecule_hdf5 import dataset, first_record, opened
 from multifid.readers.records import BadRecord, array, atomic_numbers, number, structure_or_skip, vectors
 from multifid.structures.structure import Labels, Structure

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from multifid.readers import Progress
+from multifid.readers.contract import Progress
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 XZ_MAGIC = b"\xfd7zXZ\x00"

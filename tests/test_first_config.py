@@ -30,13 +30,18 @@ def crystals(tmp_path_factory):
     return folder / "ni"
 
 
-def test_a_first_config_trains_as_it_is(stores, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_first_config_is_what_train_reads(stores, tmp_path):
     out = tmp_path / "mine.yaml"
-    written = first_config([stores["apple"], stores["berry"]], out, minutes=0.02)
+    written = first_config([stores["apple"], stores["berry"]], out, str(tmp_path / "run"), minutes=0.02)
     assert load_config(out) == written and out.read_text().count("#") > 15
     assert list(written.tasks) == ["apple", "berry"] and written.train.minutes == 0.02
-    train(load_config(out, ["model.encoder.hidden=8", "model.branch.hidden=[8]", "model.encoder.tensors=0"]))
+
+
+@pytest.mark.full
+def test_a_first_config_trains_as_it_is(stores, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first_config([stores["apple"], stores["berry"]], tmp_path / "mine.yaml", minutes=0.02)
+    train(load_config(tmp_path / "mine.yaml"))
     assert (tmp_path / "runs/mine/model.safetensors").exists()
     with pytest.raises(ValueError, match=r"runs/mine is there already"):
         first_config([stores["apple"]], tmp_path / "other.yaml", run="runs/mine")

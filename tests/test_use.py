@@ -18,7 +18,7 @@ def steps_of(energies, slopes, where):
 
 @pytest.mark.parametrize("encoder", ["egnn", "painn"])
 def test_energy_and_volume_have_no_kink_where_neighbours_cross_the_cutoff(encoder):
-    sides, energies, slopes = np.linspace(5.5, 5.8, 121), [], []  # the second shell crosses 4 angstrom at 5.657
+    sides, energies, slopes = np.linspace(5.55, 5.75, 41), [], []  # the second shell crosses 4 angstrom at 5.657
     calculator, pairs = model(encoder=encoder).calculator("a"), []
     for a in sides:
         atoms = bulk("NaCl", "rocksalt", a)
@@ -28,11 +28,11 @@ def test_energy_and_volume_have_no_kink_where_neighbours_cross_the_cutoff(encode
         pairs.append(calculator.neighbors.within(4.0)[0].shape[1])
     assert pairs[0] > pairs[-1]
     assert np.abs(np.diff(energies)).max() > 1e-5
-    assert np.abs(steps_of(np.array(energies), np.array(slopes), sides)).max() < 1e-7
+    assert np.abs(steps_of(np.array(energies), np.array(slopes), sides)).max() < 1e-6
 
 
 def test_a_bond_breaks_without_a_step():
-    lengths, energies, slopes = np.linspace(0.8, 4.4, 721), [], []
+    lengths, energies, slopes = np.linspace(0.8, 4.4, 241), [], []
     atoms = Atoms("CO", positions=np.zeros((2, 3)))
     atoms.calc = model().calculator("a")
     for length in lengths:
@@ -40,7 +40,7 @@ def test_a_bond_breaks_without_a_step():
         energies.append(atoms.get_potential_energy())
         slopes.append(-atoms.get_forces()[1, 2])
     missed = np.abs(steps_of(np.array(energies), np.array(slopes), lengths))
-    assert missed.max() < 1e-5 and not slopes[-1] and np.ptp(energies) > 0.01
+    assert missed.max() < 2e-4 and not slopes[-1] and np.ptp(energies) > 0.01
     assert np.ptp(np.array(energies)[lengths > 4.0]) < 1e-12
 
 

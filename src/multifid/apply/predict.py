@@ -33,7 +33,7 @@ def predict(
     skip: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Write the structures of files with what a model says of them; returns how many.
+    """Write the structures of files with what a model says of them; returns how many, on every rank.
 
     out: extended XYZ that ASE reads back: energy (eV, total), forces (eV/angstrom), stress (eV/angstrom^3) where there
     is one, `info["task"]`, and what else a structure had but its labels; `info["undetermined"]` is true where the

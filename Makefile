@@ -41,6 +41,8 @@ demo/elements.png: $(STORES)
 
 # Two tests at a time; those that start several processes themselves one after the other.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# A thread for each, unless told: threads of several tests on the same cores only wait for each other.
+test test-full: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 
 test: $(VENV)/installed      ## the test suite: a representative of every setting
 	$(PYTEST) -m "not full"

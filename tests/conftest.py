@@ -1,6 +1,7 @@
 """Small stores with planted labels, shared by the tests of what trains and evaluates."""
 
 import os
+import re
 import time
 
 # Before torch is loaded: threads of several processes would fight for two cores.
@@ -88,10 +89,52 @@ def write_molecules(path: Path, count: int, depth: float, offset: float, seed: i
 # What starts several processes itself, or watches clocks and memory, runs in one worker, one after the other.
 ALONE = ("test_two_hosts.py", "test_memory.py", "test_scaling.py", "test_workers.py", "test_train.py")
 
+# Tests of some seconds and more, left to the full product. What `make test` keeps in their place is another case
+# of the same test, or a shorter test of the same promise.
+LONG = re.compile(
+    "|".join(
+        (
+            r"test_prepare.py::test_memory_does_not_grow",
+            r"test_commands.py::test_commands_and_python_of_the_readme_run",
+            r"test_cli.py::test_a_users_error_is_one_message",
+            r"test_plan.py::test_bytes_are_those_of_a_run\[(?!angular-16-direct-adamw|egnn-16-direct-soap)",
+            r"test_plan.py::test_a_large_batch_in_tiles_is_told_from_a_small_one\[(?!painn)",
+            r"test_plan.py::test_few_and_many_edges_are_counted_too\[(?!True-0.01)",
+            r"test_sample.py::test_(the_reader|what_a_reader|the_files|sources_json|ani1x_groups|mptrj_frames|alexandria_e)",
+            r"test_sample.py::test_(transition1x_data|the_dispersion)",
+            r"test_compile.py::test_compiled_(passes|conservative_passes)_equal_eager",
+            r"test_precision.py::test_compiled_passes_in_bf16",
+            r"test_scaling.py::test_one_rank_is_measured",
+            r"test_predict.py::test_relaxed_structures_are_where",
+            r"test_shard.py::test_(a_run_goes_on_with_pieces|pieces_start_from_another_run)",
+            r"test_shard.py::test_an_encoder_in_pieces_equals_one_process\[(?!3-2-)",
+            r"test_parallel.py::test_when_a_rank_is_gone_the_others_leave_and_the_run_goes_on\[(?!0-9)",
+            r"test_parallel.py::test_a_run_with_measured_costs",
+            r"test_parallel.py::test_a_run_goes_on_with_any_number_of_ranks\[adamw",
+            r"test_parallel.py::test_another_encoder_and_ranks_without_any_branch_equal_one_process\[painn",
+            r"test_parallel.py::test_in_single_precision_ranks_are_as_near_to_the_truth_as_one_process\[(?!3-)",
+            r"test_parallel.py::test_any_number_of_ranks_equals_one_process\[5-7-(?!split)",
+            r"gpu/test_runs.py::(?!test_two_ranks_are_one_process\[cpu-parallel0)",
+            r"test_api.py::test_models_and_data_in_any_form",
+            r"test_compile.py::test_a_compiled_run_is_the_eager_run",
+            r"test_counts.py::test_(with_labels_that_are_missing_here_and_there_ranks_equal_one_process\[[45]|a_run_with)",
+            r"test_parallel.py::test_thirty_updates_of_every_optimizer_are_those_of_one_process\[explicit-painn-direct-adamw",
+            r"test_plan.py::test_(an_update_is_counted_as_it_is_made\[soap|a_step_holds_the_update)",
+            r"test_use.py::test_a_bond_breaks",
+            r"test_hostile.py::test_a_bomb_is_an_error\[(?!gz)",
+            r"test_hostile.py::test_damaged_files_are_errors_or_skips_and_checked_ones_never_wrong\[(?!ani1x|extxyz)",
+            r"test_length.py::test_interrupted_at_any_moment",
+            r"test_shares.py::test_the_most_loaded_rank_is_within",
+        )
+    )
+)
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups, and before marks are selected
 def pytest_collection_modifyitems(items):
     for item in items:
+        if LONG.search(item.nodeid):
+            item.add_marker(pytest.mark.full)
         if "pool" in getattr(item, "fixturenames", ()) or item.path.name in ALONE:
             item.add_marker(pytest.mark.xdist_group("ranks"))
 

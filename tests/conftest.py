@@ -95,7 +95,6 @@ LONG = re.compile(
     "|".join(
         (
             r"test_prepare.py::test_memory_does_not_grow",
-            r"test_commands.py::test_commands_and_python_of_the_readme_run",
             r"test_cli.py::test_a_users_error_is_one_message",
             r"test_plan.py::test_bytes_are_those_of_a_run\[(?!angular-16-direct-adamw|egnn-16-direct-soap)",
             r"test_plan.py::test_a_large_batch_in_tiles_is_told_from_a_small_one\[(?!painn)",

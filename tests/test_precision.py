@@ -56,7 +56,7 @@ IN_LOW_PRECISION = {"bf16": lambda: torch.autocast("cpu", torch.bfloat16), "tf32
 # Relative to the length of all forces, or of the stress. Between a cell and its supercell only geometry could differ by
 # more: edge vectors in bfloat16 make it 0.03 to 0.13 for this crystal, and in TF32 0.006 to 0.02.
 TOLERANCE = {"bf16": 0.035, "tf32": 0.008}
-NETWORK = {"bf16": 0.1, "tf32": 0.02}  # products in the network against float32: 0.01 to 0.05 was seen in bf16
+MOLECULES = {"bf16": 0.1, "tf32": 0.008}  # against float32, where nothing is periodic: 0.01 to 0.05 was seen in bf16
 in_low_precision = pytest.mark.parametrize("precision", IN_LOW_PRECISION)
 ALL = list(itertools.product(KINDS, FORCES, IN_LOW_PRECISION))
 ORDINARY = {("egnn", "conservative", "bf16"), ("painn", "direct", "tf32"), ("egnn with tensors", "direct", "bf16")}
@@ -136,15 +136,15 @@ def test_crystals_and_molecules_are_near_float32_and_a_cell_near_its_supercell(e
     with IN_LOW_PRECISION[precision]():
         found = [model(batch, stress=True)["a"] for batch in batches]
     of_atoms = [torch.cat([p.energy / len(p.forces) for p in predictions]) for predictions in (found, exact)]
-    assert_within(*of_atoms, NETWORK[precision])
-    for a, b in zip(found, exact, strict=True):
-        assert_within(a.forces, b.forces, NETWORK[precision])
+    assert_within(*of_atoms, TOLERANCE[precision])
+    for k, (a, b) in enumerate(zip(found, exact, strict=True)):
+        assert_within(a.forces, b.forces, (TOLERANCE if k < 2 else MOLECULES)[precision])
         assert not torch.equal(a.forces, b.forces), "products are taken in low precision"
     cell, large = found[:2]
     assert_within(large.energy / 8, cell.energy, TOLERANCE[precision] / 2)
     assert_within(large.forces, cell.forces.repeat(8, 1), TOLERANCE[precision])
     if forces == "conservative":
-        assert_within(cell.stress, exact[0].stress, NETWORK[precision])
+        assert_within(cell.stress, exact[0].stress, TOLERANCE[precision])
         assert_within(large.stress, cell.stress, TOLERANCE[precision])
 
 

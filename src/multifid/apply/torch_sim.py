@@ -30,8 +30,8 @@ class TorchSimModel(ModelInterface):
     """One branch of a model, for all systems of a state.
 
     model: what `multifid.load` gives; its device and precision are those of the states. task: which branch answers; may
-    be left out where there is only one. compute_stress: by default where forces are conservative; ValueError where it
-    is asked of a model that predicts forces directly.
+    be left out where there is only one. compute_stress: by default where forces are conservative; NotImplementedError,
+    as torch-sim expects, where it is asked of a model that predicts forces directly.
     """
 
     def __init__(self, model: Predictor, task: str | None = None, *, compute_stress: bool | None = None) -> None:

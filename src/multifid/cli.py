@@ -34,6 +34,15 @@ def options(
 
 
 Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="prepared stores")]
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="a trained run, or a model file")]
+StructureFiles = Annotated[
+    list[Path], typer.Argument(metavar="FILE...", help="files that ASE reads, .aselmdb, or prepared stores")
+]
+Task = Annotated[str | None, typer.Option(help="whose branch answers; needed where there are several")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator if there is one")]
+SkipRefused = Annotated[
+    bool, typer.Option("--skip-refused", help="leave out what has no prediction, as elements never seen, and count it")
+]
 
 
 @app.command()
@@ -143,7 +152,7 @@ def evaluate(
     unseen: Annotated[
         bool, typer.Option("--unseen", help="let structures with elements that the model has not seen into the means")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator if there is one")] = None,
+    device: Device = None,
     max_edges: Annotated[
         int | None, typer.Option(min=1, help="edges of a batch; default: what the memory allows")
     ] = None,
@@ -176,19 +185,14 @@ def evaluate(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a trained run, or a model file")],
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="files that ASE reads, .aselmdb, or prepared stores")
-    ],
+    model: ModelPath,
+    files: StructureFiles,
     out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="extended XYZ with energy, forces, stress")],
-    task: Annotated[str | None, typer.Option(help="whose branch answers; needed where there are several")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator if there is one")] = None,
+    task: Task = None,
+    device: Device = None,
     precision: Annotated[str, typer.Option(help="fp32 or fp64")] = "fp32",
     max_edges: Annotated[int | None, typer.Option(min=1, help="edges of a batch; default: 50,000")] = None,
-    skip_refused: Annotated[
-        bool,
-        typer.Option("--skip-refused", help="leave out what has no prediction, as elements never seen, and count it"),
-    ] = False,
+    skip_refused: SkipRefused = False,
 ) -> None:
     """Energies, forces and stresses of the structures in files, as ASE reads them back."""
     from multifid.apply.predict import predict as run
@@ -207,12 +211,10 @@ def predict(
 
 @app.command()
 def relax(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="a trained run, or a model file")],
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="files that ASE reads, .aselmdb, or prepared stores")
-    ],
+    model: ModelPath,
+    files: StructureFiles,
     out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="extended XYZ with the relaxed structures")],
-    task: Annotated[str | None, typer.Option(help="whose branch answers; needed where there are several")] = None,
+    task: Task = None,
     fmax: Annotated[float, typer.Option(help="the longest force that may be left, eV/angstrom")] = 0.05,
     steps: Annotated[int, typer.Option(min=0, help="at most, of each structure")] = 500,
     cell: Annotated[bool, typer.Option("--cell", help="relax the cells of crystals too")] = False,
@@ -220,12 +222,9 @@ def relax(
     trajectory: Annotated[
         Path | None, typer.Option(metavar="DIRECTORY", help="for one ASE trajectory of each structure")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator if there is one")] = None,
+    device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float64",
-    skip_refused: Annotated[
-        bool,
-        typer.Option("--skip-refused", help="leave out what has no prediction, as elements never seen, and count it"),
-    ] = False,
+    skip_refused: SkipRefused = False,
 ) -> None:
     """Relax the structures in files. Exit code 1 where some have not converged; they are named, and written too."""
     from multifid.apply.relax import Settings

@@ -1,0 +1,109 @@
+"""Commands on files and stores."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multifid.cli.arguments import Stores, number, pair
+from multifid.cli.program import command
+from multifid.readers.formats import FORMATS
+
+PANEL = "Data"
+
+
+@command(PANEL)
+def prepare(
+    format: Annotated[str, typer.Argument(help=f"{' '.join(FORMATS)} (multifid formats FORMAT: its options)")],
+    out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[INPUT...]", help="published files, directories or 'patterns'")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="name of the task; default: the format's")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most so many structures of each file")] = None,
+    train: Annotated[list[Path] | None, typer.Option(help="an input that is all training split")] = None,
+    validation: Annotated[list[Path] | None, typer.Option(help="an input that is all validation split")] = None,
+    test: Annotated[list[Path] | None, typer.Option(help="an input that is all test split")] = None,
+    fractions: Annotated[str, typer.Option(help="train,validation,test; 0,0,1 makes only a test set")] = "0.8,0.1,0.1",
+    seed: Annotated[int, typer.Option(help="of the split")] = 0,
+    level_of_theory: Annotated[str | None, typer.Option(help="for the manifest, where it is not the format's")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="key=value of the format, as energy=corrected")] = None,
+    workers: Annotated[int, typer.Option(help="processes that read, on each rank; the store is the same for all")] = 1,
+    trust_units: Annotated[
+        bool, typer.Option("--trust-units", help="make the store though its units look wrong")
+    ] = False,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="set structures aside that repeat an earlier one")
+    ] = False,
+    drop_duplicates_of: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="STORE", help="set aside what is trained on here and tested on in STORE, or vice versa"),
+    ] = None,
+) -> None:
+    """Turn published files into a store; the same command resumes one that was killed."""
+    from multifid.workflows.prepare import prepare as run
+
+    shares = [number(x, "--fractions") for x in fractions.split(",")]
+    if len(shares) != 3:
+        raise ValueError(f"--fractions {fractions!r} must be three numbers: train,validation,test")
+    run(
+        format,
+        inputs or [],
+        out,
+        task=task,
+        limit=limit,
+        train=train or (),
+        validation=validation or (),
+        test=test or (),
+        fractions=(shares[0], shares[1], shares[2]),
+        seed=seed,
+        options=dict(pair(x) for x in option or []),
+        level_of_theory=level_of_theory,
+        workers=workers,
+        trust_units=trust_units,
+        drop_duplicates=drop_duplicates,
+        drop_duplicates_of=drop_duplicates_of or (),
+    )
+
+
+@command(PANEL)
+def formats(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[FORMAT...]", help=" ".join(FORMATS))] = None,
+) -> None:
+    """What prepare reads: all formats, or the options of some."""
+    from multifid.workflows.formats import formats as run
+
+    run(names or [])
+
+
+@command(PANEL)
+def stats(
+    stores: Stores,
+    figure: Annotated[Path | None, typer.Option(help="periodic-table heat map of element frequencies, as PNG")] = None,
+) -> None:
+    """What stores hold: counts, label coverage, ranges, fit of the reference energies."""
+    from multifid.workflows.stats import stats as run
+
+    run(stores, figure)
+
+
+@command(PANEL)
+def check(stores: Stores) -> None:
+    """What is doubtful in the data: units, outliers, duplicates, leakage. Exit code 1 where units are doubtful."""
+    from multifid.workflows.check import check as run
+
+    if not run(stores):
+        raise typer.Exit(1)
+
+
+@command(PANEL)
+def sample(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="directory for the files")],
+    structures: Annotated[int, typer.Option(help="structures of each source")] = 300,
+    seed: Annotated[int, typer.Option(help="of everything that is random")] = 0,
+    workers: Annotated[int | None, typer.Option(help="processes; default: one for each core")] = None,
+) -> None:
+    """Five small sources in the five published file formats, made on the spot with real quantum chemistry."""
+    from multifid.workflows.sample import sample as run
+
+    run(out, seed=seed, structures=structures, workers=workers)

@@ -1,0 +1,118 @@
+"""Commands that use trained models."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multifid.cli.arguments import Device, ModelPath, SkipRefused, StructureFiles, Task, is_data, pair
+from multifid.cli.program import command
+
+PANEL = "Models"
+
+
+@command(PANEL)
+def evaluate(
+    runs: Annotated[list[str], typer.Argument(metavar="MODEL...", help="trained runs, or model files (NAME.mfid)")],
+    data: Annotated[
+        list[str], typer.Option("--data", metavar="[TASK=][FORMAT:]PATH...", help="stores, or files of any format")
+    ],
+    split: Annotated[str, typer.Option(help="test | validation | train | all")] = "test",
+    branch: Annotated[str | None, typer.Option(help="the branch that answers")] = None,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="let structures with elements that the model has not seen into the means")
+    ] = False,
+    device: Device = None,
+    max_edges: Annotated[
+        int | None, typer.Option(min=1, help="edges of a batch; default: what the memory allows")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="threads that prepare batches ahead, on each rank")] = 1,
+    option: Annotated[list[str] | None, typer.Option(help="key=value of a file's format, as in prepare")] = None,
+    trust_units: Annotated[bool, typer.Option("--trust-units", help="though units of a file look wrong")] = False,
+    cache: Annotated[Path | None, typer.Option(help="where files become stores; default: ~/.cache/multifid")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="all rows in a file")] = None,
+) -> None:
+    """Energy, force and stress errors of models on stores and files, as a table and in RUN/evaluation.json."""
+    from multifid.workflows.evaluate import evaluate as run
+
+    more = [text for text in runs if is_data(text)]  # `--data A B`: an option takes one value, B arrives with the runs
+    models = [Path(text) for text in runs if text not in more]
+    run(
+        models,
+        [*data, *more],
+        split,
+        branch,
+        unseen=unseen,
+        device=device,
+        max_edges=max_edges,
+        workers=workers,
+        options=dict(pair(x) for x in option or []),
+        trust_units=trust_units,
+        cache=cache,
+        out=out,
+    )
+
+
+@command(PANEL)
+def predict(
+    model: ModelPath,
+    files: StructureFiles,
+    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="extended XYZ with energy, forces, stress")],
+    task: Task = None,
+    device: Device = None,
+    precision: Annotated[str, typer.Option(help="fp32 or fp64")] = "fp32",
+    max_edges: Annotated[int | None, typer.Option(min=1, help="edges of a batch; default: 50,000")] = None,
+    skip_refused: SkipRefused = False,
+) -> None:
+    """Energies, forces and stresses of the structures in files, as ASE reads them back."""
+    from multifid.apply.predict import predict as run
+
+    run(
+        model,
+        files,
+        out,
+        task,
+        device=device,
+        precision=precision,
+        max_edges=max_edges,
+        skip=skip_refused,
+    )
+
+
+@command(PANEL)
+def relax(
+    model: ModelPath,
+    files: StructureFiles,
+    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="extended XYZ with the relaxed structures")],
+    task: Task = None,
+    fmax: Annotated[float, typer.Option(help="the longest force that may be left, eV/angstrom")] = 0.05,
+    steps: Annotated[int, typer.Option(min=0, help="at most, of each structure")] = 500,
+    cell: Annotated[bool, typer.Option("--cell", help="relax the cells of crystals too")] = False,
+    optimizer: Annotated[str, typer.Option(help="fire, lbfgs or bfgs")] = "fire",
+    trajectory: Annotated[
+        Path | None, typer.Option(metavar="DIRECTORY", help="for one ASE trajectory of each structure")
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float64",
+    skip_refused: SkipRefused = False,
+) -> None:
+    """Relax the structures in files. Exit code 1 where some have not converged; they are named, and written too."""
+    from multifid.apply.relax import Settings
+    from multifid.apply.relax import relax as run
+
+    settings = Settings(fmax, steps, cell, optimizer, trajectory)
+    if not run(model, files, out, task, settings, device=device, dtype=dtype, skip=skip_refused):
+        raise typer.Exit(1)
+
+
+@command(PANEL)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a trained run")],
+    out: Annotated[Path, typer.Option("--out", metavar="NAME.mfid", help="the model file")],
+    tasks: Annotated[str | None, typer.Option(help="only these tasks and their branches: A,B")] = None,
+    weights: Annotated[str, typer.Option(help="best (by validation) or last")] = "best",
+) -> None:
+    """One file that is the model, with a model card beside it; nothing in it is executed when it is loaded."""
+    from multifid.workflows.export import export as run_export
+
+    run_export(run, out, None if tasks is None else tasks.split(","), weights)

@@ -1,0 +1,140 @@
+"""Commands on configs and runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multifid.cli.arguments import Stores, count
+from multifid.cli.program import command
+
+PANEL = "Runs"
+
+
+@command(PANEL)
+def init(
+    stores: Stores,
+    out: Annotated[Path, typer.Option("--out", metavar="CONFIG.yaml", help="the new config")] = Path("config.yaml"),
+    run: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN", help="directory that the run will write into; default: runs/ and the name of the config"
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="length of the run by the clock")] = 20.0,
+) -> None:
+    """Write a first config for stores, with comments, ready to train. (Not the config key `init`.)"""
+    from multifid.workflows.first_config import first_config
+
+    first_config(stores, out, run, minutes)
+
+
+@command(PANEL)
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run to resume")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.lr=0.001")] = None,
+) -> None:
+    """Train a model; the same command resumes a run that was stopped."""
+    from multifid.config import load_config
+    from multifid.parallel.groups import STOPPED
+    from multifid.workflows.train import train as run
+
+    if not run(load_config(config, overrides), signals=True).complete:
+        raise typer.Exit(STOPPED)
+
+
+@command(PANEL)
+def study(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a training config, with a `study` section")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="as study.seeds=[0,1]")
+    ] = None,
+) -> None:
+    """The paper's comparison: one model per dataset, one baseline on all, the two-level model; tables and figures."""
+    from multifid.config import load_config
+    from multifid.workflows.study import study as run
+
+    run(load_config(config, overrides))
+
+
+@command(PANEL)
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.batch=64")] = None,
+    ranks: Annotated[int, typer.Option(help="how many ranks there will be")] = 1,
+    machine: Annotated[
+        str | None, typer.Option(help="perlmutter, frontier, aurora, or a YAML file; default: this machine, measured")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON in place of tables")] = False,
+) -> None:
+    """Placement, memory of a rank, largest batch and time of a step, before anything is run."""
+    from multifid.config import load_config
+    from multifid.forecast.plan import plan as run
+
+    run(load_config(config, overrides), ranks, machine, json)
+
+
+@command(PANEL)
+def scaling(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.workers=0")] = None,
+    out: Annotated[Path, typer.Option(help="directory for figure, JSON and the description of this machine")] = Path(
+        "scaling"
+    ),
+    ranks: Annotated[
+        str, typer.Option(help="launch and measure so many here: 1,2,4; none: take what OUT holds")
+    ] = "1,2",
+    local_batch: Annotated[float | None, typer.Option(min=1, help="structures of a rank, weak scaling")] = None,
+    global_batch: Annotated[float | None, typer.Option(min=1, help="structures of a step, strong scaling")] = None,
+    forecast_batch: Annotated[float | None, typer.Option(min=1, help="structures of a rank in forecasts")] = None,
+    epoch_steps: Annotated[int, typer.Option(min=1, help="steps of an epoch; there are three of every point")] = 10,
+    here: Annotated[
+        bool, typer.Option("--here", help="only measure, on the ranks of this launch (srun, torchrun)")
+    ] = False,
+    epoch: Annotated[
+        int | None, typer.Option(min=0, help="with --here: only this epoch, beside those that OUT holds")
+    ] = None,
+) -> None:
+    """Weak and strong scaling: measured on the ranks at hand, forecast for Perlmutter, Frontier and Aurora."""
+    from multifid.config import load_config
+    from multifid.forecast.scaling import EPOCHS, launch, report, scaling_here
+
+    if epoch is not None and not here:
+        raise ValueError(f"--epoch {epoch} is for measuring by hand, with --here; without it all epochs are measured")
+    loaded = load_config(config, overrides)
+    numbers = [] if ranks == "none" else [count(text, "--ranks") for text in ranks.split(",")]
+    local = local_batch or loaded.train.local_batch or (loaded.train.batch or 32)
+    whole = global_batch or local * max([*numbers, 1])
+    out.mkdir(parents=True, exist_ok=True)
+    if here:
+        scaling_here(loaded, out, local, whole, epoch_steps, epoch)
+        return
+    told = [f"--out={out}", f"--local-batch={local}", f"--global-batch={whole}", f"--epoch-steps={epoch_steps}"]
+    for turn in range(EPOCHS):  # the pace of a shared machine changes: all points meet the same
+        for number in numbers:
+            launch([str(config), *(overrides or []), *told, f"--epoch={turn}"], number)
+    report(loaded, out, local, forecast_batch=forecast_batch)
+
+
+@command(PANEL)
+def report(
+    path: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="a run's or a study's directory")],
+    out: Annotated[Path, typer.Option(help="the page that is written")] = Path("report.html"),
+    structures: Annotated[int, typer.Option(help="of each task's test split, for errors in detail")] = 1_000,
+) -> None:
+    """One page about a run or a study, for a browser, without a network: data, curves, errors, outliers, speed."""
+    from multifid.workflows.report import report as run
+
+    run(path, out, structures)
+
+
+@command(PANEL)
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the directory of a run")],
+    interval: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="show what there is and return")] = False,
+) -> None:
+    """A run in the terminal while it goes on: errors and their curves, speed, time left. Reads its metrics only."""
+    from multifid.workflows.watch import watch as run_watch
+
+    run_watch(run, interval, once)

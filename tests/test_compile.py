@@ -20,7 +20,7 @@ from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
 from multifid.training.build import build
 from multifid.training.step import Totals
-from test_model import KINDS
+from test_model import KINDS, every_kind
 from test_train import config_of, feed_of
 
 CUTOFF = 3.0
@@ -88,7 +88,7 @@ def test_sizes_are_few_and_waste_a_quarter_at_most():
 
 
 @pytest.mark.parametrize("forces", ["direct", "conservative"])
-@pytest.mark.parametrize("encoder", KINDS)
+@pytest.mark.parametrize("encoder", every_kind)
 def test_padding_changes_no_prediction_and_no_gradient(stores, encoder, forces):
     batch, potential = between_sizes(stores), potential_of(encoder, forces)
     padded = pad(batch, CUTOFF)

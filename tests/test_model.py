@@ -29,16 +29,33 @@ FORCES = ("direct", "conservative")
 KINDS = {name: {"name": name} for name in [*ENCODERS, "angular"]} | {
     "egnn with tensors": {"name": "egnn", "tensors": 3}
 }
-every_model = pytest.mark.parametrize(("encoder", "forces"), list(itertools.product(KINDS, FORCES)))
+# `make test` holds these to everything and the others to what is likeliest to break; the full product holds all to all.
+THOROUGH = ("egnn", "painn", "angular", "egnn with tensors")
+LIKELIEST = (
+    "rotation_reflection_translation-conservative",
+    "images_of_one_atom-conservative",
+    "continuity_at_the_cutoff-conservative",
+    "gradients_are_slopes-conservative",
+)
+every_kind = [pytest.param(kind, marks=[] if kind in THOROUGH else pytest.mark.full) for kind in KINDS]
+every_model = pytest.mark.parametrize(
+    ("encoder", "forces"),
+    [pytest.param(*m, marks=[] if m[0] in THOROUGH else pytest.mark.full) for m in itertools.product(KINDS, FORCES)],
+)
 
 
 def small(encoder):
     return {**KINDS[encoder], "layers": 2, "hidden": 12}
 
 
+def is_ordinary(kind, case):
+    if kind not in THOROUGH:
+        return str(case) in LIKELIEST
+    return not str(case).startswith("symbolic")  # tracing with symbols takes seconds
+
+
 CASES = [
-    # tracing with symbols takes seconds
-    pytest.param(case, id=f"{kind}-{case}", marks=pytest.mark.full if str(case).startswith("symbolic") else [])
+    pytest.param(case, id=f"{kind}-{case}", marks=[] if is_ordinary(kind, case) else pytest.mark.full)
     for kind in KINDS
     if kind != "angular"
     for case in cases(small(kind))

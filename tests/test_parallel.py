@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed import HashStore, TCPStore
 
 from multifid.config import parse_config
+from multifid.model.encoders import ENCODERS
 from multifid.parallel import heartbeat
 from multifid.parallel.gradients import Gradients, ModelPart
 from multifid.parallel.groups import Group
@@ -226,7 +227,14 @@ def test_stress_periodic_cells_and_tasks_of_one_store_on_ranks_equal_one_process
         assert_equal_to_one_process(one, many, tolerance=1e-10)
 
 
-@pytest.mark.parametrize(("encoder", "forces"), [("painn", "conservative"), ("angular", "direct")])
+ON_RANKS = [("painn", "conservative"), ("angular", "direct"), ("schnet", "conservative")]
+IN_FULL = itertools.product(sorted(set(ENCODERS) - {"egnn", "painn"}), ("direct", "conservative"))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "forces"),
+    ON_RANKS + [pytest.param(*case, marks=pytest.mark.full) for case in IN_FULL if case not in ON_RANKS],
+)
 def test_another_encoder_and_ranks_without_any_branch_equal_one_process(pool, five, encoder, forces):
     """A rank that holds the encoder only, the first one among them, still takes part in everything."""
 

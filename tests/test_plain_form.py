@@ -22,7 +22,7 @@ from multifid.model.suite.samples import (
     potential_with,
     system,
 )
-from test_model import FORCES, KINDS, small
+from test_model import FORCES, every_kind, small
 
 
 class PlainTensors(PlainEGNN):
@@ -126,7 +126,7 @@ def test_an_encoder_is_its_published_form(encoder, forces, tile, monkeypatch):
         assert gradient.any(), name
 
 
-@pytest.mark.parametrize("encoder", KINDS)
+@pytest.mark.parametrize("encoder", every_kind)
 def test_a_backward_pass_goes_through_the_tiles_of_its_forward_pass(encoder, monkeypatch):
     """Another number of threads, or another model that is counted in between, cuts tiles otherwise."""
     found, whole, batch = [], potential_with(small(encoder), "direct").train(), batch_of(*mixed())

@@ -111,6 +111,33 @@ def over_edges(
     return parts.total((parts.values(t, i, j, tensors) for t in pieces), pieces, i, atoms, in_place=not differentiable)
 
 
+def largest_over_edges(
+    function: EdgeFunction,
+    i: Tensor,
+    j: Tensor,
+    at_least: Tensor,
+    *,
+    width: int,
+    receivers: Sequence[Tensor] = (),
+    senders: Sequence[Tensor] = (),
+    edges: Sequence[Tensor] = (),
+    weights: Sequence[Tensor] = (),
+) -> Tensor:
+    """The largest value that a function of edges has at each receiver, or `at_least` (N, ...) where none is larger.
+
+    Without a derivative: for what a result does not depend on, such as the number that exponents are taken from. The
+    function gives one tensor (T, ...); everything else is as for `over_edges`, without the envelope.
+    """
+    with torch.no_grad():
+        parts = _Parts(function, len(receivers), len(senders), len(edges), (False,))
+        largest = at_least.clone()
+        for t in tiles(i.shape[0], width, i.device):
+            (x,) = parts.values(t, i, j, [*receivers, *senders, *edges, *weights])
+            of_values = i[t].view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
+            largest = largest.scatter_reduce(0, of_values, x.to(largest.dtype), "amax")
+        return largest
+
+
 class _Parts:
     """Which of a list of tensors are of receivers, senders, edges, and weights; and what becomes of the outputs."""
 

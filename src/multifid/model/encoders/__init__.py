@@ -16,11 +16,12 @@ from pydantic import Field
 from multifid.model.contract import Encoder, EncoderConfig
 from multifid.model.encoders.egnn import EGNN
 from multifid.model.encoders.painn import PaiNN
+from multifid.model.encoders.schnet import SchNet
 
 GROUP = "multifid.encoders"
 DEFAULT = "egnn"
 
-ENCODERS: dict[str, type[Encoder]] = {"egnn": EGNN, "painn": PaiNN}
+ENCODERS: dict[str, type[Encoder]] = {"egnn": EGNN, "painn": PaiNN, "schnet": SchNet}
 
 
 @lru_cache(maxsize=1)

@@ -160,3 +160,12 @@ def call(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
 def sum_over(values: Tensor, index: Tensor, size: int) -> Tensor:
     """out[k] = sum of values[e] where index[e] == k: (E, ...) -> (size, ...)."""
     return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix in their own type, under autocast too: for what half precision would spoil."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x @ matrix
+    with torch.autocast(kind, enabled=False):
+        return x @ matrix

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from multifid.model.contract import Encoder, EncoderConfig
+from multifid.model.encoders.dimenet import DimeNet
 from multifid.model.encoders.egnn import EGNN
 from multifid.model.encoders.painn import PaiNN
 from multifid.model.encoders.schnet import SchNet
@@ -21,7 +22,12 @@ from multifid.model.encoders.schnet import SchNet
 GROUP = "multifid.encoders"
 DEFAULT = "egnn"
 
-ENCODERS: dict[str, type[Encoder]] = {"egnn": EGNN, "painn": PaiNN, "schnet": SchNet}
+ENCODERS: dict[str, type[Encoder]] = {
+    "egnn": EGNN,
+    "painn": PaiNN,
+    "schnet": SchNet,
+    "dimenet": DimeNet,
+}
 
 
 @lru_cache(maxsize=1)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from angular import Angular
 
-from multifid.graphs.graph import graph_of
+from multifid.graphs.graph import Graph, graph_of
 from multifid.model.encoders import ENCODERS, announced, build_encoder
 from multifid.model.layers import draw_weights, sum_over
 from multifid.model.potential import ModelConfig, Potential
 from multifid.model.suite import cases, check_encoder
+from multifid.model.suite.domains import halves_of_a_system
 from multifid.model.suite.samples import (
     CUTOFF,
     TIGHT,
@@ -99,6 +100,12 @@ def test_the_contract_is_broken_by_planted_faults(check, monkeypatch):
     monkeypatch.setitem(announced()[0], "angular", Faulty)
     with pytest.raises(AssertionError):
         case()
+
+
+def test_an_encoder_that_goes_past_the_exchange_is_told(monkeypatch):
+    monkeypatch.setattr(Graph, "exchanged", lambda self, *of_atoms: of_atoms)
+    with pytest.raises(AssertionError, match="does not pass through the exchange"):
+        halves_of_a_system(small("egnn"), "direct")
 
 
 def test_all_checks_are_made_and_those_that_fail_are_named(monkeypatch):

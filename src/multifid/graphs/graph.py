@@ -6,8 +6,13 @@
 
 An encoder that never sees positions cannot depend on where a structure lies, and one that reads `vectors` has every
 periodic image right. Reverse edges and triplets are made where an encoder says that it needs them.
+
+A graph may be one domain of a larger system that lies on many ranks: its own atoms, and ghosts, which are copies of
+other domains' atoms (or of images of its own) that send and never receive. What a ghost has seen, its owner knows:
+`exchanged` fetches it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,10 +46,19 @@ class Graph:
     distances: Tensor  # (E,) angstrom
     reverse: Tensor | None = None  # (E,) int64
     triplets: Tensor | None = None  # (2, T) int64: edges (f, e)
+    # Of a domain: tensors (N, ...) of atoms -> the same ones with the rows of ghosts as their owners have them.
+    exchange: Callable[..., tuple[Tensor, ...]] | None = None
 
     @property
     def atoms(self) -> int:
         return self.numbers.shape[0]
+
+    def exchanged(self, *of_atoms: Tensor) -> tuple[Tensor, ...]:
+        """Tensors (N, ...) of atoms as they are where a system is whole; in a domain, ghosts' rows are their owners'.
+
+        The gradients of ghosts' rows go to their owners. All ranks must come here equally often, in one order.
+        """
+        return of_atoms if self.exchange is None else self.exchange(*of_atoms)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Without reverse edges and triplets, in the order of the fields."""

@@ -77,7 +77,8 @@ class Branch(nn.Module):
         if self.forces is None:
             return energy, None
         if self.reads_edges:
-            return energy, self.forces(features.scalars, graph)
+            assert graph is not None
+            return energy, self.forces(*graph.exchanged(features.scalars), graph)
         assert features.vectors is not None
         weights = self.forces(features.scalars)  # (N, C): scalars times vectors turn with the structure
         return energy, (weights[:, :, None] * features.vectors).sum(dim=1)

@@ -21,6 +21,11 @@ An encoder is a module with a config of its own. It gets a graph and gives featu
 * Weights live in the blocks of `model/layers.py`, which know how to draw them.
 * What is large stands in layers, in a `ModuleList`, which take and return tensors and are called once in a pass:
   between them a sharded encoder is cut.
+* A system may be cut into domains, one on each rank (`model/domain.py`). So what an atom has learnt of its neighbours
+  passes through `graph.exchanged` before a layer reads it of senders: before every layer but the first, which reads
+  what the numbers say. An encoder that this does not suffice for, as it attends to all atoms or keeps features of
+  edges, says in its config that it reads triplets or reverse edges, or raises `Indivisible` where there is an
+  `exchange`.
 
 Encoders of this package are the entries of `model/encoders/__init__.py`; those of other packages are found by the entry
 point group `multifid.encoders`. `multifid.model.suite` holds every encoder to this contract, those of other packages in
@@ -43,6 +48,10 @@ class EncoderConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
+
+
+class Indivisible(ValueError):
+    """An encoder that needs the whole of a system at once: it cannot run on domains of it."""
 
 
 @dataclass(slots=True)

@@ -91,7 +91,9 @@ class EGNN(Encoder):
         b, u = self.radial(d), envelope(d, self.cutoff)
         y = [harmonics(bounded(r))] if self.tensors else []
         of_layers = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if number:
+                h, v = graph.exchanged(h, v)
             h, v = call(layer, self.recompute, h, v, graph.receivers, graph.senders, r, b, u, *y)
             of_layers.append(h)
         return Features(self.norm(h), v, layers=tuple(of_layers[:-1]))

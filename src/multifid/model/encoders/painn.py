@@ -70,7 +70,9 @@ class PaiNN(Encoder):
         direction = r / d[:, None]
         basis, u = self.radial(d), envelope(d, self.cutoff)
         of_layers = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if number:
+                s, v = graph.exchanged(s, v)
             s, v = call(layer, self.recompute, s, v, graph.receivers, graph.senders, direction, basis, u)
             of_layers.append(s)
         return Features(self.norm(s), v.transpose(1, 2).contiguous(), layers=tuple(of_layers[:-1]))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from multifid.model.suite import derivatives, numerics, symmetry
+from multifid.model.suite import derivatives, domains, numerics, symmetry
 from multifid.model.suite.samples import EncoderKeys, Forces
 
 Check = Callable[[EncoderKeys, Forces], None]
@@ -31,6 +31,7 @@ CHECKS: tuple[Check, ...] = (
     symmetry.supercell,
     symmetry.images_of_one_atom,
     symmetry.continuity_at_the_cutoff,
+    domains.halves_of_a_system,
     derivatives.gradients_are_slopes,
     derivatives.one_atom_and_no_edge,
     derivatives.no_atoms,

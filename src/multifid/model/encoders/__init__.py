@@ -16,6 +16,7 @@ from pydantic import Field
 from multifid.model.contract import Encoder, EncoderConfig
 from multifid.model.encoders.dimenet import DimeNet
 from multifid.model.encoders.egnn import EGNN
+from multifid.model.encoders.gotennet import GotenNet
 from multifid.model.encoders.painn import PaiNN
 from multifid.model.encoders.schnet import SchNet
 
@@ -27,6 +28,7 @@ ENCODERS: dict[str, type[Encoder]] = {
     "painn": PaiNN,
     "schnet": SchNet,
     "dimenet": DimeNet,
+    "gotennet": GotenNet,
 }
 
 

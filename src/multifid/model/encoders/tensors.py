@@ -10,7 +10,7 @@ is done once per atom (Drautz 2019; Batatia et al. 2022, arXiv 2206.07697).
 import torch
 from torch import Tensor, nn
 
-A = 3.0**0.5
+A, B, C = 3.0**0.5, (5 / 8) ** 0.5, (3 / 8) ** 0.5
 
 
 def harmonics(r: Tensor) -> Tensor:
@@ -19,6 +19,40 @@ def harmonics(r: Tensor) -> Tensor:
     return torch.stack(
         [A * x * y, A * y * z, A * x * z, (A / 2) * (x * x - y * y), z * z - 0.5 * (x * x + y * y)], dim=-1
     )
+
+
+def cubic_harmonics(r: Tensor) -> Tensor:
+    """The cubic harmonics of each vector, whose squares sum to |r|^6: (..., 3) -> (..., 7)."""
+    x, y, z = r.unbind(-1)
+    x2, y2, z2 = x * x, y * y, z * z
+    of_z = 4.0 * z2 - x2 - y2
+    return torch.stack(
+        [
+            B * y * (3.0 * x2 - y2),
+            15.0**0.5 * x * y * z,
+            C * y * of_z,
+            0.5 * z * (2.0 * z2 - 3.0 * (x2 + y2)),
+            C * x * of_z,
+            15.0**0.5 / 2 * z * (x2 - y2),
+            B * x * (x2 - 3.0 * y2),
+        ],
+        dim=-1,
+    )
+
+
+def harmonics_to(degree: int, r: Tensor) -> Tensor:
+    """Those of degree 1 (the vector itself) to at most 3, one after the other: (..., 3) -> (..., 3, 8 or 15)."""
+    kinds = (lambda r: r, harmonics, cubic_harmonics)
+    return torch.cat([kind(r) for kind in kinds[:degree]], dim=-1)
+
+
+def by_degree(x: Tensor, dim: int) -> list[Tensor]:
+    """The parts of a tensor that along one dimension has the components of degree 1, 2, ... one after the other."""
+    parts, start, size = [], 0, 3
+    while start < x.shape[dim]:
+        parts.append(x.narrow(dim, start, size))
+        start, size = start + size, size + 2
+    return parts
 
 
 def along(v: Tensor, r: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ Scalars h_i (H) and tensors X_i^l (H, 2 l + 1) on atoms, l = 1 to L, scalars t_i
 (W h_i + W h_j) * W b(|r_ij|). With y_ij^l the harmonics of the unit vector from i to j, u the cutoff envelope, b the
 radial basis, M a constant and phi SiLU, one layer is:
 
+    t_ij  += phi(W t_ij) * W [<Q_i^l, K_j^l>, <Q_i^l, y_ij^l>, <K_j^l, y_ij^l>]     refinement, sec. 3.4
     a_ij   = q_i . (k_j * phi(W t_ij)) / sqrt(H / heads) per head, kept within -5 and 5
     alpha  = u_ij exp(a_ij) / (1 + sum_k u_ik exp(a_ik))                            geometry-aware attention, sec. 3.3
     [o^s, o^d, o^t]_ij = gamma(h_j) * (alpha_ij + u_ij W t_ij / sqrt(M))            o^d, o^t for every degree
     h_i   += sum_j o^s_ij,     X_i^l += sum_j (o^d_ij y_ij^l + o^t_ij X_j^l)
     [a, b, c] = MLP(h_i, log(1 + |V X_i^l|^2))                                      equivariant feed-forward, sec. 3.5
     h_i   += a + b * sum_l <U X_i^l, V X_i^l> / sqrt(1 + |V X_i|^2),     X_i^l += c^l * U X_i^l
-    t_ij  += phi(W t_ij) * W [<Q_i^l, K_j^l>, <Q_i^l, y_ij^l>, <K_j^l, y_ij^l>]     refinement, sec. 3.4
 
 Edges see the angles to all neighbours of both atoms without triplets, from sums that are taken once per atom.
 
@@ -18,7 +18,8 @@ What differs from the paper: its softmax jumps when a neighbour crosses the cuto
 and the atom itself takes part with weight one, so nothing is divided by zero; a_ij is bounded, so that no largest term
 needs to be found; the values gamma(h_j) serve attention and filter alike; edges may be narrower than atoms; inner
 products with the edge's own harmonics (the paper's rejections) and of U X and V X (PaiNN's) are added; Q and K are
-divided by sqrt(1 + |Q|^2). The last layer does not refine edges.
+divided by sqrt(1 + |Q|^2), and X_j, U X, V X by the root of 1 + the mean square of the channels, so that tensors do not
+grow from layer to layer. Edges are refined at the beginning of every layer but the first.
 """
 
 from typing import Literal
@@ -77,8 +78,7 @@ class GotenNet(Encoder):
         self.receiver = Linear(hidden, config.edges)
         self.sender = Linear(hidden, config.edges, bias=False)
         self.filter = Linear(config.radial, config.edges, gain=0.3)  # the basis has values near 3 at bond lengths
-        last = config.layers - 1
-        self.layers = nn.ModuleList(GotenLayer(config, k == 0, k == last) for k in range(config.layers))
+        self.layers = nn.ModuleList(GotenLayer(config, first=k == 0) for k in range(config.layers))
         self.norm = LayerNorm(hidden)
 
     def forward(self, graph: Graph) -> Features:
@@ -101,7 +101,9 @@ class GotenNet(Encoder):
         )
         x = h.new_zeros((h.shape[0], y.shape[1], h.shape[1]))
         of_layers = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if number:
+                h, x = graph.exchanged(h, x)
             h, x, t = call(layer, self.recompute, h, x, t, i, j, y, u)  # type: ignore[misc]
             of_layers.append(h)
         vectors, *higher = (part.transpose(1, 2).contiguous() for part in by_degree(x, 1))
@@ -149,19 +151,19 @@ def refined(q: Tensor, k: Tensor, u: Tensor, t: Tensor, y: Tensor, *maps: Tensor
 class GotenLayer(nn.Module):
     """One layer; the equations stand at the head of this file. The `first` one sees tensors that are zero."""
 
-    def __init__(self, config: GotenNet.Config, first: bool, last: bool):
+    def __init__(self, config: GotenNet.Config, first: bool):
         super().__init__()
         hidden, edges, degrees = config.hidden, config.edges, config.degrees
-        self.heads, self.first, self.last = config.heads, first, last
+        self.heads, self.first = config.heads, first
         parts = 1 + (1 if first else 2) * degrees
         self.norm, self.node_norm = LayerNorm(hidden), LayerNorm(hidden)
         self.query, self.key = Linear(hidden, hidden), Linear(hidden, hidden)
         self.of_edge = Linear(edges, hidden)
         self.values = MLP([hidden, hidden, parts * hidden])
-        self.filter = Linear(edges, parts * hidden)
+        self.filter = Linear(edges, parts * hidden, gain=0.5)
         self.mix = Linear(hidden, 2 * hidden, bias=False)  # U and V: over channels, so that tensors stay tensors
         self.update = MLP([(1 + degrees) * hidden, hidden, (2 + degrees) * hidden])
-        if not last:
+        if not first:
             self.pair = Linear(hidden, 2 * edges, bias=False)  # Q and K
             self.gate = Linear(edges, edges)
             self.refine = Linear(3 * degrees * edges, edges, gain=SILU_GAIN)
@@ -171,6 +173,8 @@ class GotenLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """h (N, H), x (N, K, H), t (E, C), receivers i and senders j (E,), harmonics y (E, K), envelope u (E, 1)."""
         n, (atoms, hidden) = self.norm(h), h.shape
+        if not self.first:
+            t = self.of_edges(x, t, i, j, y, u)
         w, total = over_edges(
             attention,
             i,
@@ -193,16 +197,15 @@ class GotenLayer(nn.Module):
             u,
             width=(1 + y.shape[1]) * hidden,
             receivers=[1.0 / (1.0 + total)],
-            senders=[values] if self.first else [values, x],
+            senders=[values] if self.first else [values, _normed(x)],
             edges=[w, t, y],
             weights=[self.filter.weight, self.filter.bias],
         )
-        h, x = self.of_atoms(h + told[:, 0], x + told[:, 1:])
-        return h, x, t if self.last else self.of_edges(x, t, i, j, y, u)
+        return *self.of_atoms(h + told[:, 0], x + told[:, 1:]), t
 
     def of_atoms(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The equivariant feed-forward: h (N, H), x (N, K, H)."""
-        ux, vx = self.mix(x).to(x.dtype).chunk(2, dim=2)
+        ux, vx = self.mix(_normed(x)).to(x.dtype).chunk(2, dim=2)
         squares = [part.square().sum(dim=1) for part in by_degree(vx, 1)]
         products = [part.sum(dim=1) for part in by_degree(ux * vx, 1)]
         known = torch.cat([self.node_norm(h), *(torch.log1p(s) for s in squares)], dim=1)
@@ -233,3 +236,9 @@ class GotenLayer(nn.Module):
 def _bounded(x: Tensor) -> Tensor:
     """x / sqrt(1 + |x|^2) for every channel and degree: (N, K, C)."""
     return torch.cat([p * torch.rsqrt(p.square().sum(dim=1, keepdim=True) + 1.0) for p in by_degree(x, 1)], dim=1)
+
+
+def _normed(x: Tensor) -> Tensor:
+    """x / sqrt(1 + the mean of |x|^2 over channels) for every degree: (N, K, H)."""
+    squares = [p.square().sum(dim=1, keepdim=True).mean(dim=2, keepdim=True) for p in by_degree(x, 1)]
+    return torch.cat([p * torch.rsqrt(s + 1.0) for p, s in zip(by_degree(x, 1), squares, strict=True)], dim=1)

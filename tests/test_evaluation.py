@@ -1,6 +1,7 @@
 """Models are asked in any number of processes and batches with one answer; what a mean covers is said and kept."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import data_of, write_molecules
 from multifid.config import parse_config
 from multifid.evaluation import evaluate as asking
+from multifid.evaluation.baselines import no_better, with_references
 from multifid.evaluation.evaluate import Share, evaluate_run
 from multifid.evaluation.failures import Failures
 from multifid.evaluation.rows import add_rows, read_rows
@@ -59,7 +61,9 @@ def conservative(stores, crystals, tmp_path_factory) -> Path:
 def same(rows: list[dict], others: list[dict], digits: float = 1e-5) -> None:
     assert len(rows) == len(others)
     for row, other in zip(rows, others, strict=True):
-        assert {k: row[k] for k in row if k not in NUMBERS} == {k: other[k] for k in other if k not in NUMBERS}
+        assert {k: row[k] for k in row if k.removeprefix("zero_") not in NUMBERS} == {
+            k: other[k] for k in other if k.removeprefix("zero_") not in NUMBERS
+        }
         for name in NUMBERS:
             assert row[name] == (None if other[name] is None else pytest.approx(other[name], rel=digits)), name
 
@@ -170,10 +174,30 @@ def test_structures_with_unseen_elements_are_left_out_of_the_means_and_counted(c
     assert row["structures"] == len(carbon) and row["counted_structures"] == (~carbon).sum()
     assert row["energy_mae"] == pytest.approx(np.abs(energies[~carbon]).mean(), rel=1e-9)
     assert row["forces_mae"] == pytest.approx(forces[~carbon].sum() / (3 * packed.natoms[~carbon].sum()), rel=1e-9)
+    labels = [y for k, (_, y) in enumerate(collected) if not carbon[k]]  # what predicting nothing misses
+    nothing = np.array([abs(float(y.energy[0])) for y in labels]) / packed.natoms[~carbon]
+    total = sum(float(y.forces.abs().sum()) for y in labels)
+    assert row["zero_energy_mae"] == pytest.approx(nothing.mean(), rel=1e-9)
+    assert row["zero_forces_mae"] == pytest.approx(total / (3 * packed.natoms[~carbon].sum()), rel=1e-6)
     (all_of_them,) = evaluate_run(run, [data], "all", unseen=True)
     assert all_of_them["energy_mae"] == pytest.approx(np.abs(energies).mean(), rel=1e-5)
     assert (row["unseen"], all_of_them["unseen"]) == ("excluded", "included")
     assert "† Without structures" in markdown([row]) and "† With structures" in markdown([all_of_them])
+
+
+def test_a_model_that_is_no_better_than_nothing_is_named_beside_it():
+    row = {"model": "m", "data": "d", "split": "test", "structures": 2, "atoms": 4, "counted_structures": 2}
+    row |= {"unseen": "excluded", "unseen_structures": 0, "source": "d", "branch": "d", "references": "model"}
+    row |= {"energy_mae": 0.1, "forces_mae": 0.3, "zero_energy_mae": 0.2, "zero_forces_mae": 0.25}
+    (warned,) = no_better([row])
+    assert (
+        "m is no better than nothing on d: forces 300, zero forces alone 250 meV/" in warned and "energy" not in warned
+    )
+    assert no_better([row | {"forces_mae": 0.2}]) == [] and len(no_better([row | {"forces_mae": math.nan}])) == 1
+    nothing, *_ = with_references([row, row | {"model": "n"}])
+    assert (nothing["model"], nothing["energy_mae"], nothing["forces_mae"]) == ("References", 0.2, 0.25)
+    other = row | {"model": "n", "counted_structures": 1, "unseen_structures": 1}  # its labels are others
+    assert with_references([row, other]) == [row, other]
 
 
 def test_where_every_structure_is_unseen_there_is_no_mean_but_a_mark(conservative, stores, tmp_path):

@@ -135,13 +135,14 @@ def evaluate(
     compared. Another answers with its only branch (or the one named), and its aligned energies are compared with the
     store's aligned labels: its zero of energy says nothing about another source. Structures with elements that the
     branch has never seen are predicted and counted; `unseen`: they enter the means too. The row says whether they do.
-    Structures whose prediction is not finite are counted and named, and enter no mean.
+    Structures whose prediction is not finite are counted and named, and enter no mean. `zero_energy_mae` and so on are
+    the errors of reference energies and zero forces on the labels that the means are over.
     Called on all processes of a `share`, with the same on each; all get the same row.
     """
     answers, references, whose = _who_answers(model.description, data, branch, name)
     source = Source(data.store, {answers: data.label_set}, {answers: references})
     known, device = _elements(model.description, answers), model.device
-    errors, failures = Errors(device), Failures(device)
+    errors, zeros, failures = Errors(device), Errors(device), Failures(device)
     for index, whole in _batches(source, split, model.cutoff, edge_budget(model, share), share):
         for part, batch, p in _predictions(model, source, index, whole):
             strange = _unseen(batch, known).to(device)
@@ -150,11 +151,15 @@ def evaluate(
             left_out = torch.zeros_like(bad) if unseen else strange
             failures.add(bad, left_out, part)
             targets = _without(targets, bad | left_out, structure)
-            errors.add(p.energy, p.forces, p.stress, targets, batch.natoms.to(device), strange)
+            natoms = batch.natoms.to(device)
+            errors.add(p.energy, p.forces, p.stress, targets, natoms, strange)
+            stress = None if p.stress is None else torch.zeros_like(p.stress)
+            zeros.add(torch.zeros_like(p.energy), torch.zeros_like(p.forces), stress, targets, natoms)
             if collect is not None:
                 collect(_at(p, CPU), batch, answers)
         share.advance(len(index) * share.size)
     row = Errors.from_tensor(share.sum_(errors.as_tensor().cpu())).row(name, data.name, split)
+    row |= {f"zero_{key}": e for key, e in Errors.from_tensor(share.sum_(zeros.as_tensor().cpu())).values().items()}
     nonfinite, lost = failures.row(data.store, share.rank, share.size, share.sum_)
     counted = row["structures"] - lost - (0 if unseen else row["unseen_structures"])
     return row | nonfinite | _about(counted, unseen, data, model.description["tasks"][answers]["branch"], whose)

@@ -165,7 +165,7 @@ class _Branch:
         of_graph = [] if graph is None else list(graph.tensors())
 
         def call(*tensors: Tensor) -> Sequence[Tensor]:
-            edges = None if graph is None else Graph(*tensors[: len(of_graph)])
+            edges = None if graph is None else Graph(*tensors[: len(of_graph)])  # type: ignore[arg-type]
             return self.forward(features.with_tensors(tensors[len(of_graph) :]), edges)
 
         energy, forces = self.lists("branch", self.branch, [*of_graph, *features.tensors()], call)

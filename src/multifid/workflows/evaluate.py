@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from multifid.evaluation.baselines import no_better, with_references
 from multifid.evaluation.evaluate import Data, Share, evaluate_model, evaluate_run, size_of
 from multifid.evaluation.matrix import Row, quantities
 from multifid.evaluation.rows import write_rows
@@ -71,7 +72,8 @@ def evaluate(
     Returns:
         A dict for each model and dataset: model, data, split, structures, counted_structures, unseen_structures,
             nonfinite_structures, atoms, energy_mae and energy_rmse (eV/atom), forces_mae and forces_rmse (eV/angstrom,
-            by component), stress_mae and stress_rmse (eV/angstrom^3), branch, references, ... None without a label.
+            by component), stress_mae and stress_rmse (eV/angstrom^3), zero_energy_mae and so on (those of reference
+            energies and zero forces on the same labels), branch, references, ... None without a label.
 
     Raises:
         ValueError: for what cannot be evaluated, with the reason. (OSError where files cannot be read or written.)
@@ -104,9 +106,10 @@ def evaluate(
         if world.first:
             if out is not None:
                 write_rows(Path(out), rows)
+            shown = with_references(rows)
             for quantity in quantities(rows):
-                console.print(rich_table(rows, quantity))
-            for note in notes(rows, asked):
+                console.print(rich_table(shown, quantity))
+            for note in [*no_better(rows), *notes(rows, asked)]:
                 console.print(note, highlight=False, markup=False)
     return rows
 

@@ -70,7 +70,8 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = [line.partition(ERROR)[2] for line in done.stderr.splitlines() if ERROR in line]
-        raise ValueError(f"measuring on {ranks} ranks failed: {said[0] if said else done.stderr[-2000:]}")
+        before = done.stderr.partition("torch/distributed/elastic")[0]  # the launcher's own account is long
+        raise ValueError(f"measuring on {ranks} ranks failed: {said[0] if said else before[-2000:]}")
 
 
 def report(

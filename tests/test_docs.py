@@ -76,12 +76,12 @@ def page() -> str:
 
 def commands() -> str:
     """Every command as `--help` has it."""
-    known = typer.main.get_command(app).commands
+    known = _commands(typer.main.get_command(app))
     lines = [
         "# Commands\n",
         "`multifid COMMAND --help` prints the same. RUN is the directory of a run, STORE that of a prepared dataset.\n",
         "| command | what it does |\n|---|---|",
-        *(f"| [`{name}`](#{name}) | {_first_line(command)} |" for name, command in known.items()),
+        *(f"| [`{name}`](#{name.replace(' ', '-')}) | {_first_line(command)} |" for name, command in known.items()),
     ]
     for name, command in known.items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
@@ -91,6 +91,15 @@ def commands() -> str:
         lines += [f"| `{_usage(p)}` |  | {_cell(p.help)} |" for p in arguments]
         lines += [f"| `{_usage(p)}` | {_default(p)} | {_cell(p.help)} |" for p in options]
     return "\n".join(lines) + "\n"
+
+
+def _commands(group: Any, prefix: str = "") -> dict[str, Any]:
+    """All commands by name, those of groups as `group command`."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        inner = hasattr(command, "commands")
+        found |= _commands(command, f"{name} ") if inner else {f"{prefix}{name}": command}
+    return found
 
 
 def _first_line(command: Any) -> str:

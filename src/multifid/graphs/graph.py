@@ -13,7 +13,7 @@ other domains' atoms (or of images of its own) that send and never receive. What
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Graph:
     reverse: Tensor | None = None  # (E,) int64
     triplets: Tensor | None = None  # (2, T) int64: edges (f, e)
     # Of a domain: tensors (N, ...) of atoms -> the same ones with the rows of ghosts as their owners have them.
-    exchange: Callable[..., tuple[Tensor, ...]] | None = None
+    exchange: Callable[..., tuple[Tensor, ...]] | None = field(default=None, kw_only=True)
 
     @property
     def atoms(self) -> int:

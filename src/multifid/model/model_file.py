@@ -46,10 +46,14 @@ def export_model(
     if out.exists():
         raise FileExistsError(f"{out} exists already: remove it or choose another name")
     potential, description = load_potential(run, WEIGHTS[weights])
-    description = with_tasks(description, tasks)
+    return write_model_file(potential, {**with_tasks(description, tasks), "weights": weights}, out, card)
+
+
+def write_model_file(potential: Potential, description: Description, out: Path, card: str | None = None) -> Description:
+    """Write those branches of a potential that a description names, as one file; returns it with its checksum."""
     kept = ("encoder.", *(f"branches.{branch}." for branch in description["branches"]))
     tensors = {n: t.contiguous() for n, t in potential.state_dict().items() if n.startswith(kept)}
-    description = {**description, "weights": weights, "checksum": checksum(tensors)}
+    description = {**description, "checksum": checksum(tensors)}
     header = {"format": FORMAT, "description": json.dumps(description, allow_nan=False)}
     part = out.with_name(f".{out.name}.part")
     save_file(tensors, part, metadata=header | ({} if card is None else {"card": card}))

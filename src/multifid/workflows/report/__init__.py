@@ -27,7 +27,7 @@ STRUCTURES = 1_000  # of each task's test split, unless told
 
 
 @dataclass
-class Content:
+class PageContent:
     """What the page is made of."""
 
     title: str
@@ -64,7 +64,7 @@ def report(path: Path, out: Path, structures: int = STRUCTURES, console: Console
     return out
 
 
-def gather(path: Path, structures: int) -> Content:
+def gather(path: Path, structures: int) -> PageContent:
     """All numbers of the page."""
     run, study = _run_of(path)
     config, description = load_config(run / "config.yaml"), load_description(run)
@@ -85,12 +85,12 @@ def gather(path: Path, structures: int) -> Content:
         else:
             errors[task] = found
     warnings += _warnings(journal, description, errors)
-    return Content(
+    return PageContent(
         str(path), run, config, description, journal, read_rows(path), errors, stores, warnings, study
     )  # fmt: skip
 
 
-def reproduce(content: Content) -> tuple[str, str]:
+def reproduce(content: PageContent) -> tuple[str, str]:
     """(command, config): what trains this run or study again, in words for a shell, and the file that it takes."""
     if content.study:
         path = Path(content.title) / "config.yaml"

@@ -8,12 +8,12 @@ import numpy as np
 from multifid.evaluation.matrix import Estimate, matrix, quantities
 from multifid.structures.elements import SYMBOLS
 from multifid.structures.structure import SPLITS
-from multifid.workflows.report import Content, reproduce, version
+from multifid.workflows.report import PageContent, reproduce, version
 
 OUTLIERS = 4  # structures of each task that are shown
 
 
-def render(content: Content) -> str:
+def render(content: PageContent) -> str:
     """The whole page. ValueError names the extra where plotly is missing."""
     try:
         from jinja2 import Environment, StrictUndefined
@@ -27,7 +27,7 @@ def render(content: Content) -> str:
     return template.render(**_parts(content), plotly=get_plotlyjs())
 
 
-def _parts(content: Content) -> dict[str, Any]:
+def _parts(content: PageContent) -> dict[str, Any]:
     """What the template shows: texts, tables and figures as JSON."""
     from multifid.workflows.report import charts
 
@@ -95,7 +95,7 @@ class Charted:
         return len(self.figures) - 1
 
 
-def _facts(content: Content) -> list[tuple[str, str]]:
+def _facts(content: PageContent) -> list[tuple[str, str]]:
     about, trained = content.description["architecture"], content.description["trained"]
     encoder = ", ".join(f"{k} {v}" for k, v in about["encoder"].items() if k != "name")
     best = trained["best"]
@@ -108,7 +108,7 @@ def _facts(content: Content) -> list[tuple[str, str]]:
     ]
 
 
-def _data_table(content: Content) -> list[dict[str, Any]]:
+def _data_table(content: PageContent) -> list[dict[str, Any]]:
     rows = []
     for task, about in content.description["tasks"].items():
         store = content.stores.get(task)
@@ -126,7 +126,7 @@ def _data_table(content: Content) -> list[dict[str, Any]]:
     return rows
 
 
-def _test_table(content: Content) -> list[dict[str, str]]:
+def _test_table(content: PageContent) -> list[dict[str, str]]:
     """Errors on the sample of each task's own test split."""
     return [
         {
@@ -140,7 +140,7 @@ def _test_table(content: Content) -> list[dict[str, str]]:
     ]
 
 
-def _matrices(content: Content) -> list[dict[str, Any]]:
+def _matrices(content: PageContent) -> list[dict[str, Any]]:
     """The tables models x datasets of a study, on the test split."""
     rows = [row for row in content.rows if row["split"] == "test"]
     if not content.study or not rows:
@@ -160,7 +160,7 @@ def _estimate(found: Estimate | None) -> str:
     return _milli(found.mean) + ("" if found.spread is None else f" ± {_milli(found.spread)}")
 
 
-def _placement(content: Content) -> list[tuple[str, str]]:
+def _placement(content: PageContent) -> list[tuple[str, str]]:
     rows = [row for row in content.journal if row["split"] == "validation"]
     last = rows[-1] if rows else {}
     parallel = content.config.parallel

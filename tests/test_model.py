@@ -52,7 +52,7 @@ def small(encoder):
 def is_ordinary(kind, case):
     if kind not in THOROUGH:
         return str(case) in LIKELIEST
-    return not str(case).startswith("symbolic")  # tracing with symbols takes seconds
+    return not str(case).startswith("exportable")  # tracing with symbols takes seconds
 
 
 CASES = [
@@ -82,7 +82,7 @@ FAULTS = {
     "continuity_at_the_cutoff": lambda s, graph: s + 1e-3 * neighbours(s, graph),
     "one_atom_and_no_edge": lambda s, graph: s / neighbours(s, graph),
     "bfloat16": lambda s, graph: s + 0 * sum_over(s.bfloat16(), 0 * graph.structure, s.shape[0]),
-    "symbolic_shapes": lambda s, graph: s + s.new_zeros(len(s), 1),
+    "exportable": lambda s, graph: s + s.new_zeros(len(s), 1),
     "charge_and_spin": lambda s, graph: s * (graph.charge == 0)[graph.structure][:, None],
     "degrees_of_features": lambda s, graph: s[:, 1:],
 }

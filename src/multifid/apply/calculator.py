@@ -8,6 +8,7 @@ Numbers are those of `Predictor.predict`. Nothing global is touched: no default 
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ase.calculators.calculator as ase
@@ -17,7 +18,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from multifid.apply.model import Models, opened
 from multifid.graphs.skin import SKIN, SkinList
-from multifid.model.predictor import NEAREST, Predictor, batch_with
+from multifid.model.predictor import Predictor
+from multifid.model.task_model import NEAREST, TaskModel, batch_with
 from multifid.structures.atoms import pack_atoms
 from multifid.structures.cells import spans_volume
 from multifid.structures.structure import Packed
@@ -43,7 +45,13 @@ class Calculator(ase.Calculator):
     name = "multifid"
 
     def __init__(
-        self, models: Models, task: str | None = None, *, dtype: str | None = None, skin: float = SKIN
+        self,
+        models: Models,
+        task: str | None = None,
+        *,
+        dtype: str | None = None,
+        skin: float = SKIN,
+        compiled: bool | Path | str = False,
     ) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
@@ -53,6 +61,9 @@ class Calculator(ase.Calculator):
         self.task = self.models[0].task(task)
         for model in self.models[1:]:
             model.task(self.task)
+        self._trained, self._compiled = self.models, compiled
+        if compiled:
+            self.models = [_compiled(model, self.task, compiled) for model in self.models]
         self.conservative = all(model.conservative for model in self.models)
         self.neighbors = SkinList(max(model.cutoff for model in self.models), skin)
         self._stress_wanted = self._warned_of_motion = False
@@ -62,7 +73,7 @@ class Calculator(ase.Calculator):
         self.implemented_properties = ["energy", "free_energy", "energies", "forces"]
         self.implemented_properties += ["stress"] if self.conservative else []
         if len(self.models) == 1:
-            self.implemented_properties += ["features"]
+            self.implemented_properties += ["features"] if self.models[0].gives_features else []
         else:
             self.implemented_properties += [f"{n}_std" for n in AVERAGED if n in self.implemented_properties]
 
@@ -77,7 +88,7 @@ class Calculator(ase.Calculator):
 
     def switch(self, task: str) -> "Calculator":
         """A calculator for another task; it shares all weights. This one stays as it is."""
-        return Calculator(self.models, task, skin=self.neighbors.skin)
+        return Calculator(self._trained, task, skin=self.neighbors.skin, compiled=self._compiled)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last calculation, charge and spin in `info` too."""
@@ -123,7 +134,7 @@ class Calculator(ase.Calculator):
         self.results = each[0] if len(each) == 1 else _committee(each)
         self.results["free_energy"] = self.results["energy"]
 
-    def _ask(self, model: Predictor, home: Packed, stress: bool, features: bool) -> Results:
+    def _ask(self, model: TaskModel, home: Packed, stress: bool, features: bool) -> Results:
         """What one model says of one structure."""
         packed = model.ready(home, self.task)
         batch = batch_with(packed, *self.neighbors.within(model.cutoff), self.task)
@@ -162,6 +173,15 @@ class Calculator(ase.Calculator):
             "energy is not conserved in molecular dynamics; models of `model.branch.forces: conservative` conserve it",
             stacklevel=2,
         )
+
+
+def _compiled(model: TaskModel, task: str, where: bool | Path | str) -> TaskModel:
+    """The compiled form of a model; itself where it is compiled already."""
+    if not isinstance(model, Predictor):
+        return model
+    from multifid.apply.compiled import compiled
+
+    return compiled(model, task, None if where is True else Path(str(where)))
 
 
 def _committee(each: Sequence[Results]) -> Results:

@@ -11,9 +11,9 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from rich.console import Console
 
 from multifid.apply.frames import Given
-from multifid.apply.model import Model, load
+from multifid.apply.model import load
 from multifid.apply.output import labelled, refuse_out, write_all
-from multifid.model.predictor import EDGES
+from multifid.model.task_model import EDGES, TaskModel
 from multifid.model.undetermined import UndeterminedEnergy
 from multifid.parallel import groups
 
@@ -28,7 +28,7 @@ def predict(
     task: str | None = None,
     *,
     device: str | None = None,
-    precision: str = "fp32",
+    precision: str | None = None,
     max_edges: int | None = None,
     skip: bool = False,
     console: Console | None = None,
@@ -70,7 +70,7 @@ def predict(
     return tally.structures
 
 
-def _predicted(model: Model, task: str, chunk: Sequence[Given], max_edges: int) -> tuple[list[Atoms], list[str]]:
+def _predicted(model: TaskModel, task: str, chunk: Sequence[Given], max_edges: int) -> tuple[list[Atoms], list[str]]:
     """Atoms with their predictions, and what was refused of a chunk: where and why."""
     try:
         out = model.predict([given.atoms for given in chunk], task, max_edges=max_edges)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multifid.model.predictor import Predictor, batch_of, refuse_coincident
+from multifid.model.task_model import TaskModel, batch_of, refuse_coincident
 from multifid.structures.cells import spans_volume
 from multifid.structures.structure import Packed
 
@@ -34,7 +34,7 @@ class TorchSimModel(ModelInterface):
     as torch-sim expects, where it is asked of a model that predicts forces directly.
     """
 
-    def __init__(self, model: Predictor, task: str | None = None, *, compute_stress: bool | None = None) -> None:
+    def __init__(self, model: TaskModel, task: str | None = None, *, compute_stress: bool | None = None) -> None:
         super().__init__()
         self.model, self.task = model, model.task(task)
         self._device, self._dtype = model.device, model.dtype

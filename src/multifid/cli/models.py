@@ -60,7 +60,9 @@ def predict(
     out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="extended XYZ with energy, forces, stress")],
     task: Task = None,
     device: Device = None,
-    precision: Annotated[str, typer.Option(help="fp32 or fp64")] = "fp32",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or fp64; default: fp32, or that of an exported file")
+    ] = None,
     max_edges: Annotated[int | None, typer.Option(min=1, help="edges of a batch; default: 50,000")] = None,
     skip_refused: SkipRefused = False,
 ) -> None:
@@ -107,15 +109,36 @@ def relax(
 
 @command(PANEL)
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a trained run")],
-    out: Annotated[Path, typer.Option("--out", metavar="NAME.mfid", help="the model file")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a trained run; for pt2 also a model file")],
+    out: Annotated[Path, typer.Option("--out", metavar="NAME", help="the file: NAME.mfid or NAME.pt2")],
     tasks: Annotated[str | None, typer.Option(help="only these tasks and their branches: A,B")] = None,
     weights: Annotated[str, typer.Option(help="best (by validation) or last")] = "best",
+    format: Annotated[
+        str | None,
+        typer.Option(help="mfid (weights) or pt2 (compiled code of one task); default: by the ending of NAME"),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="pt2: which task answers")] = None,
+    precision: Annotated[str | None, typer.Option(help="pt2: fp32 or fp64; default: fp32")] = None,
+    instructions: Annotated[
+        str | None,
+        typer.Option(
+            help="pt2: what processors must have: baseline, avx2 or avx512; default: avx2 where there is such"
+        ),
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="pt2: loops of one thread or of all: one or all; default: one")
+    ] = None,
 ) -> None:
-    """One file that is the model, with a model card beside it; nothing in it is executed when it is loaded."""
+    """One file that is the model, with a model card beside it.
+
+    NAME.mfid holds weights, and nothing in it is executed when it is loaded. NAME.pt2 holds compiled code, which any
+    program with libtorch can load and run; making it takes a minute or more and needs a C++ compiler.
+    """
+    from multifid.workflows.export import Compilation
     from multifid.workflows.export import export as run_export
 
-    run_export(run, out, None if tasks is None else tasks.split(","), weights)
+    code = Compilation(task, precision, instructions, threads)
+    run_export(run, out, None if tasks is None else tasks.split(","), weights, format, code)
 
 
 lammps = typer.Typer(help="Models in LAMMPS.", no_args_is_help=True)

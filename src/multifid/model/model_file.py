@@ -22,14 +22,21 @@ FORMAT = "multifid model"
 WEIGHTS = {"best": "model.safetensors", "last": "last.safetensors"}
 
 
-def load_model(path: Path) -> tuple[Potential, Description]:
-    """The potential and its description, of a run's directory or of a model file; on the CPU, in evaluation mode."""
+def load_model(path: Path, weights: str = "best") -> tuple[Potential, Description]:
+    """The potential and its description, of a run's directory or of a model file; on the CPU, in evaluation mode.
+
+    weights: of a run, best (by validation) or last.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} must be one of {', '.join(WEIGHTS)}")
     if path.is_dir():
-        return load_potential(path)
+        return load_potential(path, WEIGHTS[weights])
     if not path.exists():
         raise ValueError(
             f"{path}: not found; a model is the directory of a trained run, or a file that `multifid export` made"
         )
+    if path.suffix == ".pt2":
+        raise ValueError(f"{path}: compiled code, without a model that this can use: give the run or its .mfid file")
     return read_model_file(path)
 
 

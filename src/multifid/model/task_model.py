@@ -61,6 +61,7 @@ class TaskModel(ABC):
     description: Any
     device: torch.device
     dtype: torch.dtype
+    gives_features: bool = True
 
     @property
     @abstractmethod

@@ -1,25 +1,80 @@
-"""`multifid export`: a run's model as one file, and a page that says what it is."""
+"""`multifid export`: a run's model as one file, weights or compiled code, and a page that says what it is."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from multifid.evaluation.rows import read_rows
-from multifid.model.model_file import export_model, with_tasks
+from multifid.model.aot import export_package
+from multifid.model.model_file import export_model, load_model, with_tasks
+from multifid.model.predictor import Predictor
 from multifid.model.saved import Description, load_description
+from multifid.model.task_model import PRECISIONS
 from multifid.structures.elements import SYMBOLS
 
 
-def export(run: Path, out: Path, tasks: Sequence[str] | None = None, weights: str = "best") -> Path:
-    """Write NAME.mfid and NAME.md; returns the path of the model file."""
-    card = model_card(run, with_tasks(load_description(run), tasks), out.name)
-    export_model(run, out, tasks, weights, card)
+@dataclass(frozen=True)
+class Compilation:
+    """What is said of compiled code (pt2); None: nothing."""
+
+    task: str | None = None  # which one answers; may be left out where there is only one
+    precision: str | None = None  # fp32 (default) or fp64
+    instructions: str | None = None  # of `model.package.INSTRUCTIONS`; default: avx2 where there is such
+    threads: str | None = None  # one (default) or all
+
+    def said(self) -> list[str]:
+        """The options that were given."""
+        return [f"--{name}" for name, value in vars(self).items() if value is not None]
+
+
+def export(
+    run: Path,
+    out: Path,
+    tasks: Sequence[str] | None = None,
+    weights: str = "best",
+    format: str | None = None,
+    code: Compilation = Compilation(),
+) -> Path:
+    """Write NAME.mfid, or NAME.pt2, and NAME.md; returns the path of the model file.
+
+    format: mfid or pt2; default: by the ending of `out`. ValueError for options of the other format.
+    """
+    format = format or ("pt2" if out.suffix == ".pt2" else "mfid")
+    if format not in ("mfid", "pt2"):
+        raise ValueError(
+            f"format {format!r} must be mfid (weights of several tasks) or pt2 (compiled code of one task)"
+        )
+    if format == "pt2":
+        if tasks is not None:
+            raise ValueError("a pt2 file has one task: name it by --task, in place of --tasks")
+        card = _export_code(run, out, weights, code)
+    elif given := code.said():
+        raise ValueError(f"{', '.join(given)} is for compiled code only: add --format pt2, or end the name in .pt2")
+    else:
+        card = model_card(run, with_tasks(load_description(run), tasks), out.name)
+        export_model(run, out, tasks, weights, card)
     page = out.with_suffix(".md")
     page.write_text(card, encoding="utf-8")
     Console(stderr=True).print(f"{out} ({out.stat().st_size / 1e6:.1f} MB) and {page}", soft_wrap=True)
     return out
+
+
+def _export_code(run: Path, out: Path, weights: str, code: Compilation) -> str:
+    """Write NAME.pt2; returns its card."""
+    if out.suffix != ".pt2":
+        raise ValueError(f"{out}: compiled code goes into a file that ends in .pt2")
+    if code.threads not in (None, "one", "all"):
+        raise ValueError(f"--threads {code.threads!r} must be one or all")
+    if code.precision not in (None, *PRECISIONS):
+        raise ValueError(f"--precision {code.precision!r} must be one of {', '.join(PRECISIONS)}")
+    model = Predictor(*load_model(run, weights), dtype=PRECISIONS[code.precision or "fp32"])
+    task = model.task(code.task)
+    Console(stderr=True).print(f"compiling {run}, task {task}: this takes a minute or more", soft_wrap=True)
+    export_package(model, task, out, level=code.instructions, threaded=code.threads == "all")
+    return model_card(run, with_tasks(model.description, [task]), out.name)
 
 
 def model_card(run: Path, description: Description, name: str) -> str:

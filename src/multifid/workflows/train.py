@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from multifid.apply import model
 from multifid.apply.model import Model
 from multifid.config import Config, as_config
+from multifid.model import predictor
 from multifid.training.callbacks import Callback
 from multifid.training.ending import Ending
 from multifid.training.run import train as train_run
@@ -34,7 +34,7 @@ class Result(Ending):
 
     def model(self, device: str | None = None, precision: str = "fp32") -> Model:
         """The model of the best validation value, as `multifid.load` gives it. ValueError where there is none yet."""
-        return model.load(self.run, device, precision)
+        return predictor.load(self.run, device, precision, Model)
 
 
 def train(

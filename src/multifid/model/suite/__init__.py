@@ -40,7 +40,7 @@ CHECKS: tuple[Check, ...] = (
     derivatives.recomputation,
     numerics.float32,
     numerics.bfloat16,
-    numerics.symbolic_shapes,
+    numerics.exportable,
     numerics.charge_and_spin,
     numerics.size_of_untrained_predictions,
     numerics.weights_depend_on_the_seed_alone,

@@ -1,9 +1,8 @@
-"""Checks of the contract: precision, symbolic shapes, charge and spin, weights.
+"""Checks of the contract: precision, export, charge and spin, weights.
 
 Each takes what stands under `model.encoder` in a config, and the force mode.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multifid.graphs.batch import Batch
-from multifid.graphs.edges import in_tiles
-from multifid.graphs.graph import Graph, completed, graph_of
+from multifid.model.fixed import Fixed, inputs_for, tensors_of, write_down
 from multifid.model.potential import ModelConfig, Potential
+from multifid.model.predictor import Predictor
 from multifid.model.suite.samples import (
     CUTOFF,
     TASK,
@@ -76,37 +75,32 @@ class _Sums(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def symbolic_shapes(encoder: EncoderKeys, forces: Forces) -> None:
-    """A pass that is traced for shapes that are symbols is right for another batch: no number of atoms is written down.
+def exportable(encoder: EncoderKeys, forces: Forces) -> None:
+    """What an exported file computes, traced for one batch, is right for others, down to no edges and no atoms.
 
     `x.shape[0]` is a symbol while a pass is traced; `len(x)` is the number at hand.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
-
-    model = potential_with(encoder, forces)
-
-    def program(*tensors: Tensor | None) -> list[Tensor]:
-        graph = Graph(*tensors)  # type: ignore[arg-type]
-        if forces == "direct":
-            return model.encoder(graph).tensors()
-        vectors = graph.vectors.detach().requires_grad_()
-        features = model.encoder(replace(graph, vectors=vectors, distances=torch.linalg.vector_norm(vectors, dim=1)))
-        energy, _ = model.branches[TASK](features)
-        return [energy, torch.autograd.grad(energy.sum(), vectors)[0]]
-
-    def tensors(*systems: System) -> list[Tensor | None]:
-        graph = graph_of(completed(batch_of(*systems), model.encoder.needs))
-        return [*graph.tensors(), graph.reverse, graph.triplets]
-
-    first, second = tensors(*mixed()), tensors(system(9), system(4, skewed(4.0)), system(2))
-    with in_tiles(False), torch.set_grad_enabled(forces == "conservative"):
-        traced = make_fx(program, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*first)
+    references = {str(z): -0.1 * z for z in range(1, 20)}
+    about = {"branch": TASK, "references": references, "scale": 1.5}
+    model = Predictor(potential_with(encoder, forces), {"cutoff": CUTOFF, "tasks": {TASK: about}}, dtype=torch.float64)
+    function = Fixed(model, TASK)
+    operations = write_down(function, batch_of(*mixed())).operations
+    names = [x.name for x in inputs_for(function.needs)]
+    others = [[system(9), system(4, skewed(4.0)), system(2)], [system(1)], [system(2, spread=200.0)], []]
+    for systems in others:
+        batch, what = batch_of(*systems), f"of an exported pass, {sum(len(s.numbers) for s in systems)} atoms"
         try:
-            found = traced(*second)
+            energies, found, *virial = operations(*tensors_of(batch, names))
         except RuntimeError as error:
             raise AssertionError(f"a pass traced for one batch fails for another: {error}") from error
-        for x, y in zip(found, program(*second), strict=True):
-            assert_close(x.detach(), y.detach(), what="of a pass that was traced for another batch")
+        expected = model.aligned(batch, TASK, stress=model.conservative)
+        zero = torch.tensor([0.0, *references.values()], dtype=torch.float64)[batch.numbers]
+        assert_close(energies - zero, expected.energies, what=f"energies {what}")  # type: ignore[arg-type]
+        assert_close(found, expected.forces, what=f"forces {what}")
+        if expected.stress is not None:
+            spans = ~expected.stress.isnan()
+            stress = -virial[0] / torch.linalg.det(batch.cell).abs()[:, None, None]
+            assert_close(stress[spans], expected.stress[spans], what=f"stress {what}")
 
 
 def charge_and_spin(encoder: EncoderKeys, forces: Forces) -> None:

@@ -218,7 +218,7 @@ def examples(model: Predictor, task: str, function: Fixed) -> list[Batch]:
             positions=np.concatenate(places),
             natoms=natoms,
             cell=cells,
-            pbc=cells.any(axis=2),
+            pbc=np.asarray(cells.any(axis=2)),
             charge=np.full(len(kinds), (about.get("charges") or [0])[0], np.int8),
             spin=np.full(len(kinds), (about.get("spins") or [1])[0], np.uint8),
         )

@@ -227,7 +227,7 @@ def test_stress_periodic_cells_and_tasks_of_one_store_on_ranks_equal_one_process
         assert_equal_to_one_process(one, many, tolerance=1e-10)
 
 
-ON_RANKS = [("painn", "conservative"), ("angular", "direct"), ("schnet", "conservative")]
+ON_RANKS = [("painn", "conservative"), ("angular", "direct"), ("pna", "conservative")]
 IN_FULL = itertools.product(sorted(set(ENCODERS) - {"egnn", "painn"}), ("direct", "conservative"))
 
 

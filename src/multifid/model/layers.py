@@ -88,6 +88,8 @@ class MLP(nn.Module):
 
 SILU_GAIN = 1.6766  # 1 / sqrt(E[silu(x)^2]) for unit-normal x: keeps the variance through layers of SiLU
 
+BASIS_GAIN = 0.3  # of maps of a radial basis, whose values are near 3 at bond lengths
+
 
 def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
     """Draw every parameter of the module from the generator, in the order in which its blocks were built."""

@@ -14,10 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from multifid.model.contract import Encoder, EncoderConfig
+from multifid.model.encoders.cgcnn import CGCNN
 from multifid.model.encoders.dimenet import DimeNet
 from multifid.model.encoders.egnn import EGNN
+from multifid.model.encoders.gat import GAT
+from multifid.model.encoders.gin import GIN
 from multifid.model.encoders.gotennet import GotenNet
+from multifid.model.encoders.mfc import MFC
 from multifid.model.encoders.painn import PaiNN
+from multifid.model.encoders.pna import PNA
+from multifid.model.encoders.pna_plus import PNAPlus
+from multifid.model.encoders.sage import SAGE
 from multifid.model.encoders.schnet import SchNet
 
 GROUP = "multifid.encoders"
@@ -29,6 +36,13 @@ ENCODERS: dict[str, type[Encoder]] = {
     "schnet": SchNet,
     "dimenet": DimeNet,
     "gotennet": GotenNet,
+    "cgcnn": CGCNN,
+    "gat": GAT,
+    "gin": GIN,
+    "sage": SAGE,
+    "mfc": MFC,
+    "pna": PNA,
+    "pna_plus": PNAPlus,
 }
 
 

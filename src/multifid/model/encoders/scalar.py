@@ -36,7 +36,9 @@ class ScalarEncoder(Encoder):
         h = self.embedding(graph.numbers, graph.charge, graph.spin, graph.structure)
         b, u = self.radial(graph.distances), envelope(graph.distances, self.cutoff)
         of_layers = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if number:
+                (h,) = graph.exchanged(h)
             h = call(layer, self.recompute, h, graph.receivers, graph.senders, b, u)
             of_layers.append(h)
         return Features(self.norm(h), layers=tuple(of_layers[:-1]))

@@ -109,15 +109,17 @@ def relax(
 
 @command(PANEL)
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a trained run; for pt2 also a model file")],
-    out: Annotated[Path, typer.Option("--out", metavar="NAME", help="the file: NAME.mfid or NAME.pt2")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="a trained run; for pt2 also a model file; for adios a store")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="NAME", help="the file: NAME.mfid, NAME.pt2 or NAME.bp")],
     tasks: Annotated[str | None, typer.Option(help="only these tasks and their branches: A,B")] = None,
     weights: Annotated[str, typer.Option(help="best (by validation) or last")] = "best",
     format: Annotated[
         str | None,
-        typer.Option(help="mfid (weights) or pt2 (compiled code of one task); default: by the ending of NAME"),
+        typer.Option(help="mfid (weights), pt2 (compiled code of one task) or adios; default: by the ending of NAME"),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="pt2: which task answers")] = None,
+    task: Annotated[str | None, typer.Option(help="pt2: which task answers; adios: whose labels")] = None,
     precision: Annotated[str | None, typer.Option(help="pt2: fp32 or fp64; default: fp32")] = None,
     instructions: Annotated[
         str | None,
@@ -128,12 +130,24 @@ def export(
     threads: Annotated[
         str | None, typer.Option(help="pt2: loops of one thread or of all: one or all; default: one")
     ] = None,
+    cutoff: Annotated[float | None, typer.Option(help="adios: angstrom, of the edges in the file; default: 5")] = None,
 ) -> None:
-    """One file that is the model, with a model card beside it.
+    """One file that is the model, with a model card beside it, or a store as an ADIOS2 file.
 
     NAME.mfid holds weights, and nothing in it is executed when it is loaded. NAME.pt2 holds compiled code, which any
     program with libtorch can load and run; making it takes a minute or more and needs a C++ compiler.
+    NAME.bp is no model: the structures and labels of a store, as HydraGNN reads them.
     """
+    if format == "adios" or (format is None and out.name.lower().endswith(".bp")):
+        from multifid.workflows.export_adios import export_adios
+
+        told = {"tasks": tasks, "precision": precision, "instructions": instructions, "threads": threads}
+        if given := [f"--{name}" for name, value in told.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)}: of no meaning where a store becomes an ADIOS2 file")
+        export_adios(run, out, task, 5.0 if cutoff is None else cutoff)
+        return
+    if cutoff is not None:
+        raise ValueError("--cutoff is that of the edges in an ADIOS2 file (--format adios)")
     from multifid.workflows.export import Compilation
     from multifid.workflows.export import export as run_export
 

@@ -27,7 +27,7 @@ import xxhash
 from multifid import __version__
 from multifid.preparation.inputs import find_inputs
 from multifid.preparation.prepare import prepare
-from multifid.readers import reader
+from multifid.readers import folder_marks, reader
 from multifid.store.fields import SCHEMA, file_checksum
 from multifid.store.store import Store
 
@@ -47,7 +47,8 @@ class Files:
 
 def place_of(files: Files, cache: Path) -> Path:
     """Where the store of some files lies, or will. Reads them once. FileNotFoundError where there are none."""
-    inputs = find_inputs([], {"test": [files.path]}, reader(files.format).ENDINGS)
+    module = reader(files.format)
+    inputs = find_inputs([], {"test": [files.path]}, module.ENDINGS, folder_marks(module))
     asked = [__version__, SCHEMA, files.format, files.options, files.trust_units]
     text = json.dumps([*asked, *(file_checksum(file.path) for file in inputs)], sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", files.path.name)[:80]  # a pattern may be anything

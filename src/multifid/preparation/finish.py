@@ -15,7 +15,7 @@ from multifid.quality.doubts import Doubt
 from multifid.quality.leakage import set_aside
 from multifid.quality.outliers import outliers_of_fields
 from multifid.store.array_file import Rows
-from multifid.store.fields import file_checksum
+from multifid.store.fields import file_checksum, files_of
 from multifid.store.references import References
 from multifid.store.store import Store
 from multifid.store.writer import StoreWriter
@@ -154,6 +154,11 @@ def _divide(
 
 def _sources(files: list[Input], intake: Intake, sums: list[str]) -> list[dict[str, Any]]:
     return [
-        {"name": file.name, "bytes": file.path.stat().st_size, "xxh3": digest, "structures": count}
+        {
+            "name": file.name,
+            "bytes": sum(path.stat().st_size for path in files_of(file.path)),
+            "xxh3": digest,
+            "structures": count,
+        }
         for file, digest, count in zip(files, sums, intake.structures_of_file, strict=True)
     ]

@@ -157,6 +157,7 @@ class _Pieces:
             case Block():
                 self._flush()
                 self._screened(record, list(range(len(record))), [])
+                self.told[record.told] += len(record)
             case IsolatedAtom():
                 self.found.isolated.append((record.task, record.number, record.energy))
                 self._name(record.task)

@@ -21,8 +21,8 @@ from multifid.preparation.intake import Intake, jobs, read_files
 from multifid.preparation.summary import not_taken, summary
 from multifid.preparation.unfinished import Unfinished
 from multifid.preparation.workers import Workers
-from multifid.readers import reader
-from multifid.store.fields import TASK_NAME
+from multifid.readers import folder_marks, reader
+from multifid.store.fields import TASK_NAME, files_of
 from multifid.store.store import Store
 from multifid.store.writer import StoreWriter
 
@@ -66,7 +66,7 @@ def prepare(
     chosen = _options(module, format, options or {})
     _refuse_wrong(task, limit, workers)
     rule = Rule(fractions, seed, drop_duplicates, [Store(path) for path in drop_duplicates_of])
-    files = find_inputs(inputs, files_of_split or {}, module.ENDINGS)
+    files = find_inputs(inputs, files_of_split or {}, module.ENDINGS, folder_marks(module))
     if rank and Path(out).exists():  # the first rank was that much faster, or complains of it
         return None
     unfinished = Unfinished(Path(out), _question(format, files, chosen, limit), rank, size)
@@ -140,7 +140,7 @@ def _holdings(format: str, file: Input) -> str:
 
 def _question(format: str, files: list[Input], options: Any, limit: int | None) -> dict[str, Any]:
     """What decides over the parts of the files: format, options and the files as they are now."""
-    stats = [(file.path, file.path.stat()) for file in files]
+    stats = [(path, path.stat()) for file in files for path in files_of(file.path)]
     return {
         "format": format,
         "options": options.model_dump(mode="json"),

@@ -13,6 +13,7 @@ Beside the two, a reader's module says what prepare writes into the manifest:
 
     TASKS     task (label set) -> LabelSet, for the default options; the first is the default
     ENDINGS   of the names of files of the format, lower case: which files of a directory are read
+    FOLDER    names of files by which a directory is known that is read as one file; absent where there are none
     RELATIVE  what makes structures relatives (they share a split): "formula", "material", ...
     Options   pydantic model of what the user may choose, each field with a description
     holds     function(path): names and examples of values of the first record, for the error where none can be used
@@ -22,6 +23,12 @@ from importlib import import_module
 from types import ModuleType
 
 from multifid.readers.formats import FORMATS
+
+
+def folder_marks(module: ModuleType) -> tuple[str, ...]:
+    """The names of files by which directories are known that a reader reads as one file."""
+    marks: tuple[str, ...] = getattr(module, "FOLDER", ())
+    return marks
 
 
 def reader(name: str) -> ModuleType:

@@ -21,5 +21,6 @@ FORMATS: dict[str, Format] = {
     "alexandria": Format("multifid.readers.alexandria", "Alexandria entries and trajectories, *.json.bz2"),
     "extxyz": Format("multifid.readers.extxyz", "extended XYZ, as ASE, MACE and others write it"),
     "aselmdb": Format("multifid.readers.aselmdb", "ASE databases in LMDB: OMat24, sAlex, OMol25, OC20"),
+    "adios": Format("multifid.readers.adios", "ADIOS2 files of HydraGNN, NAME-v3.bp"),
     "spice": Format("multifid.readers.spice", "SPICE, SPICE-2.0.1.hdf5"),
 }

@@ -24,12 +24,13 @@ class Block:
     natoms, numbers, positions, relative and split are always there; cell and pbc, charge, spin, labels/<task>/<kind>
     where a structure has them. Every structure has at least one atom. sources: the source id of each structure.
     unstated: (structures,) uint8, a sum of NO_CHARGE and NO_SPIN: what the source does not say of a structure; None
-    where the format says it of all.
+    where the format says it of all. told: how they were read, as (topic, text), of all of them: for the manifest.
     """
 
     columns: dict[str, np.ndarray]
     sources: list[str]
     unstated: np.ndarray | None = None
+    told: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -50,7 +51,7 @@ class Block:
         rows = {"structures": chosen, "atoms": np.repeat(chosen, self.natoms)}
         columns = {name: values[rows[field(name).rows]] for name, values in self.columns.items()}
         unstated = None if self.unstated is None else self.unstated[chosen]
-        return Block(columns, [self.sources[i] for i in np.flatnonzero(chosen)], unstated)
+        return Block(columns, [self.sources[i] for i in np.flatnonzero(chosen)], unstated, self.told)
 
     def electrons(self) -> np.ndarray:
         """(structures,) int64: how many a structure has with the charge that is stored."""

@@ -88,12 +88,20 @@ def block_checksums(path: Path) -> Iterator[int]:
             yield xxhash.xxh3_64_intdigest(data)
 
 
+def files_of(path: Path) -> list[Path]:
+    """The file, or all files of a directory that is read as one, by name."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
 def file_checksum(path: Path) -> str:
-    """The xxh3-64 of a whole file, in hexadecimal."""
+    """The xxh3-64 of a whole file, in hexadecimal; of a directory: of the names and contents of all its files."""
     digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while data := file.read(BLOCK):
-            digest.update(data)
+    for each in files_of(path):
+        if each != path:
+            digest.update(f"{each.relative_to(path).as_posix()}\n".encode())
+        with each.open("rb") as file:
+            while data := file.read(BLOCK):
+                digest.update(data)
     return digest.hexdigest()
 
 

@@ -1,6 +1,8 @@
 """The contract of encoders, held to every encoder and both force modes; what a potential is beside its encoder."""
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from multifid.model.suite.samples import (
     skewed,
     system,
 )
+from multifid.model.suite.symmetry import rotation
 
 FORCES = ("direct", "conservative")
 # One is of another package (tests/elsewhere, with tests of its own): scalars only, triplets.
@@ -210,6 +213,31 @@ def test_encoders_of_other_packages_are_found_and_broken_ones_named():
         encoder_of(name="angular", vectors=3)
     with pytest.raises(ValueError, match=r"readout: layers reads .* so it must be last"):
         ModelConfig(encoder={"name": "angular", "layers": 1}, branch={"readout": "layers"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "gat", "hidden": 10, "heads": 4}, "hidden must be a multiple of heads, got 10 and 4"),
+        ({"name": "mfc", "max_degree": 10, "degree_step": 4}, "multiple of degree_step, got 10 and 4"),
+        ({"name": "pna", "scalers": ["linear", "linear"]}, "none may be named twice, got linear, linear"),
+        ({"name": "pna_plus", "aggregators": ["sum"]}, "'mean', 'min', 'max' or 'std'"),
+        ({"name": "schnet", "radial": 8}, "Extra inputs are not permitted"),
+    ],
+)
+def test_what_an_encoder_cannot_be_made_of_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        encoder_of(**keys)
+
+
+def test_the_encoder_of_the_documentation_is_invariant():
+    text = (Path(__file__).parent.parent / "docs" / "encoders.md").read_text(encoding="utf-8")
+    names = {"__name__": "documented"}
+    exec(re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)[0], names)
+    pairs = names["Pairs"](names["Pairs"].Config(layers=2, hidden=12), CUTOFF)
+    draw_weights(pairs, torch.Generator().manual_seed(0))
+    found = [pairs.double()(graph_of(batch_of(system(6).moved(turn)))).scalars for turn in (np.eye(3), rotation())]
+    assert_close(found[0], found[1])
 
 
 def test_wrong_configurations_are_named():

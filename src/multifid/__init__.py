@@ -8,6 +8,7 @@
     out = model.predict(atoms, task="ani1x")            out.energy (eV), out.forces (eV/angstrom), out.stress
     atoms.calc = model.calculator(task="ani1x")         an ASE calculator; multifid.Calculator([...]) averages models
     rows = multifid.evaluate("runs/demo", "data/ani1x") errors of models on stores and files
+    result = multifid.finetune("runs/demo", "mine.xyz", "runs/mine")    a trained model adapted to new data
     store = multifid.Store("data/ani1x")                a prepared dataset
     config = multifid.Config.from_file("config.yaml")   everything that a run is told
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from multifid.model.predictor import Output, Predictor
     from multifid.store.store import Store
     from multifid.workflows.evaluate import evaluate
+    from multifid.workflows.finetune import finetune
     from multifid.workflows.prepare import prepare
     from multifid.workflows.train import Result, train
 
@@ -38,6 +40,7 @@ __all__ = [
     "Store",
     "__version__",
     "evaluate",
+    "finetune",
     "load",
     "prepare",
     "train",
@@ -52,6 +55,7 @@ _WHERE = {
     "Result": "multifid.workflows.train",
     "Store": "multifid.store.store",
     "evaluate": "multifid.workflows.evaluate",
+    "finetune": "multifid.workflows.finetune",
     "load": "multifid.apply.model",
     "prepare": "multifid.workflows.prepare",
     "train": "multifid.workflows.train",

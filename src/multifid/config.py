@@ -15,6 +15,7 @@ from multifid.feed.order import SamplingConfig
 from multifid.model.encoders import all_encoders
 from multifid.model.potential import ModelConfig
 from multifid.parallel.layout import ParallelConfig
+from multifid.training.finetune import FinetuneConfig
 from multifid.training.loss import ObjectiveConfig
 from multifid.training.settings import TrainConfig
 
@@ -43,6 +44,7 @@ class Config(BaseModel):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    finetune: FinetuneConfig | None = Field(None, description="how another model is taken over, beside `init`")
     study: StudyConfig | None = Field(None, description="only for `multifid study`")
 
     @field_validator("tasks")
@@ -74,7 +76,22 @@ class Config(BaseModel):
             )
         if self.train.optimizer == "soap" and self.parallel.shard_encoder:
             raise ValueError("train.optimizer: soap needs whole matrices; with parallel.shard_encoder take adamw")
+        if self.finetune is not None:
+            self._fine_tunes(self.finetune)
         return self
+
+    def _fine_tunes(self, finetune: FinetuneConfig) -> None:
+        if self.init is None:
+            raise ValueError("finetune needs init: the run or model file to begin with")
+        if self.branches == "shared":
+            raise ValueError("finetune gives every task a branch of its own: set branches to per_task")
+        if unknown := sorted({*finetune.branches, *finetune.references} - set(self.tasks)):
+            raise ValueError(f"finetune names {', '.join(unknown)}, which are no tasks of the run")
+        if self.parallel.shard_encoder and (finetune.moves != "all" or finetune.layer_decay != 1 or finetune.pull):
+            raise ValueError(
+                "parallel.shard_encoder has the encoder in pieces that move as one: with it set finetune.moves to all, "
+                "layer_decay to 1 and pull to 0"
+            )
 
     @classmethod
     def from_file(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Config":
@@ -130,7 +147,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold keys and values, holds {type(values).__name__}")
     for override in overrides or []:
-        _apply(values, override)
+        apply_override(values, override)
     return parse_config(values, str(path))
 
 
@@ -141,7 +158,7 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
         raise ValueError(f"{source}:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from None
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override {override!r} must have the form key=value, as train.lr=0.001")

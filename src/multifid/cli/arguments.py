@@ -27,6 +27,12 @@ def is_data(text: str) -> bool:
     return path.is_file() or "=" in text or ":" in text
 
 
+def is_override(text: str) -> bool:
+    """Whether an argument is `section.key=value` (task names have no dot), or sets a key of a config's first level."""
+    key, equals, _ = text.partition("=")
+    return bool(equals) and ("." in key or key in ("seed", "objective", "sampling")) and not Path(text).exists()
+
+
 def pair(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from multifid.cli.arguments import Stores, count
+from multifid.cli.arguments import ModelPath, Stores, count, is_override, number, pair
 from multifid.cli.program import command
 
 PANEL = "Runs"
@@ -40,6 +40,71 @@ def train(
     from multifid.workflows.train import train as run
 
     if not run(load_config(config, overrides), signals=True).complete:
+        raise typer.Exit(STOPPED)
+
+
+@command(PANEL)
+def finetune(
+    model: ModelPath,
+    data: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA... [key=value]...", help="[TASK=]STORE or [TASK=][FORMAT:]FILE; config keys"),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="directory of the new run")],
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="BRANCH|scratch", help="what new branches begin with; default: the nearest"),
+    ] = None,
+    replay: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=STORE", help="a task of the model to train on too, so as not to forget it"),
+    ] = None,
+    references: Annotated[
+        bool, typer.Option("--references", help="only fit reference energies to the data, in seconds; no training")
+    ] = False,
+    no_new_elements: Annotated[
+        bool, typer.Option("--no-new-elements", help="refuse elements that the model has never seen")
+    ] = False,
+    fractions: Annotated[str, typer.Option(help="of files: train,validation,test")] = "0.8,0.1,0.1",
+    option: Annotated[list[str] | None, typer.Option(help="key=value: how files are read, as in prepare")] = None,
+    trust_units: Annotated[
+        bool, typer.Option("--trust-units", help="take files though their units look wrong")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="where files become stores; default: ~/.cache/multifid")] = None,
+) -> None:
+    """Adapt a trained model to new data; the same command resumes a run that was stopped."""
+    from multifid.parallel.groups import STOPPED
+    from multifid.workflows.finetune import finetune as run
+    from multifid.workflows.finetune import refit_references
+
+    overrides = [text for text in data if is_override(text)]
+    asked = [text for text in data if not is_override(text)]
+    if not asked:
+        raise ValueError("finetune needs data: multifid finetune MODEL DATA... --out RUN")
+    options = dict(pair(x) for x in option or [])
+    if references:
+        if len(asked) != 1 or overrides or replay:
+            raise ValueError("--references takes one dataset, and no keys of the config and no --replay")
+        refit_references(model, asked[0], out, start=start, options=options, trust_units=trust_units, cache=cache)
+        return
+    shares = [number(x, "--fractions") for x in fractions.split(",")]
+    if len(shares) != 3:
+        raise ValueError(f"--fractions {fractions!r} must be three numbers: train,validation,test")
+    ending = run(
+        model,
+        asked,
+        out,
+        overrides,
+        replay=replay or (),
+        new_elements=not no_new_elements,
+        fractions=(shares[0], shares[1], shares[2]),
+        start=start,
+        options=options,
+        trust_units=trust_units,
+        cache=cache,
+        signals=True,
+    )
+    if not ending.complete:
         raise typer.Exit(STOPPED)
 
 
@@ -111,8 +176,8 @@ def scaling(
         return
     told = [f"--out={out}", f"--local-batch={local}", f"--global-batch={whole}", f"--epoch-steps={epoch_steps}"]
     for turn in range(EPOCHS):  # the pace of a shared machine changes: all points meet the same
-        for number in numbers:
-            launch([str(config), *(overrides or []), *told, f"--epoch={turn}"], number)
+        for n in numbers:
+            launch([str(config), *(overrides or []), *told, f"--epoch={turn}"], n)
     report(loaded, out, local, forecast_batch=forecast_batch)
 
 

@@ -7,6 +7,7 @@ encoder's vectors; where it has none, of the unit vectors along the edges of eac
 
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -82,6 +83,18 @@ class Branch(nn.Module):
         assert features.vectors is not None
         weights = self.forces(features.scalars)  # (N, C): scalars times vectors turn with the structure
         return energy, (weights[:, :, None] * features.vectors).sum(dim=1)
+
+    @torch.no_grad()
+    def rescale(self, ratio: float) -> None:
+        """Multiply all that the branch predicts by a number: the same predictions in another scale."""
+        last: list[nn.Module] = [self.energy.linears()[-1], *self.readouts]
+        if isinstance(self.forces, MLP):
+            last.append(self.forces.linears()[-1])
+        elif isinstance(self.forces, EdgeForces):
+            last.append(self.forces.rest.linears()[-1])
+        for linear in last:
+            for parameter in linear.parameters():
+                parameter.mul_(ratio)
 
     def _energy_of_atoms(self, features: Features) -> Tensor:
         """(N,). The last maps are no products of matrices, which autocast would round to bfloat16."""

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import multifid
@@ -41,7 +42,9 @@ def save_description(path: Path, description: Description) -> None:
 
 
 def load_description(run: Path) -> Description:
-    """model.json of a run. ValueError where it is missing or of another schema."""
+    """model.json of a run, or what the header of a model file says. ValueError where none, or of another schema."""
+    if run.is_file():
+        return _description_of_file(run)
     path = run / "model.json"
     if not path.exists():
         raise ValueError(f"{path}: not found; {why_no_model(run)}")
@@ -51,6 +54,17 @@ def load_description(run: Path) -> Description:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if description.get("schema") != SCHEMA:
         raise ValueError(f"{path}: schema {description.get('schema')!r}, this version reads {SCHEMA}")
+    return description
+
+
+def _description_of_file(path: Path) -> Description:
+    try:
+        with safe_open(path, "pt", backend="pread") as held:
+            description = json.loads((held.metadata() or {}).get("description", "{}"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as a model file ({error})") from error
+    if description.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: no model file of multifid, or of another schema than {SCHEMA}")
     return description
 
 

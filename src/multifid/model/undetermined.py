@@ -19,6 +19,10 @@ class UndeterminedEnergy(UserWarning):
     """The training data do not determine the total energy of this composition."""
 
 
+class StaleBranch(UserWarning):
+    """The encoder was fine-tuned without the data of this branch."""
+
+
 def undetermined(null_space: Sequence[Mapping[str, float]] | None, packed: Packed) -> np.ndarray:
     """Which structures have such a composition: (S,) bool. Nothing is said where the null space is not known (None).
 

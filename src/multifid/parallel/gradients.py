@@ -142,7 +142,8 @@ class Gradients:
         flats = self._flats()
         mine = [flat for flat, counts in flats if counts]
         norms = torch._foreach_norm(mine) if mine else []
-        zero = flats[0][0].new_zeros((), dtype=torch.float64)
+        device = flats[0][0].device if flats else None  # none where nothing that lives here moves
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         return torch.stack([zero, *(norm.double().square() for norm in norms)]).sum()
 
     def _flats(self) -> list[tuple[Tensor, bool]]:

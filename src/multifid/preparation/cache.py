@@ -31,6 +31,7 @@ from multifid.readers import folder_marks, reader
 from multifid.store.fields import SCHEMA, file_checksum
 from multifid.store.store import Store
 
+ONLY_TEST = (0.0, 0.0, 1.0)
 ERROR = "error"  # the file in which a fresh interpreter says what went wrong
 STDERR = 2  # what is printed while files are read is no result
 
@@ -43,6 +44,7 @@ class Files:
     format: str
     options: dict[str, Any]
     trust_units: bool = False
+    fractions: tuple[float, float, float] = ONLY_TEST  # of train, validation and test
 
 
 def place_of(files: Files, cache: Path) -> Path:
@@ -50,6 +52,7 @@ def place_of(files: Files, cache: Path) -> Path:
     module = reader(files.format)
     inputs = find_inputs([], {"test": [files.path]}, module.ENDINGS, folder_marks(module))
     asked = [__version__, SCHEMA, files.format, files.options, files.trust_units]
+    asked += [] if files.fractions == ONLY_TEST else [list(files.fractions)]
     text = json.dumps([*asked, *(file_checksum(file.path) for file in inputs)], sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", files.path.name)[:80]  # a pattern may be anything
     return cache / f"{name}-{xxhash.xxh3_128_hexdigest(text.encode())}"
@@ -87,13 +90,15 @@ def _prepare_apart(files: Files, folder: Path, progress: bool) -> None:
 def main() -> None:
     """The fresh interpreter: a question on stdin, the store or an error in the folder of the command line."""
     folder, asked = Path(sys.argv[1]), json.load(sys.stdin)
+    first, second, third = asked["fractions"]
+    whole = (first, second, third) == ONLY_TEST
     try:
         prepare(
             asked["format"],
-            [],
+            [] if whole else [asked["path"]],
             folder / "store",
-            files_of_split={"test": [Path(asked["path"])]},
-            fractions=(0.0, 0.0, 1.0),
+            files_of_split={"test": [Path(asked["path"])]} if whole else {},
+            fractions=(first, second, third),
             options=asked["options"],
             trust_units=asked["trust_units"],
             progress=asked["progress"],

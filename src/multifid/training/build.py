@@ -18,7 +18,8 @@ from multifid.model.potential import Potential
 from multifid.parallel.gradients import Gradients, ModelPart
 from multifid.parallel.groups import World, in_one_order
 from multifid.parallel.shard import Shards, shard
-from multifid.training.optimizer import OPTIMIZERS, MovingAverage, Schedule
+from multifid.training.finetune import Pull, prepare_moves, pulled
+from multifid.training.optimizer import OPTIMIZERS, MovingAverage, Named, Schedule, with_factors
 from multifid.training.step import ENCODER, Task, Trainer, part_of_branch
 
 
@@ -53,7 +54,8 @@ def build(
     mine = [branch for branch, group in groups.items() if world.rank in group.ranks]
     potential = Potential(config.model, mine, {k: b for k, b in branch_of.items() if b in mine}, config.seed)
     if config.init is not None and begins:
-        start_from(potential, Path(config.init))
+        start_from(potential, Path(config.init), *started(config, sources))
+    factors = prepare_moves(potential, config.finetune, config.seed)
     potential.to(dtype=torch.float64 if t.precision == "fp64" else torch.float32).train()
     shards = apply_shards(potential, config.parallel.shard_encoder, world)
     potential.encoder.recompute = t.recompute
@@ -64,15 +66,22 @@ def build(
     if t.compile:
         compile_training(potential, t.compile)
     parts = [ModelPart(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]
+    moving_encoder = [p for p in potential.encoder.parameters() if p.requires_grad]
     encoder = dict(potential.encoder_parameters()) if shards is None else shards.pieces
-    parts.append(ModelPart(ENCODER, list(encoder.values()), world.group, shards))
+    whole = moving_encoder if shards is None else list(encoder.values())
+    parts.append(ModelPart(ENCODER, whole, world.group, shards))
     parameters = encoder | {name: p for b in mine for name, p in potential.branch_parameters(b)}
+    moving = {name: p for name, p in parameters.items() if p.requires_grad}
+    optimizer = OPTIMIZERS[t.optimizer](moving, t.lr, t.weight_decay)
+    if factors:
+        with_factors(optimizer, moving, factors)
     scales = task_scales(config.objective.scale, config.branches, sources)
     return Trainer(
         potential=potential,
         parameters=parameters,
         gradients=Gradients(parts),
-        optimizer=OPTIMIZERS[t.optimizer](parameters, t.lr, t.weight_decay),
+        optimizer=optimizer,
+        pull=_pull(config, moving, factors),
         schedule=Schedule(
             t.schedule, t.warmup, t.steps or t.epochs * per_epoch, factor=t.plateau_factor, patience=t.plateau_patience
         ),
@@ -86,6 +95,24 @@ def build(
         clip=t.clip,
         lr=t.lr,
     )
+
+
+def started(config: Config, sources: list[Source]) -> tuple[dict[str, str | None], dict[str, float], set[int]]:
+    """How a fine-tuned run begins: branch -> that of `init`, the branches' scales, and the elements to be learnt."""
+    if config.finetune is None:
+        return {}, {}, set()
+    branch_of = config.branch_of()
+    scales = task_scales(config.objective.scale, config.branches, sources)
+    elements = {z for source in sources for task in source.tasks for z in source.elements(task)}
+    begun = {branch_of[task]: branch for task, branch in config.finetune.branches.items() if task in branch_of}
+    return begun, {branch_of[task]: scale for task, scale in scales.items()}, elements
+
+
+def _pull(config: Config, moving: Named, factors: Mapping[str, float]) -> Pull | None:
+    if config.finetune is None or not config.finetune.pull:
+        return None
+    names = pulled(moving, config.finetune, config.branch_of())
+    return Pull({name: moving[name] for name in names}, config.finetune.pull, factors)
 
 
 def apply_shards(potential: Potential, wanted: bool, world: World) -> Shards | None:

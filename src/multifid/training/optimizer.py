@@ -31,8 +31,19 @@ def update(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, clip: floa
     scale = torch.ones_like(norm) if clip is None else (norm / clip).clamp(min=1.0)
     vars(optimizer).update(grad_scale=scale.float(), found_inf=(~torch.isfinite(norm)).float())
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("factor", 1.0)
     optimizer.step()
+
+
+def with_factors(optimizer: torch.optim.Optimizer, parameters: Named, factors: Mapping[str, float]) -> None:
+    """Let parameters move at their own parts of the learning rate (1 where nothing is said)."""
+    factor_of = {id(parameter): factors.get(name, 1.0) for name, parameter in parameters.items()}
+    groups = []
+    for group in optimizer.param_groups:
+        for factor in sorted({factor_of[id(p)] for p in group["params"]}):
+            members = [p for p in group["params"] if factor_of[id(p)] == factor]
+            groups.append({**group, "params": members, "factor": factor})
+    optimizer.param_groups[:] = groups
 
 
 OPTIMIZERS: dict[str, Callable[[Named, float, float], torch.optim.Optimizer]] = {"adamw": adamw, "soap": SOAP}

@@ -24,19 +24,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from multifid.config import Config
-from multifid.feed.loader import ahead, open_sources, trained_values
+from multifid.feed.loader import Source, ahead, open_sources, trained_values
 from multifid.model.inherit import inherited
 from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
 from multifid.parallel.devices import use
 from multifid.parallel.launch import OtherRankFailed
 from multifid.training.boards import find_boards, open_boards
-from multifid.training.build import build, settings_of_torch_kept
+from multifid.training.build import build, settings_of_torch_kept, started
 from multifid.training.callbacks import Callback, Callbacks
 from multifid.training.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.training.counts import announced
 from multifid.training.ending import Ending
 from multifid.training.feed import Feed, Step, lists_of, make_draws, near, total_steps
+from multifid.training.finetune import with_references
 from multifid.training.identity import Kept, contents_of, kept_of, own_data, refuse_apart
 from multifid.training.journal import Journal
 from multifid.training.length import Length, length_of
@@ -135,7 +136,7 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
         if world.first:
             find_boards(config.train.tensorboard, config.train.wandb)
         config, folder = open_run(config, world.size)
-        sources = open_sources(config.tasks, config.train.verify)
+        sources = with_references(open_sources(config.tasks, config.train.verify), config.finetune)
     with world.together():
         found = load_checkpoint(folder, world)
     contents = world.share(contents_of(sources))
@@ -148,7 +149,8 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
                 log.print(f"[yellow]{escape(line)}[/yellow]")
         elif config.init is not None:
             elements = {z for source in sources for task in source.tasks for z in source.elements(task)}
-            for line in inherited(Path(config.init), config.model, set(config.branch_of().values()), elements):
+            begun = started(config, sources)[0]
+            for line in inherited(Path(config.init), config.model, set(config.branch_of().values()), elements, begun):
                 log.print(escape(line))
         draws = make_draws(config, sources)
         lists = lists_of(config.train.neighbors, world.device)
@@ -381,19 +383,7 @@ def describe_model(run: Run) -> dict[str, Any]:
     tasks = {}
     for source in run.feed.sources:
         for task in source.tasks:
-            about = source.about(task)
-            tasks[task] = {
-                "elements": source.elements(task),
-                "references": {str(z): e for z, e in source.references[task].energies.items()},
-                "undetermined": about["undetermined"],
-                "null_space": about.get("null_space"),  # None: the store is of a version that did not keep it
-                "charges": trained_values(source.store, "charge"),
-                "spins": trained_values(source.store, "spin"),
-                "scale": scales[task],
-                "level_of_theory": about["level_of_theory"],
-                "structures": source.store.manifest["splits"]["train"],
-                "labels": about["labels"],
-            }
+            tasks[task] = about_task(source, task, scales[task])
     trained = {
         "steps": position.step,
         "epochs": position.step / run.feed.epoch_steps,
@@ -401,6 +391,23 @@ def describe_model(run: Run) -> dict[str, Any]:
         "best": finite(position.best),
     }
     return describe(config.model, config.branch_of(), dict(sorted(tasks.items())), trained)
+
+
+def about_task(source: Source, task: str, scale: float) -> dict[str, Any]:
+    """What a branch knows of its task, as model.json has it."""
+    about = source.about(task)
+    return {
+        "elements": source.elements(task),
+        "references": {str(z): e for z, e in source.references[task].energies.items()},
+        "undetermined": about["undetermined"],
+        "null_space": about.get("null_space"),  # None: the store is of a version that did not keep it
+        "charges": trained_values(source.store, "charge"),
+        "spins": trained_values(source.store, "spin"),
+        "scale": scale,
+        "level_of_theory": about["level_of_theory"],
+        "structures": source.store.manifest["splits"]["train"],
+        "labels": about["labels"],
+    }
 
 
 @contextmanager

@@ -63,7 +63,10 @@ def tensors_of(trainer: Trainer) -> dict[str, Tensors]:
         if part_of(name) not in writes and sharded is None:
             continue
         held = {f"weight/{name}": parameter.detach()}
-        held |= {f"{kind}/{name}": kept for kind, kept in moments(trainer.optimizer, parameter).items()}
+        if parameter.requires_grad:
+            held |= {f"{kind}/{name}": kept for kind, kept in moments(trainer.optimizer, parameter).items()}
+        if trainer.pull is not None and name in trainer.pull.start:
+            held[f"start/{name}"] = trainer.pull.start[name]
         if trainer.average is not None:
             held[f"ema/{name}"] = trainer.average.average[name]
         copied = {
@@ -121,12 +124,15 @@ def restore(trainer: Trainer, state: dict[str, Any], files: Mapping[str, Mapping
             trainer.average.begun[name] = trainer.updates - updates
         if file is None:
             continue  # its task joins the run here
-        kept = list(moments(trainer.optimizer, parameter))
-        kinds = ("weight", *kept, *(["ema"] if trainer.average is not None else []))
+        kept = list(moments(trainer.optimizer, parameter)) if parameter.requires_grad else []
+        start = ["start"] if trainer.pull is not None and name in trainer.pull.start else []
+        kinds = ("weight", *kept, *start, *(["ema"] if trainer.average is not None else []))
         held = {kind: file[f"{kind}/{name}"] for kind in kinds}
         if shards is not None and name in shards.pieces:
             held = {kind: shards.cut(whole) for kind, whole in held.items()}
         parameter.copy_(held["weight"])
+        if trainer.pull is not None and name in trainer.pull.start:
+            trainer.pull.start[name].copy_(held["start"])
         set_moments(trainer.optimizer, parameter, {kind: held[kind] for kind in kept}, updates)
         if trainer.average is not None:
             trainer.average.average[name].copy_(held["ema"])

@@ -26,6 +26,7 @@ from multifid.parallel.gradients import Gradients
 from multifid.parallel.groups import Group
 from multifid.parallel.reduce import sum_together
 from multifid.training.counts import Counts, Known
+from multifid.training.finetune import Pull
 from multifid.training.loss import KINDS, ObjectiveConfig, in_rows, label_counts, loss_sums, objective, task_objectives
 from multifid.training.optimizer import MovingAverage, Named, Schedule, update
 from multifid.training.outcome import Outcome
@@ -132,6 +133,7 @@ class Trainer:
     precision: str
     clip: float | None
     lr: float
+    pull: Pull | None = None  # towards the weights that a fine-tuned model began with
     padded: bool = False  # batches have few sizes, for a potential that is compiled
     updates: int = 0  # updates made; steps that were skipped do not count
     skipped_in_a_row: int = 0
@@ -272,7 +274,10 @@ class Trainer:
 
     def _update(self, squared_norm: Tensor) -> None:
         """Clip and move, unless the norm is not finite: decided where the gradients are."""
-        update(self.optimizer, self.lr * self.schedule(self.updates), squared_norm.sqrt(), self.clip)
+        lr, norm = self.lr * self.schedule(self.updates), squared_norm.sqrt()
+        update(self.optimizer, lr, norm, self.clip)
+        if self.pull is not None:
+            self.pull(lr, norm)
 
     def validate(self, batches: Iterable[Batch]) -> Totals:
         """Sums over whole validation splits, with the averaged weights where there are some.

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from multifid.model.lora import has_lora, merged
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -63,13 +66,18 @@ def consolidate(folder: Path, path: Path) -> None:
         for name, about in header.items():
             if name.startswith(kind):
                 places[name.removeprefix(kind)] = (about, file, begin + about["data_offsets"][0])
+    part = path.with_suffix(".part")
+    if has_lora(places):
+        held = {n: TensorFile(file)[_kind(file, n)] for n, (_, file, _) in places.items()}
+        save_file({name: tensor.contiguous() for name, tensor in merged(held)}, part)
+        os.replace(part, path)
+        return
     joined, end = {}, 0
     for name in sorted(places):
         about = places[name][0]
         first, last = about["data_offsets"]
         joined[name] = about | {"data_offsets": [end, end + last - first]}
         end += last - first
-    part = path.with_suffix(".part")
     with part.open("wb") as out:
         _write_header(out, joined)
         for name, about in joined.items():
@@ -78,6 +86,11 @@ def consolidate(folder: Path, path: Path) -> None:
                 source.seek(places[name][2])
                 out.write(source.read(last - first))
     os.replace(part, path)
+
+
+def _kind(file: Path, name: str) -> str:
+    """The key of the weight of a parameter that a model is made of: averaged where there are averages."""
+    return f"ema/{name}" if f"ema/{name}" in _header(file)[0] else f"weight/{name}"
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -29,24 +29,24 @@ class Asked:
     format: str | None = None  # None: a store
 
 
-def parse(text: str) -> Asked:
-    """`[TASK=]STORE` or `[TASK=][FORMAT:]FILE`. ValueError says what is wrong, and how a file's format is said."""
+def parse(text: str, option: str = "--data ") -> Asked:
+    """`[TASK=]STORE` or `[TASK=][FORMAT:]FILE`, as an option gives it. ValueError says what is wrong."""
     name, equals, rest = text.partition("=")
     if not equals or Path(text).exists() or not TASK_NAME.fullmatch(name):
         name, rest = "", text
     format, colon, path = rest.partition(":")
     if not Path(rest).exists() and colon:
         if format not in FORMATS:
-            raise ValueError(f"--data {text}: {format!r} is no format: known are {', '.join(FORMATS)}")
+            raise ValueError(f"{option}{text}: {format!r} is no format: known are {', '.join(FORMATS)}")
         return Asked(name or None, Path(path), format)
     if (Path(rest) / MANIFEST).exists():
         return Asked(name or None, Path(rest))
     if Path(rest).is_file():
         return Asked(name or None, Path(rest), recognise(Path(rest)))
     if not Path(rest).exists() and not any(sign in rest for sign in "*?["):
-        raise ValueError(f"--data {text}: there is no store and no file {rest}")
+        raise ValueError(f"{option}{text}: there is no store and no file {rest}")
     raise ValueError(
-        f"--data {text}: {rest} is no store (it has no {MANIFEST}); files in a directory or of a pattern are "
+        f"{option}{text}: {rest} is no store (it has no {MANIFEST}); files in a directory or of a pattern are "
         f"FORMAT:{rest}, with FORMAT one of {', '.join(FORMATS)}"
     )
 

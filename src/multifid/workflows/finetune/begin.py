@@ -1,0 +1,115 @@
+"""How a fine-tuned run begins: from which branches, with which reference energies, what moves; all in one config."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from multifid.config import apply_override
+from multifid.evaluation.nearest import Agreement, agreement, ranking, table
+from multifid.model.lora import chosen_maps
+from multifid.model.model_file import load_model
+from multifid.model.predictor import Predictor
+from multifid.model.saved import Description
+from multifid.store.fields import MANIFEST
+from multifid.store.store import Store
+from multifid.structures.elements import SYMBOLS
+from multifid.workflows.finetune.asked import Target
+from multifid.workflows.finetune.presets import preset
+
+SCRATCH = "scratch"
+REPLAYED = 0.5  # structures of a replayed task in a step, in parts of `train.batch`
+
+
+def begun(
+    path: Path,
+    asked: list[Target],
+    run: Path,
+    overrides: list[str],
+    start: str | None,
+    replay: list[str],
+    new_elements: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """The values of a config. ValueError for what does not fit the model."""
+    model = Predictor(*load_model(path)).in_precision("fp64")
+    old = replayed(model.description, replay)
+    for target in asked:
+        refuse(model.description, target, new_elements)
+    train_sizes = [target.store.size("train") for target in asked]
+    chosen = preset(min(train_sizes))
+    origin = {target.name: nearest(model, target, start, console) for target in asked}
+    tasks: dict[str, Any] = {t.name: {"store": str(t.store.path), "labels": t.label_set} for t in asked}
+    tasks |= {task: {**about, "per_step": max(1.0, REPLAYED * chosen["train"]["batch"])} for task, about in old.items()}
+    references = {name: a.energies for name, a in origin.items() if a is not None}
+    references |= {t: {int(z): e for z, e in model.description["tasks"][t]["references"].items()} for t in old}
+    branches: dict[str, Any] = {name: None if a is None else a.branch for name, a in origin.items()}
+    values: dict[str, Any] = {
+        "run": str(run),
+        "init": str(path),
+        "tasks": tasks,
+        "model": model.description["architecture"],
+        "train": chosen["train"],
+        "finetune": {**chosen["finetune"], "branches": branches},
+    }
+    given: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(given, override)
+        apply_override(values, override)
+    if values["finetune"].get("moves") == "lora":
+        chosen_maps(model.potential.encoder, values["finetune"].get("maps") or "")
+    asked_train = given.get("train") or {}
+    if "steps" not in asked_train and ("minutes" in asked_train or "epochs" in asked_train):
+        values["train"]["steps"] = None  # the length is given otherwise
+    values["finetune"]["references"] = {t: {str(z): e for z, e in r.items()} for t, r in references.items()}
+    return values
+
+
+def nearest(model: Predictor, target: Target, start: str | None, console: Console) -> Agreement | None:
+    """The branch that a new one begins with, None for fresh weights; prints the ranking where the choice is free."""
+    if start == SCRATCH:
+        return None
+    if start is not None:
+        return agreement(model, task_of(model.description, start), target.store, target.label_set)
+    found = ranking(model, target.store, target.label_set)
+    console.print(table(target.name, found))
+    return found[0]
+
+
+def task_of(description: Description, name: str) -> str:
+    """The task of a model that is called so, or whose branch is."""
+    tasks = description["tasks"]
+    found = [task for task, about in tasks.items() if name in (task, about["branch"])]
+    if not found:
+        raise ValueError(f"--from {name}: the model has {', '.join(tasks)} (and there is {SCRATCH})")
+    return found[0]
+
+
+def refuse(description: Description, target: Target, new_elements: bool) -> None:
+    """ValueError where a task's name is taken, or its elements are unknown and must not be new."""
+    if target.name in {*description["tasks"], *description["branches"]}:
+        raise ValueError(
+            f"the model has a task {target.name!r} already: give the new data a name of their own, "
+            f"NAME={target.store.path}, or train on more of that task's data with --replay {target.name}=STORE"
+        )
+    known = {z for about in description["tasks"].values() for z in about["elements"]}
+    if strange := sorted(set(target.store.elements) - known):
+        names = " ".join(SYMBOLS[z] for z in strange)
+        if not new_elements:
+            raise ValueError(f"{target.store.path}: the model has never seen {names} (and --no-new-elements is given)")
+
+
+def replayed(description: Description, texts: list[str]) -> dict[str, dict[str, Any]]:
+    """Old tasks that are trained on again: task -> store and label set. ValueError where the model has no such task."""
+    found = {}
+    for text in texts:
+        task, equals, path = text.partition("=")
+        if not equals or not (Path(path) / MANIFEST).exists():
+            raise ValueError(f"--replay {text}: must be TASK=STORE, with the directory of a prepared store")
+        if task not in description["tasks"]:
+            raise ValueError(f"--replay {text}: the model has the tasks {', '.join(description['tasks'])}")
+        names = list(Store(path).tasks)
+        if task not in names and len(names) > 1:
+            raise ValueError(f"--replay {text}: {path} has the label sets {', '.join(names)}, none of this name")
+        found[task] = {"store": path, "labels": task if task in names else names[0]}
+    return found

@@ -1,0 +1,38 @@
+"""What a fine-tuning run does where it is not told otherwise, by the number of structures that there are.
+
+Everything stands in RUN/config.yaml, and every key may be given: these are values to begin with, not rules.
+"""
+
+from typing import Any
+
+FEW, SOME, MANY = 100, 1_000, 10_000  # structures of the train split
+
+
+def preset(structures: int, tasks: int = 1) -> dict[str, Any]:
+    """The sections `finetune`, `train` for so many structures of the smallest new task."""
+    if structures < FEW:  # rates fall towards the first layers, and weights are held near their beginning
+        moves, steps, lr, batch = {"layer_decay": 0.8, "pull": 0.1}, 400, 2e-3, 8
+    elif structures < SOME:
+        moves, steps, lr, batch = {"layer_decay": 0.9, "pull": 0.01}, 800, 2e-3, 8
+    elif structures < MANY:
+        moves, steps, lr, batch = {}, 4_000, 1e-3, 16
+    else:
+        moves, steps, lr, batch = {}, 10 * structures // 32, 1e-3, 32
+    batch = max(1, min(batch, structures))
+    epoch = max(20, steps // 20)
+    return {
+        "finetune": {"moves": "all", **moves},
+        "train": {
+            "lr": lr,
+            "weight_decay": 0.0,
+            "optimizer": "adamw",
+            "warmup": min(50, steps // 10),
+            "schedule": "cosine",
+            "ema": 0.99,
+            "batch": float(batch),
+            "steps": steps,
+            "epoch_steps": epoch,
+            "patience": 8,
+            "log_every": epoch,
+        },
+    }

@@ -1,0 +1,203 @@
+"""A trained model adapted to new data: how it begins, what moves, and that ranks and restarts change nothing."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import multifid
+from conftest import write_molecules
+from multifid.config import load_config
+from multifid.evaluation.nearest import agreement, ranking
+from multifid.model.model_file import export_model
+from multifid.model.undetermined import StaleBranch
+from multifid.preparation.prepare import prepare
+from multifid.store.store import Store
+from multifid.structures.elements import NUMBERS, chemical_neighbours
+from multifid.workflows.finetune import refit_references
+from test_train import config_of, final_state, start
+
+SHORT = ("train.steps=6", "train.epoch_steps=3", "train.warmup=1", "train.device=cpu")
+
+
+@pytest.fixture(scope="module")
+def parent(stores, tmp_path_factory) -> Path:
+    train = {"steps": 150, "epoch_steps": 50, "lr": 5e-3, "device": "cpu"}
+    two = {task: {"store": str(stores[task])} for task in ("apple", "berry")}
+    values = config_of(stores, tmp_path_factory.mktemp("finetune") / "parent", train=train) | {"tasks": two}
+    return start(values)
+
+
+@pytest.fixture(scope="module")
+def fig(tmp_path_factory) -> Store:
+    """Data of the depth of apple, whose energies have another zero for each element."""
+    folder = tmp_path_factory.mktemp("fig")
+    write_molecules(folder / "fig.xyz", 40, 1.0, 7.0, seed=9)
+    prepare("extxyz", [folder / "fig.xyz"], folder / "fig", task="fig", trust_units=True, progress=False, talk=False)
+    return Store(folder / "fig")
+
+
+def tuned(parent, store, out, *more, **how):
+    return multifid.finetune(parent, f"fig={store.path}", out, [*SHORT, *more], quiet=True, **how)
+
+
+def test_the_first_step_is_as_good_as_the_model_with_refitted_references(parent, fig, tmp_path):
+    """References and scale are others than the old branch's, and what it predicts in eV is not."""
+    model = multifid.load(parent)
+    near = ranking(model, fig, "fig")[0]
+    assert near.branch == "apple"
+    frozen = ("train.lr=1e-12", "train.ema=null", "finetune.pull=0")
+    result = tuned(parent, fig, tmp_path / "run", *frozen)
+    config = load_config(result.run)
+    assert config.finetune.branches == {"fig": "apple"} and config.train.steps == 6
+    after = agreement(multifid.load(result.run), "fig", fig, "fig")
+    assert after.forces_mae == pytest.approx(near.forces_mae, rel=1e-4)
+    row = multifid.evaluate(result.run, f"fig={fig.path}", split="train", quiet=True)[0]
+    assert row["energy_mae"] == pytest.approx(near.energy_mae, rel=1e-3)
+    assert row["forces_mae"] == pytest.approx(near.forces_mae, rel=1e-4)
+
+
+def test_refitted_references_are_found_to_the_last_digit(parent, fig, tmp_path):
+    """Planted: the labels are another branch's predictions, with other energies of the elements."""
+    refit_references(parent, f"fig={fig.path}", tmp_path / "refit", start="apple", quiet=True)
+    model, old = multifid.load(tmp_path / "refit", precision="fp64"), multifid.load(parent, precision="fp64")
+    expected = agreement(old, "apple", fig, "fig").energies
+    assert model.description["tasks"]["fig"]["references"] == {str(z): e for z, e in sorted(expected.items())}
+    from ase import Atoms
+
+    atoms = Atoms("CHO", [[0, 0, 0], [1.1, 0, 0], [0, 1.2, 0]])
+    a, b = model.predict(atoms, "fig"), old.predict(atoms, "apple")
+    refs = old.description["tasks"]["apple"]["references"]
+    shift = sum(expected[z] - refs[str(z)] for z in (6, 1, 8))
+    assert a.energy[0] - b.energy[0] == pytest.approx(shift, abs=1e-9)
+    np.testing.assert_allclose(a.forces, b.forces, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "moves", [*(pytest.param(m, marks=pytest.mark.full) for m in ("branch", "last")), "lora", "all"]
+)
+def test_what_moves_is_what_was_said(parent, fig, tmp_path, moves):
+    result = tuned(parent, fig, tmp_path / "run", f"finetune.moves={moves}", "finetune.rank=2", "train.lr=1e-2")
+    old, new = load_file(parent / "model.safetensors"), load_file(result.run / "last.safetensors")
+    assert {n for n in new if not n.startswith("branches.fig")} == set(old)
+    moved = {n for n in old if n.startswith("encoder.") and not torch.equal(old[n], new[n])}
+    encoder = {n for n in old if n.startswith("encoder.")}
+    if moves == "branch":
+        assert not moved
+    if moves == "last":
+        assert moved and "encoder.embedding.element.weight" not in moved
+    if moves == "lora":
+        assert moved and all(old[n].dim() == 2 and not n.startswith("encoder.embedding") for n in moved)
+        change = (new[n := max(moved, key=lambda n: min(old[n].shape))] - old[n]).double()
+        assert torch.linalg.matrix_rank(change, rtol=1e-4) <= 2, n
+    if moves == "all":
+        assert len(moved) > len(encoder) // 2
+    model = multifid.load(result.run)
+    assert model.tasks == ["apple", "berry", "fig"], "the old branches are kept"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.task("apple")
+    assert bool(said) == (moves != "branch") and all(w.category is StaleBranch for w in said)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("finetune.moves=lora", "finetune.pull=0.5"),
+        pytest.param(
+            ("finetune.moves=last", "train.optimizer=soap", "finetune.layer_decay=0.5"), marks=pytest.mark.full
+        ),
+        pytest.param(("finetune.moves=branch",), marks=pytest.mark.full),
+        pytest.param(("finetune.pull=0.5", "finetune.layer_decay=0.5"), marks=pytest.mark.full),
+    ],
+)
+def test_a_run_goes_on_with_the_same_bits(parent, fig, tmp_path, keys):
+    keys = (*keys, "train.checkpoint_every=2", "train.keep=9", "train.lr=1e-2")
+    whole = tuned(parent, fig, tmp_path / "whole", *keys).run
+    cut = tuned(parent, fig, tmp_path / "cut", *keys).run
+    for folder in (cut / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > 2:
+            shutil.rmtree(folder)
+    assert tuned(parent, fig, cut, *keys).steps == 6
+    a, b = final_state(whole)[1], final_state(cut)[1]
+    assert a.keys() == b.keys()
+    for file in a:
+        for name in a[file]:
+            assert torch.equal(a[file][name], b[file][name]), name
+    first, second = (load_file(run / "model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_replayed_tasks_are_trained_on_and_not_stale(parent, fig, stores, tmp_path):
+    result = tuned(parent, fig, tmp_path / "run", replay=[f"apple={stores['apple']}"])
+    model = multifid.load(result.run)
+    assert {t: about.get("stale") for t, about in model.description["tasks"].items()} == {
+        "apple": None,
+        "berry": True,
+        "fig": None,
+    }
+    assert (result.run / "old_tasks.json").exists()
+
+
+def test_a_model_file_is_fine_tuned_to_conservative_forces_and_new_elements(parent, fig, tmp_path):
+    export_model(parent, tmp_path / "parent.mfid")
+    text = (fig.path.parent / "fig.xyz").read_text().replace("\nO ", "\nS ")
+    (tmp_path / "sulfur.xyz").write_text(text)
+    result = multifid.finetune(
+        tmp_path / "parent.mfid",
+        f"sulfur={tmp_path / 'sulfur.xyz'}",
+        tmp_path / "run",
+        [*SHORT, "model.branch.forces=conservative"],
+        trust_units=True,
+        cache=tmp_path / "cache",
+        quiet=True,
+    )
+    model = multifid.load(result.run)
+    assert model.conservative and model.elements("sulfur") == ["H", "C", "S"] and model.tasks == ["sulfur"]
+    with pytest.raises(ValueError, match=r"has never seen S .*--no-new-elements"):
+        again = [f"sulfur={tmp_path / 'sulfur.xyz'}"]
+        cache = {"trust_units": True, "cache": tmp_path / "cache", "quiet": True}
+        multifid.finetune(parent, again, tmp_path / "other", SHORT, new_elements=False, **cache)
+
+
+def test_what_cannot_be_is_refused_and_leaves_nothing(parent, fig, tmp_path):
+    def refused(words, *more, data=f"fig={fig.path}", **how):
+        with pytest.raises(ValueError, match=words):
+            multifid.finetune(parent, data, tmp_path / "run", [*SHORT, *more], quiet=True, **how)
+        assert not (tmp_path / "run").exists()
+
+    refused("has a task 'apple' already.*NAME=", data=f"apple={fig.path}")
+    refused(
+        "no linear map of the encoder has 'attention'.*it has layers", "finetune.moves=lora", "finetune.maps=attention"
+    )
+    refused("--from pear: the model has apple, berry", start="pear")
+    refused("--replay pear=.*the model has the tasks", replay=[f"pear={fig.path}"])
+    refused("there is no store and no file", data=f"fig={tmp_path / 'nowhere.xyz'}")
+    write_molecules(tmp_path / "two.xyz", 2, 1.0, 0.0, seed=1)
+    two = {"trust_units": True, "cache": tmp_path / "cache"}
+    refused("split", data=f"two={tmp_path / 'two.xyz'}", **two)
+
+
+def test_the_nearest_elements_are_of_the_same_column():
+    known = [NUMBERS[s] for s in ("H", "C", "N", "O", "F", "Si", "Cl", "Br", "Fe", "La")]
+    near = {"S": ["O"], "P": ["N"], "I": ["Br"], "Ge": ["Si"], "Ru": ["Fe"], "Na": ["H"], "U": ["La"], "He": ["H"]}
+    for symbol, others in near.items():
+        assert chemical_neighbours(NUMBERS[symbol], known) == [NUMBERS[s] for s in others], symbol
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_any_number_of_ranks_equals_one_process(pool, parent, fig, stores, tmp_path, ranks):
+    keys = ("finetune.moves=lora", "finetune.pull=0.5", "train.lr=1e-2", "train.precision=fp64", "train.ema=0.9")
+    replay = [f"{task}={stores[task]}" for task in ("apple", "berry")]
+    one = tuned(parent, fig, tmp_path / "one", *keys, replay=replay).run
+    values = load_config(one).model_dump(mode="json")
+    values |= {"run": str(tmp_path / "more"), "parallel": {"placement": "split"}}
+    assert pool.run(ranks, "whole_run", values) == [0] * ranks
+    a, b = (load_file(run / "last.safetensors") for run in (one, tmp_path / "more"))
+    assert set(a) == set(b)
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=1e-10, atol=1e-10), name

@@ -25,12 +25,12 @@ from multifid.structures.atoms import pack_atoms
 STEP = 0.0033  # angstrom along each axis, in a femtosecond: sodium at 300 K
 
 
-def untrained(cutoff: float = 5.0) -> Model:
+def untrained(cutoff: float = 5.0, encoder: str = "egnn", forces: str = "conservative") -> Model:
     """A model of the size of `make demo`'s, its weights drawn."""
     config = ModelConfig(
         cutoff=cutoff,
-        encoder={"name": "egnn", "layers": 3, "hidden": 64, "vectors": 8},
-        branch={"hidden": [64, 64], "forces": "conservative"},
+        encoder={"name": encoder, "layers": 3, "hidden": 64} | ({"vectors": 8} if encoder == "egnn" else {}),
+        branch={"hidden": [64, 64], "forces": forces},
     )
     potential = Potential(config, ["salt"], {"salt": "salt"}, seed=0)
     about = {"branch": "salt", "references": {"11": 0.0, "17": 0.0}, "scale": 1.0, "elements": [11, 17]}

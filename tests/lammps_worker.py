@@ -40,6 +40,12 @@ def started(atoms=None, pair=("a.mfid", "a"), options="dtype float64", coeff="H 
     return lmp
 
 
+def long_box():
+    atoms = crystal()
+    atoms.cell[0] *= 4
+    return atoms
+
+
 def measured(lmp) -> dict:
     """Energy, forces and stress as the calculator says them, energies of atoms, atoms of every rank."""
     lmp.command("compute each all pe/atom")
@@ -76,9 +82,7 @@ def single():
 
 def one_sided():
     """All atoms in one corner of a long box: at least one of several ranks has none."""
-    atoms = crystal()
-    atoms.cell[0] *= 4
-    lmp = started(atoms, setup=["processors * 1 1"])
+    lmp = started(long_box(), setup=["processors * 1 1"])
     lmp.command("run 0")
     local = lmp.extract_global("nlocal")
     (FOLDER / f"local-{lmp.extract_setting('world_size')}-{lmp.extract_setting('world_rank')}").write_text(str(local))
@@ -175,13 +179,13 @@ def refused():
     """What each mistake is answered with."""
     a = FOLDER / "a.mfid"
 
-    def sees_the_first(lmp):
-        lmp.command("group first id 1")
-        lmp.command("displace_atoms first move 1000 0 0 units box")
-
     def coincide(lmp):
         lmp.command("create_atoms 1 single 1.0 1.0 1.0 units box")
         lmp.command("create_atoms 1 single 1.0001 1.0 1.0 units box")
+        lmp.command("run 0")
+
+    def again(lmp):
+        lmp.command(f"pair_style multifid {a} a")
         lmp.command("run 0")
 
     def npt(lmp):
@@ -202,6 +206,8 @@ def refused():
         "triplets": lambda: started(pair=("angular.mfid", "a")),
         "coincident": lambda: coincide(started()),
         "direct pressure": lambda: npt(started(pair=("direct.mfid", "a"))),
+        "hidden bonds": lambda: started(setup=["atom_style bond"]).command("run 0"),
+        "no types": lambda: again(started()),
         "units": lambda: started(setup=["units lj"]).command("run 0"),
     }
     said = {}
@@ -211,7 +217,6 @@ def refused():
             said[name] = "nothing"
         except Exception as error:
             said[name] = str(error)
-    assert a.exists()
     return said
 
 
@@ -242,8 +247,91 @@ def one_rank_fails():
     return measured(started())
 
 
+class MLIAPData:
+    """What ML-IAP with KOKKOS hands to an object, made of what the pair style hands to Python."""
+
+    def __init__(self, bridge, nlocal, nall, types, pairs, i, j, r):
+        def array(pointer, n):
+            return np.ctypeslib.as_array(pointer, (n,)) if n else np.zeros(0, int)
+
+        self.bridge, self.nlocal, self.ntotal, self.npairs = bridge, nlocal, nall, pairs
+        self.elems = array(types, nall) - 1
+        mixed = np.random.default_rng(0).permutation(pairs)  # ML-IAP promises no order
+        self.mixed, self.pair_i, self.pair_j = mixed, array(i, pairs)[mixed], array(j, pairs)[mixed]
+        self.rij = np.array(array(r, 3 * pairs), float).reshape(-1, 3)[mixed]
+        self.eatoms, self.energy = np.zeros(nlocal), 0.0
+
+    def _travel(self, source, target, width, backward):
+        rows = source.double().clone()
+        if self.bridge.exchange(self.bridge.pair, backward, rows.data_ptr(), width):
+            raise RuntimeError("another rank")
+        target.copy_(rows)
+
+    def forward_exchange(self, source, target, width):
+        self._travel(source, target, width, 0)
+
+    def reverse_exchange(self, source, target, width):
+        self._travel(source, target, width, 1)
+
+    def update_pair_forces_gpu(self, forces):
+        self.forces = np.zeros((self.npairs, 3))
+        self.forces[self.mixed] = forces.numpy()
+
+
+def mliap():
+    """The ML-IAP object, pickled and read again, fed over ranks by the pair style's pairs and exchange."""
+    import pickle
+
+    from multifid.apply.lammps import mliap as module
+    from multifid.apply.lammps import pair
+
+    made = pickle.loads(pickle.dumps(module.MLIAP(FOLDER / "a.mfid", "a", SYMBOLS, "float64")))
+
+    def compute(self, nlocal, nall, types, nown, own, npairs, i, j, r, energies, slopes, forces, deviations):
+        data = MLIAPData(self.bridge, nlocal, nall, types, npairs, i, j, r)
+        made.compute_forces(data)
+        assert abs(data.energy - data.eatoms.sum()) < 1e-9
+        if nown:
+            np.ctypeslib.as_array(energies, (nown,))[:] = data.eatoms
+        if npairs:
+            np.ctypeslib.as_array(slopes, (3 * npairs,))[:] = data.forces.ravel()
+
+    plain = pair.Style.compute
+    pair.Style.compute = compute
+    try:
+        lmp = started(long_box(), setup=["processors * 1 1"])
+        said = ""
+        try:
+            module.load_into(lmp, made)
+        except ValueError as error:
+            said = str(error)
+        return measured(lmp) | {"too old": said}
+    finally:
+        pair.Style.compute = plain
+
+
+def external():
+    """fix external in place of a pair style; dynamics too."""
+    import multifid
+    from multifid.apply.lammps.external import attach
+
+    lmp = started(style="zero 4.0", coeff="")
+    lmp.command("fix model all external pf/callback 1 1")
+    lmp.command("fix_modify model energy yes virial yes")
+    attach(lmp, "model", multifid.load(FOLDER / "a.mfid", precision="fp64"), "a", SYMBOLS)
+    lmp.command("compute virial all pressure NULL virial")
+    lmp.command("thermo_style custom step pe c_virial[*]")
+    lmp.command("run 0")
+    found = state(lmp)
+    found["virial"] = [lmp.extract_compute("virial", 0, 1)[k] * -BAR for k in (0, 1, 2, 5, 4, 3)]
+    lmp.command("fix move all nve")
+    lmp.command("timestep 0.0002")
+    lmp.command("run 5")
+    return found | {"later": state(lmp)}
+
+
 SCENES = (single, one_sided, painn, direct, single_precision, committee, overlay, hybrid, real, dynamics, pressure)
-SCENES += (refused, one_rank_fails)
+SCENES += (mliap, external, refused, one_rank_fails)
 
 if __name__ == "__main__":
     wanted = sys.argv[2:]

@@ -97,7 +97,7 @@ def _commands(group: Any, prefix: str = "") -> dict[str, Any]:
     """All commands by name, those of groups as `group command`."""
     found: dict[str, Any] = {}
     for name, command in group.commands.items():
-        inner = hasattr(command, "commands")
+        inner = getattr(command, "commands", None) is not None
         found |= _commands(command, f"{name} ") if inner else {f"{prefix}{name}": command}
     return found
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 import ase.units
 import numpy as np
 import pytest
+import torch
 
 import multifid
 from lammps_models import crystal, model_file
 from multifid.apply.lammps import build as building
+from multifid.apply.lammps.mliap import MLIAP
 
 WORKER = Path(__file__).with_name("lammps_worker.py")
 LITTLE = ("single", "one_sided", "refused", "one_rank_fails")
@@ -119,6 +122,8 @@ def test_what_cannot_be_answered_is_refused_with_its_reason(two):
         "triplets": "the encoder angular reads triplets",
         "coincident": "two atoms are 0.0001 angstrom apart",
         "direct pressure": "fix npt follows the pressure",
+        "hidden bonds": "say `special_bonds lj/coul 1 1 1`",
+        "no types": "coeffs are not set",
         "units": "needs units metal or real, not lj",
     }
     assert set(said) == set(expected)
@@ -200,6 +205,43 @@ def test_a_box_under_pressure_is_the_same_on_any_number_of_ranks(found, home, fo
     first = json.loads(path.read_text())
     np.testing.assert_allclose(box[1], first["box"][1], rtol=0, atol=1e-9)
     np.testing.assert_allclose(found["pressure"]["forces"], first["forces"], rtol=0, atol=1e-8)
+
+
+@needs_lammps
+@pytest.mark.full
+def test_the_ml_iap_object_gives_the_same_over_ranks(found, folder):
+    assert_equal(found["mliap"], calculated(folder, atoms=long_box()))
+    assert "ML-IAP needs 20251216 or newer" in found["mliap"]["too old"]
+
+
+def test_the_ml_iap_object_holds_its_model_and_refuses_what_it_cannot_do(folder, tmp_path):
+    copy = tmp_path / "gone.mfid"
+    copy.write_bytes((folder / "a.mfid").read_bytes())
+    made = MLIAP(copy, "a", ["H", "C"])
+    copy.unlink()
+    made = pickle.loads(pickle.dumps(made))
+    assert (made.element_types, made.cutoff, made.rcutfac, made.task) == (["H", "C"], 4.0, 2.0, "a")
+    assert made.model(torch.device("cpu")).numbers.tolist() == [0, 1, 6]
+    with pytest.raises(ValueError, match="no task 'z'; it has a, b"):
+        MLIAP(folder / "a.mfid", "z", ["H"])
+    with pytest.raises(ValueError, match="has never seen Fe"):
+        MLIAP(folder / "a.mfid", "a", ["H", "Fe"])
+    with pytest.raises(ValueError, match="predicted directly"):
+        MLIAP(folder / "direct.mfid", "a", ["H"])
+    with pytest.raises(RuntimeError, match="does not exchange features between ranks"):
+        made.compute_forces(object())
+
+
+@needs_lammps
+@pytest.mark.full
+def test_fix_external_gives_the_same_where_no_compiler_is(found, folder):
+    atoms, external = calculated(folder), found["external"]
+    assert external["energy"] == pytest.approx(atoms.get_potential_energy(), rel=1e-14)
+    np.testing.assert_allclose(external["forces"], atoms.get_forces(), rtol=0, atol=TIGHT)
+    np.testing.assert_allclose(external["virial"], atoms.get_stress(), rtol=0, atol=TIGHT)
+    atoms.positions = np.array(external["later"]["positions"])
+    np.testing.assert_allclose(external["later"]["forces"], atoms.get_forces(), rtol=0, atol=TIGHT)
+    assert np.abs(np.array(external["later"]["forces"]) - external["forces"]).max() > 1e-6
 
 
 @needs_lammps

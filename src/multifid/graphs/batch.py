@@ -91,7 +91,7 @@ class Batch:
             charge=tensor(packed.charge, np.int64),
             spin=tensor(packed.spin, np.int64),
             natoms=natoms,
-            structure=torch.repeat_interleave(torch.arange(len(natoms)), natoms),
+            structure=tensor(np.repeat(np.arange(len(packed.natoms)), packed.natoms), np.int64),
             edges=edges,
             shifts=shifts,
             slices=slices,

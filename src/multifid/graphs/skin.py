@@ -40,7 +40,10 @@ class SkinList:
         """
         if not self._holds(packed):
             self._make(packed)
-        positions = packed.positions - self._away @ self._cell_of(packed) - self._middle
+        assert self._before is not None
+        same = np.array_equal(self._before.cell, packed.cell)
+        cell = self._cell if same else self._cell_of(packed)
+        positions = packed.positions - self._away @ cell - self._middle
         i, j = self._candidates
         vectors = positions.take(j, axis=0) - positions.take(i, axis=0)
         if self._shifted:
@@ -62,7 +65,8 @@ class SkinList:
 
     def _make(self, packed: Packed) -> None:
         self._before = None  # if what follows raises, there is no list
-        cell, positions = self._cell_of(packed), packed.positions
+        self._cell = cell = self._cell_of(packed)
+        positions = packed.positions
         away = way_home(packed, positions)
         # In whole cell vectors, which follow the cell, and one vector for all atoms.
         inside = away - away[:1] if len(away) else away

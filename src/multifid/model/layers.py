@@ -7,6 +7,7 @@ from the same numbers whatever else is built beside it and whatever the global r
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -162,6 +163,26 @@ def call(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
 def sum_over(values: Tensor, index: Tensor, size: int) -> Tensor:
     """out[k] = sum of values[e] where index[e] == k: (E, ...) -> (size, ...)."""
     return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
+
+
+class Constant(nn.Module):
+    """Numbers that are never trained, exact in float64: `value` has them in the type and on the device of the model.
+
+    A buffer that was made in float32 keeps its rounding when a model is moved to float64.
+    """
+
+    value: Tensor
+
+    def __init__(self, exact: np.ndarray):
+        super().__init__()
+        self.exact = exact
+        dtype = torch.get_default_dtype() if exact.dtype.kind == "f" else torch.int64
+        self.register_buffer("value", torch.tensor(exact.tolist(), dtype=dtype), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Constant":
+        super()._apply(fn, recurse)
+        self.value = torch.from_numpy(self.exact).to(self.value.device, self.value.dtype)
+        return self
 
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:

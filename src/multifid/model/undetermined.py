@@ -28,8 +28,10 @@ def undetermined(null_space: Sequence[Mapping[str, float]] | None, packed: Packe
 
     null_space: orthonormal directions, Z -> coefficient, as the description of a task has them.
     """
-    table = np.zeros((MAX_Z + 1, len(null_space or [])))
-    for k, direction in enumerate(null_space or []):
+    if not null_space:
+        return np.zeros(len(packed.natoms), bool)
+    table = np.zeros((MAX_Z + 1, len(null_space)))
+    for k, direction in enumerate(null_space):
         table[[int(z) for z in direction], k] = list(direction.values())
     structure = np.repeat(np.arange(len(packed.natoms)), packed.natoms)
     counts = np.zeros((len(packed.natoms), MAX_Z + 1))

@@ -62,4 +62,6 @@ class Packed:
     @property
     def offsets(self) -> np.ndarray:
         """(structures + 1,) int64: first atom of each structure."""
-        return np.concatenate([[0], np.cumsum(self.natoms, dtype=np.int64)])
+        offsets = np.zeros(len(self.natoms) + 1, np.int64)
+        np.cumsum(self.natoms, out=offsets[1:])
+        return offsets

@@ -56,7 +56,12 @@ STYLES: dict[int, "Style"] = {}  # by address of the table: what LAMMPS holds
 
 
 def connect(address: int) -> None:
-    """Fill in the table of a new pair style."""
+    """Fill in the table of a new pair style.
+
+    Here, and not in `close`, styles go that are closed: no function may vanish while it is called.
+    """
+    for other in [a for a, style in STYLES.items() if style.closed]:
+        del STYLES[other]
     STYLES[address] = Style(address)
 
 
@@ -64,9 +69,9 @@ class Style:
     """One pair style of this rank."""
 
     def __init__(self, address: int):
-        self.address = address
         self.bridge = Bridge.from_address(address)
         self.model: RankModel | None = None
+        self.closed = False
         self.bridge.open = OPEN(self._told(self.open))
         self.bridge.types = TYPES(self._told(self.types))
         self.bridge.system = SYSTEM(self._told(self.system))
@@ -147,7 +152,7 @@ class Style:
 
     def close(self) -> int:
         """LAMMPS has done with this pair style."""
-        STYLES.pop(self.address, None)
+        self.model, self.closed = None, True
         return 0
 
 

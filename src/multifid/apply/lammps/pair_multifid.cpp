@@ -218,6 +218,9 @@ void PairMultifid::settings(int narg, char **arg)
                "[dtype float32|float64] [device cpu|cuda|cuda:N] [charge E] [spin MULTIPLICITY] [committee MODEL...]");
   if (opened) bridge.close();
   opened = told = false;
+  if (allocated)    // another model: types must be mapped anew
+    for (int a = 1; a <= atom->ntypes; a++)
+      for (int b = 1; b <= atom->ntypes; b++) setflag[a][b] = 0;
   Interpreter python{};
   std::string why = python.start();
   bool well = why.empty();

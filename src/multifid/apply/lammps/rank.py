@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multifid.graphs.graph import Graph
 from multifid.model.domain import Exchange, Link, Share, share_of, widest_exchange
+from multifid.model.electrons import as_trained
 from multifid.model.predictor import NEAREST, Predictor
 from multifid.structures.elements import MAX_Z, SYMBOLS
 from multifid.structures.structure import Packed
@@ -109,6 +110,11 @@ class RankModel:
         ready = self.models[0].ready(packed, self.task)
         if len(ready.numbers):
             self.charge, self.spin = int(ready.charge[0]), int(ready.spin[0])
+
+    def set_electrons(self) -> None:
+        """Charge and spin become those that the task answers for. ValueError where it knows several, and not these."""
+        ready = as_trained(self._packed([1]), self.models[0].description["tasks"][self.task], self.task)
+        self.charge, self.spin = int(ready.charge[0]), int(ready.spin[0])
 
     def answer(self, pairs: Pairs, link: Link, deviations: bool = False) -> Answer:
         """What own atoms add, exact over all ranks. Called on all ranks, also on those without atoms or pairs."""

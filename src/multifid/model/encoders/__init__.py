@@ -20,6 +20,7 @@ from multifid.model.encoders.egnn import EGNN
 from multifid.model.encoders.gat import GAT
 from multifid.model.encoders.gin import GIN
 from multifid.model.encoders.gotennet import GotenNet
+from multifid.model.encoders.mace import MACE
 from multifid.model.encoders.mfc import MFC
 from multifid.model.encoders.painn import PaiNN
 from multifid.model.encoders.pna import PNA
@@ -39,10 +40,11 @@ ENCODERS: dict[str, type[Encoder]] = {
     "cgcnn": CGCNN,
     "gat": GAT,
     "gin": GIN,
-    "sage": SAGE,
+    "mace": MACE,
     "mfc": MFC,
     "pna": PNA,
     "pna_plus": PNAPlus,
+    "sage": SAGE,
 }
 
 

@@ -159,6 +159,7 @@ def test_commands_and_python_of_the_readme_run(folder):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)  # compiles twice
 def test_the_tutorial_runs_in_an_empty_directory_and_its_model_is_used(tmp_path):
     run_page(tmp_path, ROOT / "docs" / "tutorial.md")
     assert (tmp_path / "alloys.mfid").exists() and (tmp_path / "alloys.md").exists()

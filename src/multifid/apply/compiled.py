@@ -4,7 +4,7 @@
     CACHE/compiled/.NAME-KEY.lock    held by the process that compiles, where the file system has locks
 
 Weights are no part of the code: all tasks, seeds and fine-tuned versions of one architecture share it. KEY is a hash of
-everything else that decides over it: architecture, precision, processor, threads, torch, source of this package.
+everything else that decides over it: architecture, precision, processor, torch, source of this package.
 Before it is used, code is held to the model on a small crystal; what does not hold is compiled anew.
 """
 
@@ -69,14 +69,7 @@ def compiled(trained: Predictor, task: str, cache: Path | None = None) -> Compil
                     return found
             place.unlink()
         Console(stderr=True).print(f"compiling, once for this architecture and machine: {place}", soft_wrap=True)
-        aot.export_package(
-            trained,
-            task,
-            place,
-            level=instructions(),
-            threaded=torch.get_num_threads() > 1,
-            weights_as_arguments=True,
-        )
+        aot.export_package(trained, task, place, level=instructions(), weights_as_arguments=True)
     return Compiled(trained, task, Package(place), function)
 
 
@@ -85,11 +78,10 @@ def _name(trained: Predictor) -> str:
     config, encoder = trained.potential.config, type(trained.potential.encoder)
     rooms = Path(aot.__file__).parent, Path(aot.__file__).parent.parent / "graphs"
     sources = [*(p for room in rooms for p in sorted(room.rglob("*.py"))), Path(inspect.getfile(encoder))]
-    threads = "all" if torch.get_num_threads() > 1 else "one"
     asked = [
         config.model_dump(mode="json"),
         str(trained.dtype),
-        [sys.platform, platform.machine(), instructions(), threads, torch.__version__],
+        [sys.platform, platform.machine(), instructions(), torch.__version__],
         [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sources],
     ]
     return f"{config.encoder.name}-{xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True).encode())}"

@@ -89,7 +89,7 @@ class Exported(Answers):
         if precision is not None and PRECISIONS.get(precision) != self.dtype:
             raise ValueError(
                 f"{self.package.path} computes in {self.package.about['precision']} only: export the run again with "
-                f"--precision {precision}"
+                f"--precision {precision}, or ask for {self.package.about['precision']}"
             )
         return self
 

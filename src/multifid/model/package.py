@@ -31,7 +31,7 @@ def instructions() -> str:
 
 
 def is_package(path: Path) -> bool:
-    """Whether a file says that it is an exported model, or has the name of one."""
+    """Whether a file is an exported model, by its name."""
     return path.suffix == ".pt2"
 
 

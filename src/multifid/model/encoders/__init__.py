@@ -24,6 +24,7 @@ from multifid.model.encoders.mace import MACE
 from multifid.model.encoders.mfc import MFC
 from multifid.model.encoders.painn import PaiNN
 from multifid.model.encoders.pna import PNA
+from multifid.model.encoders.pna_eq import PNAEq
 from multifid.model.encoders.pna_plus import PNAPlus
 from multifid.model.encoders.sage import SAGE
 from multifid.model.encoders.schnet import SchNet
@@ -44,6 +45,7 @@ ENCODERS: dict[str, type[Encoder]] = {
     "mfc": MFC,
     "pna": PNA,
     "pna_plus": PNAPlus,
+    "pna_eq": PNAEq,
     "sage": SAGE,
 }
 
@@ -85,7 +87,10 @@ def why_unknown(name: Any) -> str:
 
 def build_encoder(config: EncoderConfig, cutoff: float) -> Encoder:
     """The encoder that a config describes, its weights not yet drawn. cutoff: angstrom."""
-    return all_encoders()[config.name](config, cutoff)  # type: ignore[call-arg]
+    encoder = all_encoders()[config.name](config, cutoff)  # type: ignore[call-arg]
+    if config.attention is not None:
+        encoder.add_attention(config.attention)
+    return encoder
 
 
 if TYPE_CHECKING:

@@ -99,7 +99,9 @@ class DimeNet(Encoder):
         )
         h = h + self.first(atoms)
         of_layers = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if number:
+                (h,) = graph.exchanged(h)
             h, x = call(layer, self.recompute, h, x, i, j, f, e, u, b, a, p)
             of_layers.append(h)
         return Features(self.norm(h), layers=tuple(of_layers[:-1]))

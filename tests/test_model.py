@@ -17,6 +17,7 @@ from multifid.model.suite import cases, check_encoder
 from multifid.model.suite.domains import halves_of_a_system
 from multifid.model.suite.samples import (
     CUTOFF,
+    TASK,
     TIGHT,
     assert_alike,
     assert_close,
@@ -31,7 +32,8 @@ from multifid.model.suite.symmetry import rotation
 FORCES = ("direct", "conservative")
 # One is of another package (tests/elsewhere, with tests of its own): scalars only, triplets.
 KINDS = {name: {"name": name} for name in [*ENCODERS, "angular"]} | {
-    "egnn with tensors": {"name": "egnn", "tensors": 3}
+    "egnn with tensors": {"name": "egnn", "tensors": 3},
+    "painn with attention": {"name": "painn", "attention": {"heads": 2}},
 }
 # `make test` holds these to everything and the others to what is likeliest to break; the full product holds all to all.
 THOROUGH = ("egnn", "painn", "angular", "egnn with tensors")
@@ -247,3 +249,22 @@ def test_wrong_configurations_are_named():
         Potential(ModelConfig(), ["a"], {"task": "b"}, seed=0)
     with pytest.raises(ValueError, match="must not be called 'train'"):
         Potential(ModelConfig(), ["train"], {}, seed=0)
+
+
+def test_with_attention_copies_add_up_and_different_molecules_do_not():
+    """As docs/encoders.md says: a mean over a structure is that of n far copies, and no sum over its parts."""
+    model = potential_with({"name": "painn", "layers": 2, "hidden": 8, "attention": {"heads": 2}}, "conservative")
+
+    def together(a, b):
+        numbers, positions = np.concatenate([a.numbers, b.numbers]), np.concatenate([a.positions, b.positions + 40.0])
+        return model(batch_of(a._replace(numbers=numbers, positions=positions)))[TASK].energy
+
+    one, other = (model(batch_of(system(n)))[TASK].energy for n in (4, 6))
+    assert_close(together(system(4), system(4)), 2 * one)
+    assert (together(system(4), system(6)) - one - other).abs() > 1e-4
+
+
+def test_attention_that_cannot_be_is_refused():
+    for keys, says in (({"heads": 5}, "heads must divide"), ({"every": 4}, "no place between them")):
+        with pytest.raises(ValueError, match=says):
+            encoder_of(name="schnet", layers=3, hidden=12, attention=keys)

@@ -36,10 +36,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from multifid.graphs.graph import EDGES_ONLY, Graph, GraphNeeds
+from multifid.model.attention import AttentionConfig, BetweenLayers, GlobalAttention
 
 
 class EncoderConfig(BaseModel):
@@ -48,6 +49,9 @@ class EncoderConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
+    attention: AttentionConfig | None = Field(
+        default=None, description="Global attention within each structure, between the layers; null: none."
+    )
 
 
 class Indivisible(ValueError):
@@ -96,6 +100,36 @@ class Encoder(nn.Module):
     degrees: dict[int, int]  # degree -> channels; scalars (0) always
     readouts: int = 0  # entries of `Features.layers`
     recompute: bool = False  # keep nothing between the layers' ends for the backward pass
+    every: int = 1  # layers from one block of global attention to the next
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Those of global attention, none without."""
+        return list(self._modules.get("attention") or [])  # type: ignore[arg-type]
+
+    def add_attention(self, config: AttentionConfig) -> None:
+        """Let scalars attend to their whole structure between the layers. Raises ValueError where that cannot be."""
+        hidden, places = self.degrees[0], (self.depth - 1) // config.every
+        if hidden % config.heads:
+            raise ValueError(f"attention: heads must divide the width of the scalars, {hidden}, got {config.heads}")
+        if places < 1:
+            raise ValueError(
+                f"attention: with {self.depth} layers there is no place between them after every {config.every}; "
+                "add layers, or let every be smaller"
+            )
+        self.attention = nn.ModuleList(GlobalAttention(hidden, config.heads) for _ in range(places))
+        self.every = config.every
+
+    def __call__(self, graph: Graph) -> Features:
+        if not self.blocks:
+            return super().__call__(graph)
+        if graph.exchange is not None:
+            raise Indivisible("with global attention every atom sees the whole system")
+        between = BetweenLayers(graph, self.blocks, self.every, self.recompute)
+        features = super().__call__(between.within())
+        if between.passed < len(self.blocks) * self.every:
+            raise ValueError(f"{type(self).__name__} has no attention: it does not pass through `graph.exchanged`")
+        return features
 
     @property
     def depth(self) -> int:

@@ -82,6 +82,55 @@ def test_ranks_write_the_file_of_one_process(run, mixed, tmp_path, pool):
     assert (tmp_path / "one.xyz").read_bytes() == (tmp_path / "two.xyz").read_bytes()
 
 
+def stop(run, files, out, monkeypatch):
+    """Stop a command in the middle of its second chunk; what it has done of the first is left."""
+    asked, really = [], multifid.apply.predict._predicted
+
+    def stopped(model, task, chunk, max_edges):
+        asked.append(len(chunk))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return really(model, task, chunk, max_edges)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(multifid.apply.predict, "_predicted", stopped)
+        predict(run, files, out, "a", device="cpu", precision="fp64")
+    assert len(asked) == 2 and not out.exists()
+    journal = next((out.parent / ".out.xyz.parts").glob("*.jsonl"))
+    journal.write_bytes(journal.read_bytes() + b'{"chunk": 1, "fi')  # a line that was torn off
+
+
+@pytest.mark.full
+def test_a_command_that_was_stopped_goes_on_with_another_number_of_ranks(run, mixed, tmp_path, monkeypatch, pool):
+    files, out = [str(path) for path in mixed * 13], tmp_path / "out.xyz"
+    stop(run, mixed * 13, out, monkeypatch)
+    assert pool.run(2, "predicted", str(run), files, str(out), "a") == [585, 585]
+    assert predict(run, mixed * 13, tmp_path / "whole.xyz", "a", device="cpu", precision="fp64") == 585
+    assert out.read_bytes() == (tmp_path / "whole.xyz").read_bytes()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_command_that_was_stopped_goes_on(run, mixed, tmp_path, monkeypatch, damaged, capsys):
+    out, left = tmp_path / "out.xyz", tmp_path / ".out.xyz.parts"
+    monkeypatch.setattr(multifid.apply.predict, "STRUCTURES", 20)
+    stop(run, mixed, out, monkeypatch)
+    if damaged:
+        next(left.glob("*.xyz")).write_bytes(b"what is this?")  # bytes that are not those of the journal
+    assert predict(run, mixed, out, "a", device="cpu", precision="fp64") == 45
+    assert ("20 were there from a command that was stopped" in capsys.readouterr().out) == (not damaged)
+    assert not left.exists()
+    assert predict(run, mixed, tmp_path / "whole.xyz", "a", device="cpu", precision="fp64") == 45
+    assert out.read_bytes() == (tmp_path / "whole.xyz").read_bytes()
+
+
+def test_what_another_request_left_is_thrown_away_and_that_is_said(run, mixed, tmp_path, capsys):
+    left = tmp_path / ".out.xyz.parts"
+    left.mkdir()
+    (left / "request.json").write_text('{"task": "b"}')
+    assert predict(run, mixed, tmp_path / "out.xyz", "a", device="cpu") == 45
+    assert "was made with other" in capsys.readouterr().err and not left.exists()
+
+
 def test_what_has_no_prediction_is_named_or_left_out_and_counted(run, tmp_path, capsys):
     close = molecule("H2O")
     close.positions[1] = close.positions[0] + [0, 0, 1e-5]

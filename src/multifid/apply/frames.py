@@ -23,10 +23,11 @@ INTERNAL = ("\n", "\r", '"')  # what a value of extended XYZ cannot hold
 
 @dataclass(slots=True)
 class Given:
-    """One structure that a file gives, and where it was found, for people."""
+    """One structure that a file gives, where it was found, for people, and its number among all of all files."""
 
     atoms: Atoms
     where: str
+    number: int = 0
 
 
 @dataclass(slots=True)
@@ -37,17 +38,26 @@ class Unread:
     why: str
 
 
+def refuse_missing(paths: Sequence[Path]) -> None:
+    """ValueError names a path that is not there."""
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: not found; structures come from files that ASE reads, stores, and .aselmdb")
+
+
 def frames(paths: Sequence[Path]) -> Iterator[Given | Unread]:
     """The structures of files and stores, in their order, without labels.
 
     ValueError names a path that is not there, cannot be read, or holds no structure.
     """
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"{path}: not found; structures come from files that ASE reads, stores, and .aselmdb")
+    refuse_missing(paths)
+    number = 0
     for path in paths:
         found = None
         for found in _of(path):
+            if isinstance(found, Given):
+                found.number = number
+            number += 1
             yield found
         if found is None:
             raise ValueError(f"{path}: it holds no structure")

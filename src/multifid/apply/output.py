@@ -1,12 +1,12 @@
 """Structures of files, what was computed for each, and one file of them that is whole or not there.
 
-    frames --> chunks --> rank k mod size works on chunk k --> its part beside OUT --> one file, in the order of FILES
+    frames --> chunks --> the ranks work on them in turn --> their parts beside OUT --> one file, in the order of FILES
 
 All ranks read all files, which costs little beside what a model does; the first one puts the parts together. OUT
-appears by rename.
+appears by rename. What a command that was stopped has done stays beside OUT, and the same command goes on from there
+(`parts`), with the same bytes in the end.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,33 +14,48 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.extxyz import write_xyz
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from multifid.apply.frames import Given, Unread, frames
+from multifid import __version__
+from multifid.apply.frames import Given, Unread, frames, refuse_missing
+from multifid.apply.parts import Parts, Record, Writer, contents
 from multifid.parallel.groups import World
 
 NAMED = 5  # structures that a message names
 ENDINGS = (".xyz", ".extxyz")
-Work = Callable[[int, Sequence[Given]], tuple[list[Atoms], list[str]]]  # number, chunk -> results, what was refused
+
+
+@dataclass
+class Done:
+    """What was made of a chunk."""
+
+    atoms: list[Atoms] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # where, and why
+    flagged: list[str] = field(default_factory=list)  # of those that are there: where something is to be said
+
+
+Work = Callable[[Sequence[Given]], Done]
 
 
 @dataclass
 class Tally:
-    """What was done: by one rank, or by all."""
+    """What was done by all ranks, now and before the command was stopped."""
 
     structures: int = 0
     refused: int = 0
+    flagged: int = 0
+    kept: int = 0  # of the structures: those that were there from before
     named: list[str] = field(default_factory=list)  # the first of those that were refused, with the reason
-    lengths: list[int] = field(default_factory=list)  # bytes of each chunk in a rank's part
+    flags: list[str] = field(default_factory=list)  # the first of those that were flagged
 
-    def left_out(self) -> str:
+    def rest(self) -> str:
         """The end of a message."""
-        return f"; {self.refused} left out, as {'; '.join(self.named[:NAMED])}" if self.refused else ""
+        text = f"; {self.refused} left out, as {'; '.join(self.named[:NAMED])}" if self.refused else ""
+        return text + (f"; {self.kept} were there from a command that was stopped" if self.kept else "")
 
 
 def refuse_out(out: Path) -> None:
@@ -54,31 +69,47 @@ def refuse_out(out: Path) -> None:
 
 
 def write_all(
-    files: Sequence[Path], out: Path, work: Work, world: World, *, atoms: int, structures: int, skip: bool, title: str
+    files: Sequence[Path],
+    out: Path,
+    work: Work,
+    world: World,
+    request: dict[str, Any],
+    *,
+    atoms: int,
+    structures: int,
+    skip: bool,
+    title: str,
 ) -> Tally:
     """Write what `work` makes of the structures of files; called on all ranks. Returns the sums over them.
 
-    atoms, structures: of a chunk, about and at most. skip: leave out what is refused, in place of an error. title: of
-    the bar. ValueError names what is refused, and is raised too where nothing is left to be written.
+    request: what results depend on beside the files, as JSON has it: an attempt at the same one that was stopped goes
+    on. atoms, structures: of a chunk, about and at most. skip: leave out what is refused, in place of an error. title:
+    of the bar. ValueError names what is refused, and is raised too where nothing is left to be written.
     """
-    part = out.with_name(f".{out.name}.{world.rank}.part")
+    refuse_missing(files)
+    request = request | {"version": __version__, "files": [contents(file) for file in files]}
+    parts = Parts(out, request | {"chunks": [atoms, structures]}, world, skip)
+    _say_begun_again(out, parts)
+    mine: list[Record] = []
     try:
+        with parts.writer() as writer:
+            mine = writer.records
+            _own_part(_chunks(files, atoms, structures), work, parts, writer, skip, title)
+        everyone = [[vars(r) for r in mine] if rank == world.rank else None for rank in range(world.size)]
+        new = [Record(**record) for rank in range(world.size) for record in world.share(everyone[rank], rank)]
+        tally = _tally(parts.done, new)
         with world.together():
             if world.first:
-                for left in out.parent.glob(f".{out.name}.*.part"):  # by a run that was killed
-                    left.unlink()
-        mine = _own_part(files, part, work, world, (atoms, structures), skip, title)
-        lengths = [world.share(mine.lengths, rank) for rank in range(world.size)]
-        named = [line for rank in range(world.size) for line in world.share(mine.named, rank)]
-        total, refused = (int(n) for n in world.group.sum_(torch.tensor([mine.structures, mine.refused])))
-        tally = Tally(total, refused, named)
-        with world.together():
-            if world.first:
-                if not total:
-                    raise ValueError(f"nothing is left to be written to {out}{tally.left_out()}")
-                _put_together(out, lengths)
+                if not tally.structures:
+                    raise ValueError(f"nothing is left to be written to {out}{tally.rest()}")
+                parts.put_together(out, sorted([*parts.done, *new], key=lambda record: record.chunk))
+                parts.remove()
+    except ValueError:
+        if not any(record.structures for record in [*parts.done, *mine]):
+            parts.remove()
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        parts.release()
     return tally
 
 
@@ -92,27 +123,56 @@ def labelled(atoms: Atoms, results: dict[str, Any], **info: Any) -> Atoms:
     return atoms
 
 
+def _say_begun_again(out: Path, parts: Parts) -> None:
+    if parts.other and parts.world.first:
+        text = (
+            f"{out}: what a command that was stopped had left was made with other {', '.join(parts.other)}; begun again"
+        )
+        Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _tally(before: Sequence[Record], new: Sequence[Record]) -> Tally:
+    records = sorted([*before, *new], key=lambda record: record.chunk)
+    return Tally(
+        sum(r.structures for r in records),
+        sum(r.refused for r in records),
+        sum(r.flagged for r in records),
+        sum(r.structures for r in before),
+        [line for r in records for line in r.named],
+        [line for r in records for line in r.flags],
+    )
+
+
 def _own_part(
-    files: Sequence[Path], part: Path, work: Work, world: World, most: tuple[int, int], skip: bool, title: str
-) -> Tally:
-    """Work on this rank's chunks and write them to its part."""
-    tally = Tally()
-    with part.open("wb") as file, _progress(world, title) as advance:
-        for k, chunk in enumerate(_chunks(files, *most)):
-            if k % world.size != world.rank:
+    chunks: Iterator[list[Given | Unread]], work: Work, parts: Parts, writer: Writer, skip: bool, title: str
+) -> None:
+    """Work on this rank's share of the chunks that are not there yet, and write them to its part."""
+    there, world = {record.chunk for record in parts.done}, parts.world
+    turn = 0
+    with _progress(world, title) as advance:
+        for k, chunk in enumerate(chunks):
+            if k in there:
+                advance(len(chunk))
                 continue
-            there, refused = work(k, [f for f in chunk if isinstance(f, Given)])
-            refused = [*(f"{u.where}: {u.why}" for u in chunk if isinstance(u, Unread)), *refused]
+            turn += 1
+            if turn % world.size != world.rank:
+                continue
+            done = work([f for f in chunk if isinstance(f, Given)])
+            refused = [*(f"{u.where}: {u.why}" for u in chunk if isinstance(u, Unread)), *done.refused]
             if refused and not skip:
                 raise ValueError(_refusal(refused))
             written = StringIO()
-            write_xyz(written, there)
-            tally.lengths.append(file.write(written.getvalue().encode()))
-            tally.structures += len(there)
-            tally.refused += len(refused)
-            tally.named += refused[: NAMED - len(tally.named)]
+            write_xyz(written, done.atoms)
+            writer.add(
+                k,
+                written.getvalue().encode(),
+                structures=len(done.atoms),
+                refused=len(refused),
+                named=refused[:NAMED],
+                flagged=len(done.flagged),
+                flags=done.flagged[:NAMED],
+            )
             advance(len(chunk) * world.size)
-    return tally
 
 
 def _refusal(refused: Sequence[str]) -> str:
@@ -133,24 +193,6 @@ def _chunks(files: Sequence[Path], atoms: int, structures: int) -> Iterator[list
             chunk, there = [], 0
     if chunk:
         yield chunk
-
-
-def _put_together(out: Path, lengths: Sequence[Sequence[int]]) -> None:
-    """The parts of all ranks, chunk by chunk, as one file that appears when it is whole."""
-    whole = out.with_name(f".{out.name}.part")
-    parts = [out.with_name(f".{out.name}.{rank}.part").open("rb") for rank in range(len(lengths))]
-    try:
-        with whole.open("wb") as file:
-            for k in range(sum(map(len, lengths))):
-                rank, number = k % len(lengths), k // len(lengths)
-                file.write(parts[rank].read(lengths[rank][number]))
-            file.flush()
-            os.fsync(file.fileno())
-        whole.replace(out)
-    finally:
-        for part in parts:
-            part.close()
-        whole.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,16 +3,17 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from rich.console import Console
 
 from multifid.apply.frames import Given
 from multifid.apply.model import load
-from multifid.apply.output import labelled, refuse_out, write_all
+from multifid.apply.output import Done, labelled, refuse_out, write_all
+from multifid.apply.parts import contents
 from multifid.model.task_model import EDGES, TaskModel
 from multifid.model.undetermined import UndeterminedEnergy
 from multifid.parallel import groups
@@ -48,24 +49,23 @@ def predict(
         loaded = load(model, world.device, precision)
         name = loaded.task(task)
 
-        doubtful = 0
-
-        def work(number: int, chunk: Sequence[Given]) -> tuple[list[Atoms], list[str]]:
-            nonlocal doubtful
+        def work(chunk: Sequence[Given]) -> Done:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UndeterminedEnergy)  # said once, at the end
                 there, refused = _predicted(loaded, name, chunk, max_edges or EDGES)
-            doubtful += sum("undetermined" in atoms.info for atoms in there)
-            return there, refused
+            return Done(there, refused, ["" for atoms in there if "undetermined" in atoms.info])
 
+        request: dict[str, Any] = {"command": "predict", "model": contents(model), "task": name, "precision": precision}
+        request |= {"device": world.device.type, "max_edges": max_edges or EDGES}
         tally = write_all(
-            files, out, work, world, atoms=ATOMS, structures=STRUCTURES, skip=skip, title=f"predict {name}"
+            files, out, work, world, request, atoms=ATOMS, structures=STRUCTURES, skip=skip, title=f"predict {name}"
         )
-        doubtful = int(world.group.sum_(torch.tensor(doubtful)))
         if world.first:
-            text = f"{out}: {tally.structures} structures, task {name}{tally.left_out()}"
-            if doubtful:
-                text += f"; {doubtful} of compositions whose total energy the training data of {name} do not determine"
+            text = f"{out}: {tally.structures} structures, task {name}{tally.rest()}"
+            if tally.flagged:
+                text += (
+                    f"; {tally.flagged} of compositions whose total energy the training data of {name} do not determine"
+                )
             (console or Console()).print(text, soft_wrap=True, highlight=False, markup=False)
     return tally.structures
 

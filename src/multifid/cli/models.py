@@ -90,20 +90,22 @@ def relax(
     fmax: Annotated[float, typer.Option(help="the longest force that may be left, eV/angstrom")] = 0.05,
     steps: Annotated[int, typer.Option(min=0, help="at most, of each structure")] = 500,
     cell: Annotated[bool, typer.Option("--cell", help="relax the cells of crystals too")] = False,
+    symmetry: Annotated[bool, typer.Option("--symmetry", help="crystals keep their space group")] = False,
     optimizer: Annotated[str, typer.Option(help="fire, lbfgs or bfgs")] = "fire",
     trajectory: Annotated[
         Path | None, typer.Option(metavar="DIRECTORY", help="for one ASE trajectory of each structure")
     ] = None,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float64",
+    max_edges: Annotated[int | None, typer.Option(min=1, help="edges of a batch; default: 50,000")] = None,
     skip_refused: SkipRefused = False,
 ) -> None:
     """Relax the structures in files. Exit code 1 where some have not converged; they are named, and written too."""
     from multifid.apply.relax import Settings
     from multifid.apply.relax import relax as run
 
-    settings = Settings(fmax, steps, cell, optimizer, trajectory)
-    if not run(model, files, out, task, settings, device=device, dtype=dtype, skip=skip_refused):
+    settings = Settings(fmax, steps, cell, symmetry, optimizer, trajectory)
+    if not run(model, files, out, task, settings, device=device, dtype=dtype, max_edges=max_edges, skip=skip_refused):
         raise typer.Exit(1)
 
 

@@ -107,3 +107,34 @@ def sample(
     from multifid.workflows.sample import sample as run
 
     run(out, seed=seed, structures=structures, workers=workers)
+
+
+@command(PANEL)
+def merge(
+    stores: Stores,
+    out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
+    workers: Annotated[int, typer.Option(help="processes; the store is the same for all")] = 1,
+) -> None:
+    """One store of the structures of several, with the splits that they have there; it knows its parents."""
+    from multifid.workflows.derive import merge as run
+
+    run(stores, out, workers)
+
+
+@command(PANEL)
+def subset(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="a prepared store")],
+    out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
+    where: Annotated[
+        list[str],
+        typer.Option(
+            help="a condition; all must hold: 'atoms <= 50', 'elements in H,C,N,O', 'elements has Fe', 'forces < 20', "
+            "'energy_per_atom > -10', also charge, spin and energy"
+        ),
+    ],
+    workers: Annotated[int, typer.Option(help="processes; the store is the same for all")] = 1,
+) -> None:
+    """A store of the structures that satisfy conditions; it knows its parent."""
+    from multifid.workflows.derive import subset as run
+
+    run(store, out, where, workers)

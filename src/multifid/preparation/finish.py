@@ -29,6 +29,7 @@ class Rule:
     fractions: tuple[float, float, float]  # train, validation, test
     seed: int
     drop_duplicates: bool = False  # set those aside that repeat an earlier one
+    kept: bool = False  # as the records say, whatever is empty then
     others: list[Store] = field(default_factory=list)  # and those that are trained on here and tested on there
 
 
@@ -128,7 +129,7 @@ def _divide(
     aside: dict[str, int] = {}
 
     def divided_by(within: bool) -> tuple[Divided, list[int]]:
-        divided = divide(*columns, within)
+        divided = Divided(fields["split"][:], "as in the parents") if rule.kept else divide(*columns, within)
         if rule.drop_duplicates or rule.others:
             filled = set(divided.split.tolist())
             aside["duplicates"] = set_aside(divided.split, geometries(fields), rule.drop_duplicates, rule.others)
@@ -153,12 +154,14 @@ def _divide(
 
 
 def _sources(files: list[Input], intake: Intake, sums: list[str]) -> list[dict[str, Any]]:
+    lineage = getattr(intake.module, "lineage", None)
     return [
         {
             "name": file.name,
             "bytes": sum(path.stat().st_size for path in files_of(file.path)),
             "xxh3": digest,
             "structures": count,
+            **({"store": lineage(file.path)} if lineage else {}),
         }
         for file, digest, count in zip(files, sums, intake.structures_of_file, strict=True)
     ]

@@ -116,11 +116,20 @@ class _Progress:
 class Intake:
     """Puts finished parts into a writer and remembers what does not go into field files.
 
-    task, level_of_theory: what the user calls the label set; the records must then hold only one.
+    known: what the labels are that records may have. task, level_of_theory: what the user calls the label set; the
+    records must then hold only one.
     """
 
-    def __init__(self, module: ModuleType, writer: StoreWriter, task: str | None, level_of_theory: str | None) -> None:
-        self.module, self.writer, self.task, self.level_of_theory = module, writer, task, level_of_theory
+    def __init__(
+        self,
+        module: ModuleType,
+        known: dict[str, LabelSet],
+        writer: StoreWriter,
+        task: str | None,
+        level_of_theory: str | None,
+    ) -> None:
+        self.module, self.known, self.writer = module, known, writer
+        self.task, self.level_of_theory = task, level_of_theory
         self.structures_of_file: list[int] = []
         self.names: dict[str, str] = {}  # label set of the reader -> task of the store
         self.label_sets: dict[str, LabelSet] = {}  # task -> what its labels are
@@ -171,7 +180,7 @@ class Intake:
         if self.names and (self.task is not None or self.level_of_theory is not None):
             both = ", ".join([*self.names, name])
             raise ValueError(f"the files hold several label sets ({both}): one task or level of theory cannot name all")
-        known: LabelSet = self.module.TASKS[name]
+        known = self.known[name]
         task = self.names[name] = self.task or name
         self.label_sets[task] = LabelSet(self.level_of_theory or known.level_of_theory, known.energy_kind)
         return task

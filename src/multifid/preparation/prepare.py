@@ -42,6 +42,7 @@ def prepare(
     trust_units: bool = False,
     drop_duplicates: bool = False,
     drop_duplicates_of: Sequence[Path | str] = (),
+    keep_splits: bool = False,
     workers: int = 1,
     rank: int = 0,
     size: int = 1,
@@ -55,7 +56,7 @@ def prepare(
     this split as a whole, in addition to `inputs`. options: what the reader's `Options` take. trust_units: make
     the store also where its units look wrong (what speaks against them goes into the manifest). drop_duplicates: set
     structures aside (split `unused`) that repeat an earlier one. drop_duplicates_of: stores; set aside what is trained
-    on here and tested on there, or the other way round. workers: processes that
+    on here and tested on there, or the other way round. keep_splits: as every record says. workers: processes that
     read. rank, size: this process among others that prepare the same store on a common file system; only the first has
     a store to return. progress: show a bar on a terminal, and, with `talk`, print what the store holds.
 
@@ -65,7 +66,7 @@ def prepare(
     module = reader(format)
     chosen = _options(module, format, options or {})
     _refuse_wrong(task, limit, workers)
-    rule = Rule(fractions, seed, drop_duplicates, [Store(path) for path in drop_duplicates_of])
+    rule = Rule(fractions, seed, drop_duplicates, keep_splits, [Store(path) for path in drop_duplicates_of])
     files = find_inputs(inputs, files_of_split or {}, module.ENDINGS, folder_marks(module))
     if rank and Path(out).exists():  # the first rank was that much faster, or complains of it
         return None
@@ -77,7 +78,9 @@ def prepare(
         if Path(out).exists() and unfinished.plan() is not None:  # killed between the rename and the cleaning
             return Store(out)
         with StoreWriter(out, workers) as writer:
-            intake = Intake(module, writer, task, level_of_theory)
+            label_sets = getattr(module, "label_sets", lambda paths: module.TASKS)
+            known = label_sets([file.path for file in files])
+            intake = Intake(module, known, writer, task, level_of_theory)
             with bar(files, progress) as advance:
                 plan = read_files(files, unfinished, pool, limit, advance)
                 unfinished.wait_for_parts(len(plan))

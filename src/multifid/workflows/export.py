@@ -114,6 +114,7 @@ def model_card(run: Path, description: Description, name: str) -> str:
 def _task(task: str, about: dict[str, Any]) -> str:
     labels = ", ".join(f"{kind} {count}" for kind, count in about["labels"].items() if count)
     symbols = " ".join(SYMBOLS[z] for z in about["elements"])
+    task = f"{task} (stale)" if about.get("stale") else task
     return f"| {task} | {about['level_of_theory'] or 'not stated'} | {about['structures']} | {labels} | {symbols} |"
 
 

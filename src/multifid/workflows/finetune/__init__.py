@@ -104,7 +104,8 @@ def finetune(
                 kept = keep_old_branches(run, path, moved)
                 if kept:
                     state = "stale: the encoder has moved without their data" if moved else "as they were"
-                    console.print(f"branches of {path} that are kept, {state}: {', '.join(kept)}", markup=False)
+                    line = f"branches of {path} that are kept, {state}: {', '.join(kept)}"
+                    console.print(line, soft_wrap=True, highlight=False, markup=False)
                 _old_tasks(run, path, console)
     return Result(**vars(ending))
 

@@ -8,7 +8,7 @@ from typing import Any
 FEW, SOME, MANY = 100, 1_000, 10_000  # structures of the train split
 
 
-def preset(structures: int, tasks: int = 1) -> dict[str, Any]:
+def preset(structures: int) -> dict[str, Any]:
     """The sections `finetune`, `train` for so many structures of the smallest new task."""
     if structures < FEW:  # rates fall towards the first layers, and weights are held near their beginning
         moves, steps, lr, batch = {"layer_decay": 0.8, "pull": 0.1}, 400, 2e-3, 8

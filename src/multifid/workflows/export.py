@@ -72,9 +72,10 @@ def _export_code(run: Path, out: Path, weights: str, code: Compilation) -> str:
         raise ValueError(f"--precision {code.precision!r} must be one of {', '.join(PRECISIONS)}")
     model = Predictor(*load_model(run, weights), dtype=PRECISIONS[code.precision or "fp32"])
     task = model.task(code.task)
+    card = model_card(run, with_tasks(model.description, [task]), out.name)
     Console(stderr=True).print(f"compiling {run}, task {task}: this takes a minute or more", soft_wrap=True)
     export_package(model, task, out, level=code.instructions, threaded=code.threads == "all")
-    return model_card(run, with_tasks(model.description, [task]), out.name)
+    return card
 
 
 def model_card(run: Path, description: Description, name: str) -> str:
@@ -120,7 +121,7 @@ def _task(task: str, about: dict[str, Any]) -> str:
 
 def _errors(run: Path, tasks: set[str]) -> list[str]:
     """A table of the errors that RUN/evaluation.json holds of these tasks; nothing where there are none."""
-    rows = [row for row in read_rows(run) if row["data"] in tasks]
+    rows = [row for row in read_rows(run) if row["data"] in tasks] if run.is_dir() else []
     if not rows:
         return ["Errors: not evaluated yet (`multifid evaluate RUN --data TASK=STORE`).", ""]
     return [

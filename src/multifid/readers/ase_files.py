@@ -1,0 +1,107 @@
+"""What ASE reads and writes: trajectories (`.traj`), its SQLite databases (`.db`), VASP's `vasprun.xml` and `OUTCAR`.
+
+ASE's units are ours, stress included (Voigt xx yy zz yz xz xy, tension-positive). The energy is the one that forces are
+the gradient of: `free_energy` where a calculation has both (VASP's free energy of smeared electrons), else `energy`;
+`--option energy=energy` takes the other. Forces are those of the calculation: constraints do not make them zero. Frames
+of one file are neighbours of one another: the relatives are their formula.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from pydantic import Field
+
+from multifid.readers.charges import ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
+from multifid.readers.contract import LabelSet, Part, Progress, Record, one_part
+from multifid.readers.holdings import listed
+from multifid.readers.records import (
+    BadRecord,
+    atomic_numbers,
+    number,
+    periodicity,
+    stress_tensor,
+    structure_or_skip,
+    vectors,
+)
+from multifid.structures.elements import formula
+from multifid.structures.structure import Labels, Structure
+
+TASK = "ase"
+TASKS = {TASK: LabelSet("not stated in the file", "total")}
+RELATIVE = "formula"
+ENDINGS = (".traj", ".db", "vasprun.xml", "outcar")
+FORMATS = dict(zip(ENDINGS, ("traj", "db", "vasp-xml", "vasp-out"), strict=True))  # nothing in them is executed
+parts = one_part
+
+
+class Options(ChargeOptions):
+    """Which energy is read."""
+
+    energy: Literal["free_energy", "energy"] = Field(
+        "free_energy", description="the energy that belongs to the forces, or the one without the electrons' entropy"
+    )
+
+
+def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
+    """Stream the frames of one file. `source_id`: their number. ValueError if ASE cannot read it."""
+    frames = _frames(path)
+    for i, atoms in enumerate(frames):
+        yield structure_or_skip(str(i), _structure, atoms, str(i), options)
+    progress(1.0)
+
+
+def holds(path: Path) -> list[str]:
+    """What the first frame has."""
+    for atoms in _frames(path):
+        return listed({**atoms.info, **(atoms.calc.results if atoms.calc else {})})
+    return []
+
+
+def _frames(path: Path) -> Iterator[Atoms]:
+    path.stat()
+    kind = next((kind for ending, kind in FORMATS.items() if path.name.lower().endswith(ending)), None)
+    if kind is None:
+        raise ValueError(f"{path}: names of files of this format end in {', '.join(FORMATS)}")
+    try:
+        yield from ase.io.iread(str(path), ":", format=kind)
+    except GeneratorExit:
+        raise
+    except Exception as error:  # ASE's readers raise whatever they meet
+        raise ValueError(f"{path}: truncated, damaged or no {kind} file: {type(error).__name__}: {error}") from error
+
+
+def _structure(atoms: Atoms, where: str, options: Options) -> Structure:
+    results: dict[str, Any] = {} if atoms.calc is None else atoms.calc.results
+    numbers = atomic_numbers(atoms.numbers)
+    cell, pbc = periodicity(np.asarray(atoms.cell), atoms.pbc)
+    energy = results.get(options.energy)
+    energy = results.get("energy") if energy is None else energy
+    forces, stress = results.get("forces"), results.get("stress")
+    if energy is None and forces is None:
+        raise BadRecord("no energy and no forces")
+    charge, spin = charge_of(atoms.info, options), spin_of(atoms.info, options)
+    if pbc is None:
+        charge = of_atoms(atoms.arrays.get("initial_charges")) if charge is None else charge
+        moments = atoms.arrays.get("initial_magmoms")
+        spin = spin_of_moments(results.get("magmom"), moments, numbers, charge) if spin is None else spin
+    return Structure(
+        numbers=numbers,
+        positions=vectors(atoms.positions, len(numbers), "positions"),
+        labels={
+            TASK: Labels(
+                energy=float("nan") if energy is None else number(energy, "energy"),
+                forces=None if forces is None else vectors(forces, len(numbers), "forces"),
+                stress=stress_tensor(stress),
+            )
+        },
+        relative=formula(numbers),
+        source_id=where,
+        cell=cell,
+        pbc=pbc,
+        charge=charge,
+        spin=spin,
+    )

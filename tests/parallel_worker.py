@@ -39,6 +39,7 @@ from multifid.training.resolve import placement_of, resolve
 from multifid.training.run import train
 from multifid.training.step import Totals, Trainer
 from multifid.training.trial import measured
+from multifid.workflows.calibrate import calibrate_run
 from multifid.workflows.evaluate import evaluate
 
 HOST = "127.0.0.1"
@@ -385,6 +386,13 @@ def predicted(run: str, files: list[str], out: str, task: str) -> int:
     return predict(Path(run), [Path(file) for file in files], Path(out), task, **options)
 
 
+def calibrated(run: str) -> dict[str, torch.Tensor]:
+    """The sums that a launch has calibrated, as each rank has them."""
+    found = calibrate_run(Path(run), device="cpu", max_edges=60, console=Console(quiet=True)).rigidity
+    sums = {f"{b}.{n}": x for b, one in found.branches.items() for n, x in one.tensors().items() if n != "samples"}
+    return sums | {t: torch.tensor([c.energy, c.forces, c.floor]) for t, c in found.tasks.items()}
+
+
 def train_until_killed(values: dict, environment: dict[str, str], torn_at: int | None) -> None:
     """A rank in a process of its own, which the test kills; it never gets through with the checkpoint of one step."""
 
@@ -417,6 +425,7 @@ JOBS = {
         error_of,
         evaluated,
         predicted,
+        calibrated,
         measured_run,
         trial_with_a_slow_task,
     )

@@ -9,7 +9,7 @@ Numbers are those of `Predictor.predict`. Nothing global is touched: no default 
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ase.calculators.calculator as ase
 import numpy as np
@@ -26,6 +26,7 @@ from multifid.structures.structure import Packed
 
 DTYPES = {"float32": "fp32", "float64": "fp64"}
 AVERAGED = ("energy", "forces", "stress", "energies")
+DOUBTS = ("energy_uncertainty", "energies_uncertainty", "forces_uncertainty")
 Results = dict[str, Any]
 
 
@@ -36,6 +37,8 @@ class Calculator(ase.Calculator):
     and `energies_std` the deviations (n - 1). task: which branch answers; may be left out where there is only one.
     dtype: float32 or float64; that of each model where nothing is said. skin: of the neighbour list, angstrom.
 
+    `energy_uncertainty` (eV, of the total), `energies_uncertainty` (N,) and `forces_uncertainty` (N,) eV/angstrom are
+    standard deviations, for one model whose run was calibrated (`multifid calibrate`): `get_property(NAME, atoms)`.
     `features` (N, H) of the encoder are a property too, for one model. Energies are totals, reference energies of the
     task included; `energies` add up to `energy`. Charge and multiplicity are `atoms.info["charge"]` and
     `atoms.info["spin"]`, used where the task was trained with several. Only conservative forces have a stress, and
@@ -67,6 +70,7 @@ class Calculator(ase.Calculator):
         self.conservative = all(model.conservative for model in self.models)
         self.neighbors = SkinList(max(model.cutoff for model in self.models), skin)
         self._stress_wanted = self._warned_of_motion = False
+        self._doubts_wanted: bool | Literal["energy"] = False
         super().__init__()
         self.ignored_changes = {"initial_charges", "initial_magmoms"}
         self.parameters.update(task=self.task, dtype=dtype or str(self.models[0].dtype).removeprefix("torch."))
@@ -74,6 +78,7 @@ class Calculator(ase.Calculator):
         self.implemented_properties += ["stress"] if self.conservative else []
         if len(self.models) == 1:
             self.implemented_properties += ["features"] if self.models[0].gives_features else []
+            self.implemented_properties += DOUBTS
         else:
             self.implemented_properties += [f"{n}_std" for n in AVERAGED if n in self.implemented_properties]
 
@@ -115,6 +120,8 @@ class Calculator(ase.Calculator):
             )
         if name == "features" and len(self.models) > 1:
             raise ase.PropertyNotImplementedError("each model of a committee has features of its own: ask one of them")
+        if name in DOUBTS and len(self.models) == 1:
+            self.models[0].refuse_uncalibrated(self.task)
         return super().get_property(name, atoms, allow_calculation)
 
     def calculate(
@@ -129,6 +136,10 @@ class Calculator(ase.Calculator):
         assert atoms is not None, "ASE gives a calculator its atoms"
         self._warn_of_motion(atoms)
         self._stress_wanted |= bool({"stress", "stress_std"} & set(properties))
+        if "forces_uncertainty" in properties:
+            self._doubts_wanted = True
+        elif set(DOUBTS) & set(properties):
+            self._doubts_wanted = self._doubts_wanted or "energy"
         packed = pack_atoms([atoms])
         if not len(atoms):
             self.results = self._of_nothing()
@@ -148,14 +159,20 @@ class Calculator(ase.Calculator):
         """What one model says of one structure."""
         packed = model.ready(home, self.task)
         batch = batch_with(packed, *self.neighbors.within(model.cutoff), self.task)
-        answer = next(model.answer(packed, batch, self.task, stress=stress, features=features))
+        doubts: dict[str, Any] = {}
+        if self._doubts_wanted and not features:
+            wanted = {"stress": stress, "forces": self._doubts_wanted is True}
+            answer, found = next(model.answer_with_doubts(packed, batch, self.task, **wanted))
+            doubts = dict(zip(DOUBTS[: 3 if wanted["forces"] else 2], found, strict=False))
+        else:
+            answer = next(model.answer(packed, batch, self.task, stress=stress, features=features))
         energy, forces, tensor, energies, of_atoms = answer
         if not (np.isfinite(energy) and np.isfinite(forces).all()):
             raise ValueError(
                 f"the model's energy ({energy} eV) or forces are not finite; the shortest distance between two atoms "
                 f"is {self.neighbors.nearest()[0]:.3g} angstrom: is the structure sound, or the time step too long?"
             )
-        results: Results = {"energy": energy, "forces": forces, "energies": energies}
+        results: Results = {"energy": energy, "forces": forces, "energies": energies, **doubts}
         if tensor is not None:
             results["stress"] = full_3x3_to_voigt_6_stress(tensor)
         if of_atoms is not None:
@@ -165,6 +182,8 @@ class Calculator(ase.Calculator):
     def _of_nothing(self) -> Results:
         """The results of no atoms at all: nothing costs nothing."""
         results: Results = {"energy": 0.0, "energies": np.zeros(0), "forces": np.zeros((0, 3))}
+        if len(self.models) == 1 and self._doubts_wanted:
+            results |= dict(zip(DOUBTS, (0.0, np.zeros(0), np.zeros(0)), strict=True))
         results = results if len(self.models) == 1 else _committee([results] * len(self.models))
         return results | {"free_energy": 0.0}
 

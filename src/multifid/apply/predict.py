@@ -14,6 +14,7 @@ from multifid.apply.frames import Given
 from multifid.apply.model import load
 from multifid.apply.output import Done, labelled, refuse_out, write_all
 from multifid.apply.parts import contents
+from multifid.model.predictor import Predictor
 from multifid.model.task_model import EDGES, TaskModel
 from multifid.model.undetermined import UndeterminedEnergy
 from multifid.parallel import groups
@@ -31,6 +32,7 @@ def predict(
     device: str | None = None,
     precision: str | None = None,
     max_edges: int | None = None,
+    uncertainty: bool = False,
     skip: bool = False,
     console: Console | None = None,
 ) -> int:
@@ -38,7 +40,9 @@ def predict(
 
     out: extended XYZ that ASE reads back: energy (eV, total), forces (eV/angstrom), stress (eV/angstrom^3) where there
     is one, `info["task"]`, and what else a structure had but its labels; `info["undetermined"]` is true where the
-    training data do not determine the total energy of a composition. files: see `frames`. skip: leave out what the
+    training data do not determine the total energy of a composition. uncertainty: also
+    `info["energy_uncertainty"]` (eV, of the total) and the columns `energies_uncertainty` (eV) and
+    `forces_uncertainty` (eV/angstrom), standard deviations. files: see `frames`. skip: leave out what the
     model refuses, and count it, in place of an error. The same on every rank of a launch by torchrun or srun.
 
     ValueError names the structures that are refused: elements that the task has never seen, atoms that coincide,
@@ -48,15 +52,19 @@ def predict(
     with groups.world(device) as world:
         loaded = load(model, world.device, precision)
         name = loaded.task(task)
+        if uncertainty:
+            loaded.refuse_uncalibrated(name)
 
         def work(chunk: Sequence[Given]) -> Done:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UndeterminedEnergy)  # said once, at the end
-                there, refused = _predicted(loaded, name, chunk, max_edges or EDGES)
+                there, refused = _predicted(loaded, name, chunk, max_edges or EDGES, uncertainty)
             return Done(there, refused, ["" for atoms in there if "undetermined" in atoms.info])
 
         request: dict[str, Any] = {"command": "predict", "model": contents(model), "task": name, "precision": precision}
         request |= {"device": world.device.type, "max_edges": max_edges or EDGES}
+        if uncertainty and isinstance(loaded, Predictor):
+            request["uncertainty"] = repr(loaded.calibrated(name)[1])
         tally = write_all(
             files, out, work, world, request, atoms=ATOMS, structures=STRUCTURES, skip=skip, title=f"predict {name}"
         )
@@ -70,14 +78,16 @@ def predict(
     return tally.structures
 
 
-def _predicted(model: TaskModel, task: str, chunk: Sequence[Given], max_edges: int) -> tuple[list[Atoms], list[str]]:
+def _predicted(
+    model: TaskModel, task: str, chunk: Sequence[Given], max_edges: int, uncertainty: bool
+) -> tuple[list[Atoms], list[str]]:
     """Atoms with their predictions, and what was refused of a chunk: where and why."""
     try:
-        out = model.predict([given.atoms for given in chunk], task, max_edges=max_edges)
+        out = model.predict([given.atoms for given in chunk], task, uncertainty=uncertainty, max_edges=max_edges)
     except ValueError as error:
         if len(chunk) == 1:
             return [], [f"{chunk[0].where}: {str(error).removeprefix('structure 0: ')}"]
-        each = [_predicted(model, task, [given], max_edges) for given in chunk]  # which one it is
+        each = [_predicted(model, task, [given], max_edges, uncertainty) for given in chunk]  # which one it is
         return [atoms for there, _ in each for atoms in there], [text for _, refused in each for text in refused]
     there, refused = [], []
     for k, given in enumerate(chunk):
@@ -87,6 +97,12 @@ def _predicted(model: TaskModel, task: str, chunk: Sequence[Given], max_edges: i
             continue
         if out.stress is not None and np.isfinite(out.stress[k]).all():
             results["stress"] = full_3x3_to_voigt_6_stress(out.stress[k])
-        doubt = {"undetermined": True} if out.undetermined[k] else {}
-        there.append(labelled(given.atoms, results, task=task, **doubt))
+        doubt: dict[str, Any] = {"undetermined": True} if out.undetermined[k] else {}
+        if uncertainty:
+            doubt["energy_uncertainty"] = float(out.energy_uncertainty[k])
+        made = labelled(given.atoms, results, task=task, **doubt)
+        if uncertainty:
+            made.arrays["energies_uncertainty"] = out.energies_uncertainty[k]
+            made.arrays["forces_uncertainty"] = out.forces_uncertainty[k]
+        there.append(made)
     return there, refused

@@ -64,6 +64,9 @@ def predict(
         str | None, typer.Option(help="fp32 or fp64; default: fp32, or that of an exported file")
     ] = None,
     max_edges: Annotated[int | None, typer.Option(min=1, help="edges of a batch; default: 50,000")] = None,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="standard deviations too, of a run that was calibrated")
+    ] = False,
     skip_refused: SkipRefused = False,
 ) -> None:
     """Energies, forces and stresses of the structures in files, as ASE reads them back."""
@@ -77,8 +80,26 @@ def predict(
         device=device,
         precision=precision,
         max_edges=max_edges,
+        uncertainty=uncertainty,
         skip=skip_refused,
     )
+
+
+@command(PANEL)
+def calibrate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a trained run")],
+    samples: Annotated[int, typer.Option(min=1, help="last layers that are drawn for forces: cost and precision")] = 4,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="deviations beside the errors that were found")
+    ] = None,
+    device: Device = None,
+    max_edges: Annotated[int | None, typer.Option(min=1, help="of a batch; default: what the memory allows")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="threads that prepare batches ahead, on each rank")] = 1,
+) -> None:
+    """Uncertainties of a run's energies and forces from its own data, into RUN/uncertainty.safetensors."""
+    from multifid.workflows.calibrate import calibrate_run
+
+    calibrate_run(run, samples=samples, figure=figure, device=device, max_edges=max_edges, workers=workers)
 
 
 @command(PANEL)

@@ -46,7 +46,7 @@ def error_matrix(rows: Sequence[Row]) -> Figure:
         raise ValueError("no row has an energy or forces error to draw")
     models, columns = len(matrices[0].models), max(len(m.columns) for m in matrices)
     panel = max(3.4, 1.15 * columns + 1.3)
-    figure = _figure(2.0 + panel * len(matrices), 1.9 + 0.48 * models)
+    figure = blank(2.0 + panel * len(matrices), 1.9 + 0.48 * models)
     for k, (axes, m) in enumerate(zip(_panels(figure, 1, len(matrices))[0], matrices, strict=True)):
         _draw_matrix(figure, axes, m, names=k == 0)
     return figure
@@ -84,7 +84,7 @@ def parity(datasets: Mapping[str, Parity], title: str = "", limit: int = 200_000
     """
     if not datasets:
         raise ValueError("no dataset to draw")
-    figure = _figure(3.4 * len(datasets) + 0.4, 7.0)
+    figure = blank(3.4 * len(datasets) + 0.4, 7.0)
     figure.suptitle(title)
     upper, lower = _panels(figure, 2, len(datasets))
     rng = np.random.default_rng(seed)
@@ -134,7 +134,7 @@ def convergence(runs: Mapping[str, Sequence[Row]], x: str = "step", split: str =
     tasks = list(dict.fromkeys(r["task"] for records in chosen.values() for r in records))
     if not tasks:
         raise ValueError(f"no record of split {split!r} in the runs {', '.join(runs) or '(none)'}")
-    figure = _figure(3.4 * len(tasks) + 0.8, 8.6)
+    figure = blank(3.4 * len(tasks) + 0.8, 8.6)
     panels = _panels(figure, len(_CURVES), len(tasks))
     handles = {}
     for line, (key, caption, factor) in zip(panels, _CURVES, strict=True):
@@ -188,7 +188,8 @@ def _nothing(axes: Axes, text: str) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
+    """A figure of its own, inches wide and high, without pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

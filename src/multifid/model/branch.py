@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from multifid.graphs.edges import over_edges
+from multifid.graphs.edges import EdgeFunction, over_edges
 from multifid.graphs.graph import Graph
 from multifid.model.contract import Encoder, Features
 from multifid.model.layers import MLP, SILU_GAIN, TYPICAL_NEIGHBORS, Linear, RadialBasis, envelope
@@ -96,6 +96,32 @@ class Branch(nn.Module):
             for parameter in linear.parameters():
                 parameter.mul_(ratio)
 
+    def last_features(self, features: Features) -> Tensor:
+        """(N, D): what the energies of atoms are linear in, the constant one of their biases in the last column."""
+        read = features.layers if len(self.readouts) else ()
+        last = self.energy.before_last(features.scalars)
+        return torch.cat([last, *read, torch.ones_like(last[:, :1])], dim=1)
+
+    def last_weights(self) -> Tensor:
+        """(D,): the energies of atoms are `last_features` times these."""
+        maps = [self.energy.linears()[-1], *self.readouts]
+        return torch.cat([*(m.weight[0] for m in maps), sum(m.bias for m in maps)])  # type: ignore[arg-type, misc]
+
+    def force_factors(self, features: Features, graph: Graph | None = None) -> tuple[Tensor, Tensor]:
+        """psi and v of direct forces F_ix = sum_ch W_ch psi_ih v_icx, the last maps W of the head.
+
+        (N, D) with a column of ones, and (N, C, 3); of a head over edges there is no such product: psi is one, and v
+        (N, D, 3) holds the sums over edges that the forces are linear in.
+        """
+        assert self.forces is not None, "the forces of this branch are the gradient of its energy"
+        if isinstance(self.forces, EdgeForces):
+            assert graph is not None
+            v = self.forces.last_features(*graph.exchanged(features.scalars), graph)
+            return torch.ones_like(features.scalars[:, :1]), v
+        assert features.vectors is not None
+        psi = self.forces.before_last(features.scalars)  # type: ignore[operator]
+        return torch.cat([psi, torch.ones_like(psi[:, :1])], dim=1), features.vectors
+
     def _energy_of_atoms(self, features: Features) -> Tensor:
         """(N,). The last maps are no products of matrices, which autocast would round to bfloat16."""
         last = self.energy.linears()[-1]
@@ -126,9 +152,16 @@ class EdgeForces(nn.Module):
 
     def forward(self, scalars: Tensor, graph: Graph) -> Tensor:
         """scalars (N, H) -> forces (N, 3)."""
+        return self._over_edges(_edge_forces, scalars, graph)
+
+    def last_features(self, scalars: Tensor, graph: Graph) -> Tensor:
+        """(N, D, 3): the forces are linear in these, by the weights and the bias of the last map."""
+        return self._over_edges(_edge_features, scalars, graph).view(scalars.shape[0], -1, 3)
+
+    def _over_edges(self, function: EdgeFunction, scalars: Tensor, graph: Graph) -> Tensor:
         basis, u = self.radial(graph.distances), envelope(graph.distances, self.cutoff)
-        forces = over_edges(
-            _edge_forces,
+        sums = over_edges(
+            function,
             graph.receivers,
             graph.senders,
             graph.atoms,
@@ -139,14 +172,29 @@ class EdgeForces(nn.Module):
             edges=[basis, graph.vectors / graph.distances[:, None]],
             weights=[self.pair.weight, *(p for linear in self.rest.linears() for p in (linear.weight, linear.bias))],
         )[0]
-        return forces / TYPICAL_NEIGHBORS**0.5
+        return sums / TYPICAL_NEIGHBORS**0.5
 
 
 def _edge_forces(
     a: Tensor, c: Tensor, u: Tensor, basis: Tensor, direction: Tensor, pair: Tensor, *maps: Tensor
 ) -> tuple[Tensor]:
     """(T, 3); a, c (T, K): of receivers and senders; maps: weight and bias of each further linear map."""
+    x = _edge_hidden(a, c, basis, pair, *maps[:-2])
+    return ((u * nn.functional.linear(silu(x), maps[-2], maps[-1])) * direction,)
+
+
+def _edge_features(
+    a: Tensor, c: Tensor, u: Tensor, basis: Tensor, direction: Tensor, pair: Tensor, *maps: Tensor
+) -> tuple[Tensor]:
+    """(T, 3 (K + 1)): what the last map is applied to, and one for its bias, times envelope and direction."""
+    x = silu(_edge_hidden(a, c, basis, pair, *maps[:-2]))
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) * u
+    return ((x[:, :, None] * direction[:, None, :]).flatten(1),)
+
+
+def _edge_hidden(a: Tensor, c: Tensor, basis: Tensor, pair: Tensor, *maps: Tensor) -> Tensor:
+    """(T, K): the input of the last SiLU."""
     x = a + c + nn.functional.linear(basis, pair)
     for weight, bias in zip(maps[::2], maps[1::2], strict=True):
         x = nn.functional.linear(silu(x), weight, bias)
-    return ((u * x) * direction,)
+    return x

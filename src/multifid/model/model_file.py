@@ -19,6 +19,7 @@ from multifid.model.potential import ModelConfig, Potential
 from multifid.model.saved import SCHEMA, Description, load_potential
 
 FORMAT = "multifid model"
+UNCERTAINTY = "uncertainty."  # how names of tensors begin that are not weights: see `rigidity_file.py`
 WEIGHTS = {"best": "model.safetensors", "last": "last.safetensors"}
 
 
@@ -41,7 +42,12 @@ def load_model(path: Path, weights: str = "best") -> tuple[Potential, Descriptio
 
 
 def export_model(
-    run: Path, out: Path, tasks: Sequence[str] | None = None, weights: str = "best", card: str | None = None
+    run: Path,
+    out: Path,
+    tasks: Sequence[str] | None = None,
+    weights: str = "best",
+    card: str | None = None,
+    uncertainty: tuple[dict[str, Tensor], str] | None = None,
 ) -> Description:
     """Write a run's model, or some tasks of it, as one file; returns its description.
 
@@ -53,15 +59,29 @@ def export_model(
     if out.exists():
         raise FileExistsError(f"{out} exists already: remove it or choose another name")
     potential, description = load_potential(run, WEIGHTS[weights])
-    return write_model_file(potential, {**with_tasks(description, tasks), "weights": weights}, out, card)
+    return write_model_file(potential, {**with_tasks(description, tasks), "weights": weights}, out, card, uncertainty)
 
 
-def write_model_file(potential: Potential, description: Description, out: Path, card: str | None = None) -> Description:
-    """Write those branches of a potential that a description names, as one file; returns it with its checksum."""
+def write_model_file(
+    potential: Potential,
+    description: Description,
+    out: Path,
+    card: str | None = None,
+    uncertainty: tuple[dict[str, Tensor], str] | None = None,
+) -> Description:
+    """Write those branches of a potential that a description names, as one file; returns it with its checksum.
+
+    uncertainty: tensors and header text of `rigidity_file.packed`.
+    """
     kept = ("encoder.", *(f"branches.{branch}." for branch in description["branches"]))
     tensors = {n: t.contiguous() for n, t in potential.state_dict().items() if n.startswith(kept)}
+    more, about = uncertainty or ({}, None)
+    tensors |= {
+        n: t for n, t in more.items() if n.removeprefix(UNCERTAINTY).rpartition(".")[0] in set(description["branches"])
+    }
     description = {**description, "checksum": checksum(tensors)}
     header = {"format": FORMAT, "description": json.dumps(description, allow_nan=False)}
+    header |= {} if about is None else {"uncertainty": about}
     part = out.with_name(f".{out.name}.part")
     save_file(tensors, part, metadata=header | ({} if card is None else {"card": card}))
     os.replace(part, out)
@@ -94,7 +114,7 @@ def read_model_file(path: Path) -> tuple[Potential, Description]:
         ModelConfig.model_validate(description["architecture"]), description["branches"], branch_of, 0
     )
     try:
-        potential.load_state_dict(tensors)
+        potential.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(UNCERTAINTY)})
     except RuntimeError as error:
         raise ValueError(f"{path}: its tensors do not fit its description ({error})") from error
     return potential.eval(), description

@@ -126,7 +126,7 @@ class Potential(nn.Module):
             positions = batch.positions.detach().requires_grad_()
             strain = torch.zeros_like(batch.cell).requires_grad_(stress)
             strained = (
-                _strained(replace(batch, positions=positions), strain)
+                under_strain(replace(batch, positions=positions), strain)
                 if stress
                 else replace(batch, positions=positions)
             )
@@ -153,7 +153,7 @@ class Potential(nn.Module):
                 for task in tasks:
                     structures, atoms = batch.slices[task]
                     energy = energies[task] if training else energies[task].detach()
-                    sigma = _stress(slopes[1][structures], batch.cell[structures]) if stress else None
+                    sigma = stress_of(slopes[1][structures], batch.cell[structures]) if stress else None
                     predictions[task] = Prediction(energy, -slopes[0][atoms], sigma, heads[task][2].detach())
         return {task: predictions[task] for task in batch.slices}
 
@@ -164,7 +164,7 @@ def generator_for(seed: int, part: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _strained(batch: Batch, strain: Tensor) -> Batch:
+def under_strain(batch: Batch, strain: Tensor) -> Batch:
     """Positions and cells under a symmetric strain of each structure: x -> x + x strain."""
     symmetric = (strain + strain.transpose(1, 2)) / 2
     of_atoms = symmetric.index_select(0, batch.structure)
@@ -174,7 +174,7 @@ def _strained(batch: Batch, strain: Tensor) -> Batch:
     return replace(batch, positions=positions, cell=cell)
 
 
-def _stress(slope: Tensor, cell: Tensor) -> Tensor:
+def stress_of(slope: Tensor, cell: Tensor) -> Tensor:
     """(S, 3, 3) from dE/dstrain, per volume of the whole cell, whatever is periodic (see `structures.cells`).
 
     NaN without a volume, and harmless to gradients there.

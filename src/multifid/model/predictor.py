@@ -19,12 +19,16 @@ from multifid.graphs.batch import Batch
 from multifid.graphs.graph import completed
 from multifid.model.model_file import load_model
 from multifid.model.potential import Potential, Prediction
+from multifid.model.rigid import held
+from multifid.model.rigidity import BranchRigidity, Rigidity, TaskConstants, deviation
+from multifid.model.rigidity_file import fitting, load_rigidity
 from multifid.model.saved import Description
 from multifid.model.task_model import (
     EDGES,
     NEAREST,
     PRECISIONS,
     Answer,
+    Doubts,
     Output,
     TaskModel,
     batch_of,
@@ -56,6 +60,7 @@ class Predictor(TaskModel):
     description: Description
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    rigidity: Rigidity | None = None  # what uncertainties are made of, where the run was calibrated
 
     def __post_init__(self) -> None:
         self.potential = self.potential.to(device=self.device, dtype=self.dtype).eval()
@@ -118,6 +123,43 @@ class Predictor(TaskModel):
             seen[0].detach().double().cpu().numpy() if features else None,
         )
 
+    def refuse_uncalibrated(self, task: str) -> None:
+        """ValueError, with what to do, where a task has no uncertainties."""
+        self.calibrated(task)
+
+    def calibrated(self, task: str) -> tuple[BranchRigidity, TaskConstants]:
+        """What uncertainties of a task are made of. ValueError where there are none, or those of other weights."""
+        if self.rigidity is None or task not in self.rigidity.tasks:
+            raise ValueError(
+                f"task {task!r} of this model has no uncertainties, or those of other weights: `multifid calibrate "
+                "RUN` computes them from the run's data; a model file has them where it is exported afterwards"
+            )
+        return self.rigidity.branches[self.potential.branch_of[task]], self.rigidity.tasks[task]
+
+    def answer_with_doubts(
+        self, packed: Packed, batch: Batch, task: str, *, stress: bool, forces: bool
+    ) -> Iterator[tuple[Answer, Doubts]]:
+        """Like `answer`, with the standard deviations of each structure; forces: theirs too, which cost more."""
+        rigidity, constants = self.calibrated(task)
+        moved = completed(batch, self.potential.encoder.needs).to(self.device, self.dtype)
+        found = held(self.potential, moved, task, rigidity, stress=stress, forces=forces)
+        p, references = self.physical(found.prediction, task), self.references_of(packed, task)
+        assert p.energies is not None
+        answers = each_of(
+            packed,
+            p.energy.cpu().numpy() + sums_of(references, packed),
+            p.forces.cpu().numpy(),
+            None if p.stress is None else p.stress.cpu().numpy(),
+            p.energies.cpu().numpy() + references,
+            None,
+        )
+        energy = deviation(found.energy, constants.energy).cpu().numpy() * packed.natoms
+        atoms = deviation(found.energies, constants.energy).cpu().numpy()
+        of_forces = deviation(found.forces, constants.forces, constants.floor).cpu().numpy()
+        for k, (a, answer) in enumerate(zip(packed.offsets[:-1], answers, strict=True)):
+            b = a + packed.natoms[k]
+            yield answer, (float(energy[k]), atoms[a:b], of_forces[a:b])
+
 
 P = TypeVar("P", bound=Predictor)
 
@@ -135,4 +177,5 @@ def load(
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
     potential, description = load_model(Path(path))
-    return kind(potential, description, torch.device(device or "cpu"), PRECISIONS[precision])
+    rigidity = fitting(load_rigidity(Path(path)), potential)
+    return kind(potential, description, torch.device(device or "cpu"), PRECISIONS[precision], rigidity)

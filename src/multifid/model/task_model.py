@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ EDGES = 50_000  # of a batch, unless the caller says otherwise
 NEAREST = 1e-3  # angstrom: atoms that are closer lie on each other
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 Answer = tuple[float, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]
+Doubts = tuple[float, np.ndarray, np.ndarray]  # standard deviations: of the energy, of atoms' energies, of forces
 
 
 @dataclass
@@ -44,6 +45,9 @@ class Output:
         features: (N, H), the encoder's scalars, where they were asked for.
         task: which one answered.
         undetermined: (S,) bool, the training data do not determine the total energy of this composition.
+        energy_uncertainty: (S,) eV, standard deviation of the total, where uncertainties were asked for.
+        energies_uncertainty: (N,) eV, of what each atom adds.
+        forces_uncertainty: (N,) eV/angstrom, of a component of the force on each atom, averaged over directions.
     """
 
     energy: np.ndarray
@@ -53,6 +57,9 @@ class Output:
     features: Any = None
     task: str = ""
     undetermined: Any = None
+    energy_uncertainty: Any = None
+    energies_uncertainty: Any = None
+    forces_uncertainty: Any = None
 
 
 class TaskModel(ABC):
@@ -120,6 +127,7 @@ class TaskModel(ABC):
         precision: str | None = None,
         stress: bool = True,
         features: bool = False,
+        uncertainty: bool | Literal["energy"] = False,
         max_edges: int = EDGES,
     ) -> Output:
         """What the branch of a task says of structures.
@@ -133,6 +141,8 @@ class TaskModel(ABC):
             precision: fp32 or fp64; default: that of the model.
             stress: where there is one; without it a pass takes a fifth less.
             features: give those of the encoder too.
+            uncertainty: give standard deviations too, of all, or ("energy") of energies alone, which costs next to
+                nothing. The run must have been calibrated (`multifid calibrate RUN`).
             max_edges: of a batch; larger structures are taken alone.
 
         Returns:
@@ -149,10 +159,15 @@ class TaskModel(ABC):
         given = [structures] if alone else list(structures)
         name, model = self.task(task), self.in_precision(precision)
         packed, with_stress = model.ready(pack_atoms(given), name), stress and model.conservative
+        if uncertainty and features:
+            raise ValueError("features and uncertainties come from different passes: ask for one of them")
+        doubts: list[Doubts] = []
         parts = [
             part
             for first, last in _pieces(packed, model.cutoff, max_edges)
-            for part in model._of(_between(packed, first, last), name, first, with_stress, features)
+            for part in model._of(
+                _between(packed, first, last), name, first, with_stress, features, uncertainty, doubts
+            )
         ]
         energy = np.array([p[0] for p in parts], np.float64)
         rest = [[p[k] for p in parts] for k in range(1, 5)]
@@ -165,6 +180,7 @@ class TaskModel(ABC):
             of_atoms if features else None,
             name,
             model.undetermined(packed, name),
+            *(_of_each(doubts, alone) if uncertainty else ()),
         )
 
     def ready(self, packed: Packed, task: str) -> Packed:
@@ -201,14 +217,41 @@ class TaskModel(ABC):
     def _references(self, task: str) -> dict[int, float]:
         return {int(z): float(e) for z, e in self.description["tasks"][task]["references"].items()}
 
-    def _of(self, packed: Packed, task: str, first: int, stress: bool, features: bool) -> Iterator[Answer]:
-        """(energy, forces, stress, energies, features) of each structure of a batch."""
+    def refuse_uncalibrated(self, task: str) -> None:
+        """ValueError, with what to do, where a task has no uncertainties."""
+        raise ValueError("uncertainties come from the trained run or its .mfid file, not from compiled code")
+
+    def answer_with_doubts(
+        self, packed: Packed, batch: Batch, task: str, *, stress: bool, forces: bool
+    ) -> Iterator[tuple[Answer, Doubts]]:
+        """Like `answer`, with the standard deviations of each structure; forces: theirs too, which cost more."""
+        self.refuse_uncalibrated(task)
+        return iter(())
+
+    def _of(
+        self,
+        packed: Packed,
+        task: str,
+        first: int,
+        stress: bool,
+        features: bool,
+        uncertainty: bool | Literal["energy"],
+        doubts: list[Doubts],
+    ) -> Iterator[Answer]:
+        """(energy, forces, stress, energies, features) of each structure of a batch; `doubts` gets theirs."""
         if not len(packed.numbers):
             none = np.zeros((0, 3))
+            doubts += [(0.0, none[:, 0], none[:, 0])] * len(packed.natoms)
             yield from [(0.0, none, np.zeros((3, 3)), none[:, 0], none)] * len(packed.natoms)
             return
         batch = batch_of(packed, self.cutoff, task)
         refuse_coincident(batch, first)
+        if uncertainty:
+            asked = {"stress": stress, "forces": uncertainty != "energy"}
+            for answer, doubt in self.answer_with_doubts(packed, batch, task, **asked):
+                doubts.append(doubt)
+                yield answer
+            return
         yield from self.answer(packed, batch, task, stress=stress, features=features)
 
     def references_of(self, packed: Packed, task: str) -> np.ndarray:
@@ -216,6 +259,12 @@ class TaskModel(ABC):
         table, known = np.zeros(MAX_Z + 1), self._references(task)
         table[list(known)] = list(known.values())
         return table[packed.numbers]
+
+
+def _of_each(doubts: list[Doubts], alone: bool) -> tuple[Any, Any, Any]:
+    """Standard deviations of energies, of atoms' energies and of forces, as `Output` holds them."""
+    energy, energies, forces = ([d[k] for d in doubts] for k in range(3))
+    return np.array(energy, np.float64), energies[0] if alone else energies, forces[0] if alone else forces
 
 
 def sums_of(values: np.ndarray, packed: Packed) -> np.ndarray:

@@ -11,6 +11,7 @@ from multifid.evaluation.rows import read_rows
 from multifid.model.aot import export_package
 from multifid.model.model_file import export_model, load_model, with_tasks
 from multifid.model.predictor import Predictor
+from multifid.model.rigidity_file import load_rigidity, packed
 from multifid.model.saved import Description, load_description
 from multifid.model.task_model import PRECISIONS
 from multifid.structures.elements import SYMBOLS
@@ -55,7 +56,8 @@ def export(
         raise ValueError(f"{', '.join(given)} is for compiled code only: add --format pt2, or end the name in .pt2")
     else:
         card = model_card(run, with_tasks(load_description(run), tasks), out.name)
-        export_model(run, out, tasks, weights, card)
+        held = load_rigidity(run) if weights == "best" else None  # it was calibrated for the best weights
+        export_model(run, out, tasks, weights, card, None if held is None else packed(held))
     page = out.with_suffix(".md")
     page.write_text(card, encoding="utf-8")
     Console(stderr=True).print(f"{out} ({out.stat().st_size / 1e6:.1f} MB) and {page}", soft_wrap=True)

@@ -5,7 +5,7 @@ The page needs no network: the plotting library is inside. It is written for peo
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from rich.console import Console
 
 import multifid
 from multifid.config import Config, dump_config, load_config
+from multifid.evaluation.calibrate import Points, points
+from multifid.evaluation.evaluate import Share
 from multifid.evaluation.matrix import TWO_LEVEL
 from multifid.evaluation.matrix import Row as Errors
 from multifid.evaluation.rows import read_rows
@@ -40,6 +42,7 @@ class PageContent:
     stores: dict[str, Store]
     warnings: list[str]
     study: bool
+    deviations: dict[str, Points] = field(default_factory=dict)  # of a run that was calibrated, beside its errors
 
 
 def report(path: Path, out: Path, structures: int = STRUCTURES, console: Console | None = None) -> Path:
@@ -72,6 +75,7 @@ def gather(path: Path, structures: int) -> PageContent:
     stores: dict[str, Store] = {}
     errors: dict[str, TaskErrors] = {}
     model: Predictor = load(run)
+    deviations: dict[str, Points] = {}
     for task, section in config.tasks.items():
         try:
             (source,) = open_sources({task: section})
@@ -84,10 +88,12 @@ def gather(path: Path, structures: int) -> PageContent:
             warnings.append(f"Task {task} has no test split: its errors are not shown.")
         else:
             errors[task] = found
+            if model.rigidity is not None and task in model.rigidity.tasks:
+                deviations[task] = points(model, source, task, model.rigidity, "test", Share())
     warnings += _warnings(journal, description, errors)
     return PageContent(
-        str(path), run, config, description, journal, read_rows(path), errors, stores, warnings, study
-    )  # fmt: skip
+        str(path), run, config, description, journal, read_rows(path), errors, stores, warnings, study, deviations
+    )
 
 
 def reproduce(content: PageContent) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """The figures of the report page, as plotly figures in JSON: zoom and hover without a network."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,8 @@ import plotly.graph_objects as go
 from ase.data import covalent_radii
 from ase.data.colors import jmol_colors
 
+from multifid.evaluation.calibrate import Points, quality
+from multifid.evaluation.calibration import BINS, binned
 from multifid.evaluation.periodic_table import place
 from multifid.structures.elements import SYMBOLS
 from multifid.training.journal import Row
@@ -205,6 +207,36 @@ def by_size(errors: dict[str, TaskErrors]) -> str | None:
         return None
     figure.update_xaxes(type="log", title="atoms of a structure")
     figure.update_yaxes(type="log", title="median energy error, meV/atom")
+    return as_json(figure, 340)
+
+
+def deviations(found: Mapping[str, Points], kind: str, unit: str) -> str | None:
+    """Errors found (rms) beside predicted deviations, in bins of equal number; None where nothing was calibrated."""
+    figure, of_task = go.Figure(), colors(sorted(found))
+    ends: list[float] = []
+    for task, one in found.items():
+        pairs = getattr(one, kind)
+        if len(pairs) < BINS:
+            continue
+        x, q = 1000 * binned(pairs), quality(pairs)
+        ends += [float(x.min()), float(x.max())]
+        figure.add_scatter(
+            x=x[:, 0].tolist(),
+            y=x[:, 1].tolist(),
+            name=task,
+            mode="lines+markers",
+            line={"color": of_task[task]},
+            hovertemplate=f"{task} (rank correlation {q['rank']:.2f})<br>deviation %{{x:.3g}} {unit}"
+            f"<br>error found %{{y:.3g}} {unit}<extra></extra>",
+        )
+    if not ends:
+        return None
+    line = [min(ends), max(ends)]
+    figure.add_scatter(
+        x=line, y=line, mode="lines", line={"color": GRID, "width": 1.5}, hoverinfo="skip", showlegend=False
+    )
+    figure.update_xaxes(type="log", title=f"predicted deviation, {unit}")
+    figure.update_yaxes(type="log", title=f"error found (rms), {unit}")
     return as_json(figure, 340)
 
 

@@ -74,6 +74,13 @@ def _parts(content: PageContent) -> dict[str, Any]:
         "matrices": _matrices(content),
         "by_element": charted.add(charts.by_element(content.errors)),
         "by_size": charted.add(charts.by_size(content.errors)),
+        "deviations": [
+            (title, charted.add(charts.deviations(content.deviations, kind, unit)))
+            for title, kind, unit in (
+                ("Uncertainty of energies", "energy", "meV/atom"),
+                ("Uncertainty of forces", "forces", "meV/Å"),
+            )
+        ],
         "tasks": tasks,
         "placement": _placement(content),
         "command": command,

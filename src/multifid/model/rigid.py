@@ -1,0 +1,133 @@
+"""One pass that gives predictions and how well they are held: see `rigidity.py` for the equations.
+
+Conservative forces and those of the sampled last layers come from one forward pass. Each layer has a backward pass of
+its own over it: one batched pass for all was measured to take twice as long, for it runs out of the cache.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from multifid.graphs.batch import Batch
+from multifid.graphs.graph import Graph, completed, graph_of
+from multifid.model.contract import Features
+from multifid.model.layers import sum_over
+from multifid.model.potential import Potential, Prediction, stress_of, under_strain
+from multifid.model.rigidity import BranchRigidity
+
+
+@dataclass
+class Held:
+    """A prediction of one task in scaled units, and its rigidities: variances before any constant; float64."""
+
+    prediction: Prediction
+    energy: Tensor  # (S,) of the energy per atom
+    energies: Tensor  # (N,) of each atom alone
+    forces: Tensor  # (N,) of a component, averaged over the three
+
+
+@dataclass
+class Inputs:
+    """What the last layers of one task's branch are applied to; float64, per structure or atom."""
+
+    energy: Tensor  # (S, D) mean over the atoms of a structure
+    scalars: Tensor  # (N, D) of each atom; psi of a direct force head
+    vectors: Tensor | None  # (3N, C) v of a direct force head
+
+
+@torch.no_grad()
+def inputs_of(potential: Potential, batch: Batch, task: str) -> Inputs:
+    """The inputs of the last layers; the batch on the potential's device and in its type."""
+    features, graph = _encoded(potential, batch, task)
+    branch = potential.branches[potential.branch_of[task]]
+    phi = branch.last_features(features).double()
+    energy = _means(phi, batch, task)
+    if branch.forces is None:
+        return Inputs(energy, phi, None)
+    psi, v = branch.force_factors(features, graph)
+    return Inputs(energy, psi.double(), v.double().transpose(1, 2).flatten(0, 1))
+
+
+def held(
+    potential: Potential, batch: Batch, task: str, rigidity: BranchRigidity, *, stress: bool, forces: bool = True
+) -> Held:
+    """Prediction and rigidities of one task; the batch on the potential's device and in its type.
+
+    forces: theirs too, for which conservative ones need a backward pass for each sample; NaN without.
+    """
+    if potential.config.branch.forces == "direct":
+        return _direct(potential, batch, task, rigidity)
+    return _conservative(potential, batch, task, rigidity, stress, forces)
+
+
+@torch.no_grad()
+def _direct(potential: Potential, batch: Batch, task: str, rigidity: BranchRigidity) -> Held:
+    features, graph = _encoded(potential, batch, task)
+    branch = potential.branches[potential.branch_of[task]]
+    energies, forces = branch(features, graph)
+    psi, v = branch.force_factors(features, graph)
+    assert rigidity.vectors is not None
+    of_vectors = rigidity.vectors.variance(v.transpose(1, 2)).mean(dim=1)
+    phi = branch.last_features(features)
+    structures, atoms = batch.slices[task]
+    energy = sum_over(energies, batch.structure[atoms] - structures.start, structures.stop - structures.start)
+    return Held(
+        Prediction(energy, forces, None, energies),
+        rigidity.energy.variance(_means(phi.double(), batch, task)),
+        rigidity.energy.variance(phi),
+        rigidity.scalars.variance(psi) * of_vectors,
+    )
+
+
+def _conservative(
+    potential: Potential, batch: Batch, task: str, rigidity: BranchRigidity, stress: bool, forces: bool
+) -> Held:
+    structures, atoms = batch.slices[task]
+    branch = potential.branches[potential.branch_of[task]]
+    with torch.enable_grad():
+        positions = batch.positions.detach().requires_grad_()
+        strain = torch.zeros_like(batch.cell).requires_grad_(stress)
+        moved = replace(batch, positions=positions)
+        features, _ = _encoded(potential, under_strain(moved, strain) if stress else moved, task)
+        phi = branch.last_features(features)
+    samples = rigidity.samples if forces else rigidity.samples[:0]
+    last = torch.cat([branch.last_weights()[None].double(), samples.to(phi.device)]).to(phi.dtype)  # (1 + K, D)
+    wanted = [positions, strain] if stress else [positions]
+    slopes = [_slopes(phi, wanted if k == 0 else wanted[:1], w, k + 1 < len(last)) for k, w in enumerate(last)]
+    phi, local = phi.detach(), rigidity.scalars.variance(phi.detach())
+    energies = (phi * last[0]).sum(dim=1)
+    energy = sum_over(energies, batch.structure[atoms] - structures.start, structures.stop - structures.start)
+    sigma = stress_of(slopes[0][1][structures], batch.cell[structures]) if stress else None
+    sampled = [x[0][atoms].double().square().mean(dim=1) for x in slopes[1:]]
+    of_forces = torch.stack(sampled).mean(dim=0).mul(local).sqrt() if forces else torch.full_like(local, torch.nan)
+    return Held(
+        Prediction(energy, -slopes[0][0][atoms], sigma, energies),
+        rigidity.energy.variance(_means(phi.double(), batch, task)),
+        rigidity.energy.variance(phi),
+        of_forces,
+    )
+
+
+def _slopes(phi: Tensor, wanted: list[Tensor], last: Tensor, keep: bool) -> tuple[Tensor, ...]:
+    """The derivatives of the energy that a last layer (D,) gives."""
+    of_atoms = last.expand(phi.shape[0], -1)
+    return torch.autograd.grad(phi, wanted, of_atoms, retain_graph=keep, allow_unused=True, materialize_grads=True)
+
+
+def _encoded(potential: Potential, batch: Batch, task: str) -> tuple[Features, Graph | None]:
+    """The features of a task's atoms, and the graph of its structures where its branch reads edges."""
+    batch = completed(batch, potential.encoder.needs)
+    graph = graph_of(batch)
+    structures, atoms = batch.slices[task]
+    reads = potential.branches[potential.branch_of[task]].reads_edges
+    assert batch.edge_slices is not None
+    part = graph.part(structures, atoms, batch.edge_slices[task]) if reads else None
+    return potential.encoder(graph).part(atoms), part
+
+
+def _means(phi: Tensor, batch: Batch, task: str) -> Tensor:
+    """(N, D) -> (S, D), over the atoms of each structure."""
+    structures, atoms = batch.slices[task]
+    sums = sum_over(phi, batch.structure[atoms] - structures.start, structures.stop - structures.start)
+    return sums / batch.natoms[structures, None].clamp_min(1)

@@ -71,7 +71,8 @@ def points(model: Predictor, source: Source, task: str, rigidity: Rigidity, spli
     energy, forces = (_gathered(x, share) for x in raw)
     energy[:, 0] = np.sqrt(energy[:, 0]) * (constants.energy or np.nan)
     forces[:, 0] = np.sqrt(np.maximum(forces[:, 0], constants.floor)) * (constants.forces or np.nan)
-    return Points(*(x[np.isfinite(x).all(axis=1)] for x in (energy, forces)), split)
+    energy, forces = (x[np.isfinite(x).all(axis=1)] for x in (energy, forces))
+    return Points(energy, forces, split)
 
 
 def _source(model: Predictor, data: Data) -> Source:

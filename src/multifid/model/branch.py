@@ -116,7 +116,8 @@ class Branch(nn.Module):
         assert self.forces is not None, "the forces of this branch are the gradient of its energy"
         if isinstance(self.forces, EdgeForces):
             assert graph is not None
-            v = self.forces.last_features(*graph.exchanged(features.scalars), graph)
+            (scalars,) = graph.exchanged(features.scalars)
+            v = self.forces.last_features(scalars, graph)
             return torch.ones_like(features.scalars[:, :1]), v
         assert features.vectors is not None
         psi = self.forces.before_last(features.scalars)  # type: ignore[operator]

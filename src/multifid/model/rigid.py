@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multifid.graphs.batch import Batch
 from multifid.graphs.graph import Graph, completed, graph_of
+from multifid.model.branch import Branch
 from multifid.model.contract import Features
 from multifid.model.layers import sum_over
 from multifid.model.potential import Potential, Prediction, stress_of, under_strain
@@ -40,7 +41,7 @@ class Inputs:
 def inputs_of(potential: Potential, batch: Batch, task: str) -> Inputs:
     """The inputs of the last layers; the batch on the potential's device and in its type."""
     features, graph = _encoded(potential, batch, task)
-    branch = potential.branches[potential.branch_of[task]]
+    branch = _branch(potential, task)
     phi = branch.last_features(features).double()
     energy = _means(phi, batch, task)
     if branch.forces is None:
@@ -64,7 +65,7 @@ def held(
 @torch.no_grad()
 def _direct(potential: Potential, batch: Batch, task: str, rigidity: BranchRigidity) -> Held:
     features, graph = _encoded(potential, batch, task)
-    branch = potential.branches[potential.branch_of[task]]
+    branch = _branch(potential, task)
     energies, forces = branch(features, graph)
     psi, v = branch.force_factors(features, graph)
     assert rigidity.vectors is not None
@@ -84,7 +85,7 @@ def _conservative(
     potential: Potential, batch: Batch, task: str, rigidity: BranchRigidity, stress: bool, forces: bool
 ) -> Held:
     structures, atoms = batch.slices[task]
-    branch = potential.branches[potential.branch_of[task]]
+    branch = _branch(potential, task)
     with torch.enable_grad():
         positions = batch.positions.detach().requires_grad_()
         strain = torch.zeros_like(batch.cell).requires_grad_(stress)
@@ -113,6 +114,12 @@ def _slopes(phi: Tensor, wanted: list[Tensor], last: Tensor, keep: bool) -> tupl
     """The derivatives of the energy that a last layer (D,) gives."""
     of_atoms = last.expand(phi.shape[0], -1)
     return torch.autograd.grad(phi, wanted, of_atoms, retain_graph=keep, allow_unused=True, materialize_grads=True)
+
+
+def _branch(potential: Potential, task: str) -> Branch:
+    branch = potential.branches[potential.branch_of[task]]
+    assert isinstance(branch, Branch)
+    return branch
 
 
 def _encoded(potential: Potential, batch: Batch, task: str) -> tuple[Features, Graph | None]:

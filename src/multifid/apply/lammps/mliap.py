@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from multifid import __version__
-from multifid.apply.lammps.rank import Pairs, RankModel
-from multifid.apply.model import load
+from multifid.apply.lammps.rank import Pairs, RankModel, open_model
 from multifid.model.model_file import with_tasks, write_model_file
 
 OLDEST = 20251216  # LAMMPS: see above
@@ -53,7 +52,7 @@ class MLIAP:
     ) -> None:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype {dtype!r} must be float32 or float64")
-        loaded = load(model)
+        loaded = open_model(model)
         loaded.task(task)
         if not loaded.conservative:
             raise ValueError(
@@ -82,7 +81,7 @@ class MLIAP:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "model.mfid"
                 file.write_bytes(self.file)
-                models = [load(file, device, "fp32" if self.dtype == "float32" else "fp64")]
+                models = [open_model(file, device, "fp32" if self.dtype == "float32" else "fp64")]
             self._built = RankModel(models, self.task, self.charge, self.spin)
             self._built.set_types(self.element_types)
             self._built.set_electrons()

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multifid.apply.lammps.rank import Pairs, RankModel
-from multifid.apply.model import load
+from multifid.apply.lammps.rank import Pairs, RankModel, open_model
 
 MESSAGE = 4096
 INTS, DOUBLES, TEXTS = POINTER(c_int), POINTER(c_double), POINTER(c_char_p)
@@ -98,7 +97,7 @@ class Style:
         """Arguments of pair_style: a model, a task, and options."""
         paths, task, options = read_arguments([texts[k].decode() for k in range(count)])
         precision = {"float32": "fp32", "float64": "fp64"}[options.get("dtype", "float32")]
-        models = [load(path, options.get("device"), precision) for path in paths]
+        models = [open_model(path, options.get("device"), precision) for path in paths]
         model = RankModel(models, task, int(options.get("charge", 0)), int(options.get("spin", 1)))
         self.model = model
         self.bridge.cutoff, self.bridge.width = model.cutoff, model.width

@@ -6,6 +6,7 @@ between ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,19 @@ from torch import Tensor
 from multifid.graphs.graph import Graph
 from multifid.model.domain import Exchange, Link, Share, share_of, widest_exchange
 from multifid.model.electrons import as_trained
-from multifid.model.predictor import NEAREST, Predictor
+from multifid.model.package import is_package
+from multifid.model.predictor import NEAREST, Predictor, load
 from multifid.structures.elements import MAX_Z, SYMBOLS
 from multifid.structures.structure import Packed
 
 OTHER_STYLES = "NULL"  # in a type map: a type that another pair style has
+
+
+def open_model(path: Path | str, device: str | torch.device | None = None, precision: str = "fp32") -> Predictor:
+    """A run or a model file, whose layers the ranks take part in; ValueError for an exported file, which has none."""
+    if is_package(Path(path)):
+        raise ValueError(f"{path}: an exported file is code of a whole pass; LAMMPS needs the run or its .mfid file")
+    return load(path, device, precision)
 
 
 @dataclass(frozen=True)

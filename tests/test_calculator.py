@@ -15,6 +15,7 @@ from ase.md.verlet import VelocityVerlet
 
 import multifid
 from multifid.apply.model import Model
+from multifid.evaluation.evaluate import Data, evaluate
 from multifid.feed.loader import trained_values
 from multifid.graphs.neighbors import neighbor_list
 from multifid.graphs.skin import SkinList
@@ -221,6 +222,12 @@ def test_a_model_says_which_charges_and_spins_its_tasks_were_trained_with(tmp_pa
     run = start(config_of(stores, tmp_path / "run"))
     about = multifid.load(run).description["tasks"]["apple"]
     assert (about["charges"], about["spins"]) == ([0], [1])
+    plain = model(charges=[0], spins=[1])
+    with pytest.warns(UserWarning, match="is not used"):
+        energies = plain.predict(frames, "a").energy
+    apart = np.abs(energies - [f.calc.results["energy"] for f in frames]) / 3
+    row = evaluate(plain, "m", Data("a", ions, ions.tasks[0]), "train")  # asks the same question
+    assert row["energy_mae"] == pytest.approx(apart.mean(), rel=1e-9)
 
 
 def test_direct_forces_have_no_stress_and_say_so_once_in_dynamics():

@@ -13,7 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from multifid.graphs.batch import Batch
 from multifid.structures.structure import Packed
 
 UNSAID = {"charge": 0, "spin": 1}  # what a structure has that says nothing
@@ -29,6 +32,18 @@ def as_trained(packed: Packed, about: Mapping[str, Any], task: str) -> Packed:
     if len(about.get("spins") or ()) > 1:
         _odd_singlets(packed, charge, spin)
     return replace(packed, charge=charge, spin=spin)
+
+
+def batch_as_trained(batch: Batch, about: Mapping[str, Any]) -> Batch:
+    """A batch with the charge and spin that a task was trained with where there was only one; else as it is.
+
+    For errors on labelled data, where what a task does not know is to be measured and not refused.
+    """
+
+    def said(values: Tensor, trained: Sequence[int] | None) -> Tensor:
+        return torch.full_like(values, trained[0]) if trained is not None and len(trained) == 1 else values
+
+    return replace(batch, charge=said(batch.charge, about.get("charges")), spin=said(batch.spin, about.get("spins")))
 
 
 def _known(values: np.ndarray, trained: Sequence[int] | None, key: str, task: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from multifid.graphs.batch import Batch
 from multifid.graphs.graph import completed
+from multifid.model.electrons import batch_as_trained
 from multifid.model.model_file import load_model
 from multifid.model.potential import Potential, Prediction
 from multifid.model.rigid import held
@@ -86,7 +87,9 @@ class Predictor(TaskModel):
         """What the branch of a task says of a batch, which is moved to the device and type of the model first.
 
         In eV and float64, reference energies still subtracted; on the device. stress: only of conservative forces.
+        Charge and multiplicity are those that the task was trained with where there was only one.
         """
+        batch = batch_as_trained(batch, self.description["tasks"][task])
         moved = completed(batch, self.potential.encoder.needs).to(self.device, self.dtype)
         with torch.no_grad():
             return self.physical(self.potential(moved, stress=stress)[task], task)

@@ -86,11 +86,11 @@ def stop(run, files, out, monkeypatch):
     """Stop a command in the middle of its second chunk; what it has done of the first is left."""
     asked, really = [], multifid.apply.predict._predicted
 
-    def stopped(model, task, chunk, max_edges):
+    def stopped(model, task, chunk, *settings):
         asked.append(len(chunk))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return really(model, task, chunk, max_edges)
+        return really(model, task, chunk, *settings)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(multifid.apply.predict, "_predicted", stopped)

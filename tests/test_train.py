@@ -130,7 +130,7 @@ def train_in_child(path: str, threads: int, running) -> None:
     train(load_config(Path(path)), Console(quiet=True))
 
 
-@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.full)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(stores, tmp_path, times):
     """kill -9 and start again, until it is through; compared with a run that nobody disturbed."""
     length = {"steps": 150, "checkpoint_every": 4, "epoch_steps": 45}

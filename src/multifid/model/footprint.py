@@ -95,7 +95,8 @@ def footprint(
 
     Bytes at the fullest moment are the largest of several linear functions (the moment shifts with the edges per atom),
     so edges and triplets should be those of the data. Everything else is linear everywhere. Of a large batch in tiles a
-    smaller one is counted.
+    smaller one is counted, which says too little for some encoders whose derivatives are autograd's: of 80 tiles 64 to
+    99 % of the bytes were told (`pna` least, `schnet` 70 %), of a dozen all.
     """
     with torch.device("meta"):
         encoder = build_encoder(config.encoder, config.cutoff)

@@ -8,6 +8,7 @@ from typing import Any
 
 import lmdb
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +108,13 @@ def test_mptrj(record):
 @given(grafts(of_entries()))
 def test_alexandria_entries(record):
     assert read_json(alexandria, {"entries": [record, of_entries()]}) >= 1
+
+
+@pytest.mark.parametrize("charge", [9.3e18, -(10**30), 128])
+def test_a_charge_that_nothing_can_hold_costs_its_structure_only(charge):
+    strange = of_trajectory()
+    strange["structure"]["charge"] = charge
+    assert read_json(alexandria, {"agm1": [{"steps": [strange, of_trajectory()]}]}) == 1
 
 
 @settings(max_examples=30, deadline=None)

@@ -15,6 +15,7 @@ from multifid.structures.cells import kept_vectors
 from multifid.structures.structure import SPLITS, Structure
 
 NO_CHARGE, NO_SPIN = 1, 2  # what a source does not say of a structure
+IMPOSSIBLE = 1 << 31  # as a charge or a multiplicity
 
 
 @dataclass(slots=True)
@@ -94,10 +95,15 @@ def pack(structures: Sequence[Structure]) -> Block:
 
 def _charges(structures: Sequence[Structure]) -> dict[str, np.ndarray]:
     """The columns charge and spin, where some structure is no neutral singlet."""
-    charge = np.array([s.charge or 0 for s in structures], np.int64)
-    spin = np.array([_lowest(s) if s.spin is None else s.spin for s in structures], np.int64)
+    charge = np.array([_storable(s.charge or 0) for s in structures], np.int64)
+    spin = np.array([_lowest(s) if s.spin is None else _storable(s.spin) for s in structures], np.int64)
     columns = {"charge": charge, "spin": spin}
     return {name: values for name, values in columns.items() if (values != field(name).absent).any()}
+
+
+def _storable(value: int) -> int:
+    """The value, or where no integer of a column can hold it one that is as impossible."""
+    return max(-IMPOSSIBLE, min(value, IMPOSSIBLE))
 
 
 def _lowest(structure: Structure) -> int:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from multifid.config import load_config
 from multifid.evaluation.calibrate import Calibrated, Points, calibrate, quality
 from multifid.evaluation.calibration import reliability
 from multifid.evaluation.evaluate import Data, Share
 from multifid.evaluation.figures import save
+from multifid.evaluation.fitted import FittedTable
 from multifid.feed.loader import open_sources
 from multifid.model.model_file import load_model
 from multifid.model.predictor import Predictor
@@ -65,17 +66,25 @@ def calibrate_run(
     return found
 
 
-def table(test: Mapping[str, Points]) -> Table:
+def table(test: Mapping[str, Points]) -> FittedTable:
     """How uncertainties do on the test splits."""
-    shown = Table(title="Uncertainties on the test splits (structures for energies, atoms for forces)")
-    columns = ("task", "label", "number", "MAE, meV", "rms of error/deviation", "within 1, 2 deviations", "rank")
-    for name in columns:
-        shown.add_column(name, justify="left" if name in columns[:2] else "right")
+    rows = []
     for task, found in test.items():
-        for label, pairs in (("energy per atom", found.energy), ("forces", found.forces)):
+        for label, pairs in (("energy", found.energy), ("forces", found.forces)):
             if len(pairs):
                 q = quality(pairs)
-                within = f"{100 * q['within_1']:.0f}, {100 * q['within_2']:.0f} %"
-                error = f"{1000 * pairs[:, 1].mean():.3g}"
-                shown.add_row(task, label, f"{len(pairs):,}", error, f"{q['z']:.2f}", within, f"{q['rank']:.2f}")
-    return shown
+                error, within = f"{1000 * pairs[:, 1].mean():.3g}", (f"{100 * q[f'within_{k}']:.0f}" for k in (1, 2))
+                rows.append(
+                    [escape(task), label, f"{len(pairs):,}", error, f"{q['z']:.2f}", *within, f"{q['rank']:.2f}"]
+                )
+    return FittedTable(
+        title="Uncertainties on the test splits",
+        names=["task", "label"],
+        numbers=["number", "MAE", "z", "≤1σ", "≤2σ", "rank"],
+        rows=rows,
+        notes=[
+            "number: of structures for energies, of atoms for forces. MAE: meV/atom, and meV/Å of an atom. z: root "
+            "mean square of error / deviation σ. ≤1σ, ≤2σ: per cent of the errors (68 and 95 if they were normal). "
+            "rank: correlation of deviations and errors."
+        ],
+    )

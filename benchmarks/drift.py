@@ -2,9 +2,9 @@
 
     python benchmarks/drift.py MODEL --task T FILE [--ps 20] [--step 0.5] [--kelvin 300] [--dtype float32 float64]
 
-FILE: anything that ASE reads; its last structure is relaxed for a few steps, set in motion at twice the temperature (half
-of it becomes potential energy) and followed by ASE's velocity Verlet, which keeps positions in float64 whatever the dtype
-of the model. drift: slope of a line through the total energy. noise: standard deviation about that line.
+FILE: anything that ASE reads; its last structure is relaxed for a few steps, set in motion at twice the temperature
+(half of it becomes potential energy) and followed by ASE's velocity Verlet, which keeps positions in float64 whatever
+the dtype of the model. drift: slope of a line through the total energy. noise: standard deviation about that line.
 """
 
 import argparse

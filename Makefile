@@ -43,6 +43,8 @@ demo/elements.png: $(STORES)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 # A thread for each, unless told: threads of several tests on the same cores only wait for each other.
 test test-full: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
+# Tests start many processes: each would compile the package and torch's own files again.
+unexport PYTHONDONTWRITEBYTECODE
 
 test: $(VENV)/installed      ## the test suite: a representative of every setting
 	$(PYTEST) -m "not full"

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import yaml
+from typer.testing import CliRunner
 
 from conftest import write_molecules
+from multifid.cli import app
 from multifid.readers.formats import FORMATS
 from test_train import config_of
 
@@ -34,15 +36,19 @@ def test_help_and_prepare_start_without_torch(tmp_path):
 def test_help_lists_every_format_and_each_lists_its_options(tmp_path):
     done = multifid("prepare", "--help")
     assert all(name in done.stdout for name in FORMATS) and not re.search(r"\| +numpy$", done.stderr, re.MULTILINE)
-    assert all(name in multifid("formats").stdout for name in FORMATS)
-    listed = multifid("formats", "extxyz", "spice").stdout
+
+    def shown(*arguments) -> str:
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert all(name in shown("formats") for name in FORMATS)
+    listed = shown("formats", "extxyz", "spice")
     assert "energy_unit" in listed and "kcal/mol" in listed and "spin_counts" in listed
     write_molecules(tmp_path / "a.xyz", 20, 1.0, 0.0, seed=0)
     write_molecules(tmp_path / "b.xyz", 5, 1.0, 0.0, seed=1)
     files = ("--train", tmp_path / "a.xyz", "--test", tmp_path / "b.xyz")
-    done = multifid("prepare", "extxyz", *files, "--out", tmp_path / "store")
-    assert done.returncode == 0, said(done)
-    assert "validation carved out of" in done.stdout
+    assert "validation carved out of" in shown("prepare", "extxyz", *files, "--out", tmp_path / "store")
 
 
 def test_train_and_evaluate_as_in_the_readme(stores, tmp_path):

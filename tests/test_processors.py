@@ -15,6 +15,8 @@ from multifid.store.fields import CHECKSUMS, block_checksums, npy_header
 from multifid.store.store import Store
 from multifid.structures.reproducible import cos_and_sin, cube_root, determinant, inverse, times
 
+pytestmark = pytest.mark.xdist_group("processors")  # their stores are made once
+
 FITTED = (
     "references",
     "undetermined",

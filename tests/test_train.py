@@ -133,7 +133,7 @@ def train_in_child(path: str, threads: int, running) -> None:
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.full)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(stores, tmp_path, times):
     """kill -9 and start again, until it is through; compared with a run that nobody disturbed."""
-    length = {"steps": 150, "checkpoint_every": 4, "epoch_steps": 45}
+    length = {"steps": 100, "checkpoint_every": 4, "epoch_steps": 30}
     whole = start(config_of(stores, tmp_path / "whole", train=length))
     seconds = read_journal(whole)[-1]["seconds"]
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config_of(stores, tmp_path / "killed", train=length)))

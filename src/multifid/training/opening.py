@@ -63,7 +63,7 @@ def _place(world: World) -> str:
 
 def _model(model: ModelConfig) -> str:
     encoder, branch = model.encoder, model.branch
-    size = ", ".join(f"{key} {value}" for key, value in encoder if key != "name")
+    size = ", ".join(f"{key} {value}" for key, value in encoder if key != "name" and value is not None)
     size = f"{encoder.name}, {size}" if size else encoder.name
     return f"{size}; branches {'-'.join(map(str, branch.hidden))}, {branch.forces} forces; cutoff {model.cutoff}"
 

@@ -61,9 +61,9 @@ class Calculator(ase.Calculator):
         self.models = [m.in_precision(None if dtype is None else DTYPES[dtype]) for m in opened(models)]
         if not self.models:
             raise ValueError("a calculator needs at least one model")
-        self.task = self.models[0].task(task)
+        self.task = self.models[0].energy_task(task)
         for model in self.models[1:]:
-            model.task(self.task)
+            model.energy_task(self.task)
         self._trained, self._compiled = self.models, compiled
         if compiled:
             self.models = [_compiled(model, self.task, compiled) for model in self.models]

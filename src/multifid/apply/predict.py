@@ -15,7 +15,7 @@ from multifid.apply.model import load
 from multifid.apply.output import Done, labelled, refuse_out, write_all
 from multifid.apply.parts import contents
 from multifid.model.predictor import Predictor
-from multifid.model.task_model import EDGES, TaskModel
+from multifid.model.task_model import EDGES, Output, TaskModel
 from multifid.model.undetermined import UndeterminedEnergy
 from multifid.parallel import groups
 
@@ -42,8 +42,10 @@ def predict(
     is one, `info["task"]`, and what else a structure had but its labels; `info["undetermined"]` is true where the
     training data do not determine the total energy of a composition. uncertainty: also
     `info["energy_uncertainty"]` (eV, of the total) and the columns `energies_uncertainty` (eV) and
-    `forces_uncertainty` (eV/angstrom), standard deviations. files: see `frames`. skip: leave out what the
-    model refuses, and count it, in place of an error. The same on every rank of a launch by torchrun or srun.
+    `forces_uncertainty` (eV/angstrom), standard deviations. A task of a property writes that in place of energies,
+    under the task's name: in `info`, of a class with its probabilities beside it, or as a column of atoms. files: see
+    `frames`. skip: leave out what the model refuses, and count it, in place of an error.
+    The same on every rank of a launch by torchrun or srun.
 
     ValueError names the structures that are refused: elements that the task has never seen, atoms that coincide,
     positions that are not finite, ...; FileExistsError where `out` exists. Then nothing is written.
@@ -90,6 +92,12 @@ def _predicted(
         each = [_predicted(model, task, [given], max_edges, uncertainty) for given in chunk]  # which one it is
         return [atoms for there, _ in each for atoms in there], [text for _, refused in each for text in refused]
     there, refused = [], []
+    if out.value is not None:
+        for k, given in enumerate(chunk):
+            made = with_property(given.atoms, out, k, task)
+            there += [] if made is None else [made]
+            refused += [f"{given.where}: the model's answer is not finite"] if made is None else []
+        return there, refused
     for k, given in enumerate(chunk):
         results = {"energy": float(out.energy[k]), "forces": out.forces[k]}
         if not (np.isfinite(results["energy"]) and np.isfinite(out.forces[k]).all()):
@@ -106,3 +114,22 @@ def _predicted(
             made.arrays["forces_uncertainty"] = out.forces_uncertainty[k]
         there.append(made)
     return there, refused
+
+
+def with_property(atoms: Atoms, out: Output, k: int, task: str) -> Atoms | None:
+    """Atoms with the property of structure `k` under the name of its task; None where it is not finite."""
+    value = out.value[k]
+    finite = out.probabilities[k] if out.probabilities is not None else value
+    if not np.isfinite(finite).all():
+        return None
+    made = labelled(atoms, {}, task=task)
+    made.calc = None
+    for place in (made.info, made.arrays):
+        place.pop(task, None)
+    if np.shape(value)[:1] == (len(made),) and isinstance(out.value, list):
+        made.arrays[task] = value
+    elif out.probabilities is not None:
+        made.info |= {task: str(value), f"{task}_probabilities": out.probabilities[k]}
+    else:
+        made.info[task] = float(value) if np.shape(value) == () else value
+    return made

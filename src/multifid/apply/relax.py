@@ -52,7 +52,7 @@ def relax(
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
     with groups.world(device) as world:
         loaded = load(model, world.device).in_precision(DTYPES[dtype])
-        name = loaded.task(task)
+        name = loaded.energy_task(task)
         if settings.cell and not loaded.conservative:
             raise ValueError(
                 f"--cell: the forces of {model} are predicted directly, so it has no stress, and its cells cannot be "

@@ -36,7 +36,7 @@ class TorchSimModel(ModelInterface):
 
     def __init__(self, model: TaskModel, task: str | None = None, *, compute_stress: bool | None = None) -> None:
         super().__init__()
-        self.model, self.task = model, model.task(task)
+        self.model, self.task = model, model.energy_task(task)
         self._device, self._dtype = model.device, model.dtype
         self._compute_forces, self._memory_scales_with = True, "n_atoms_x_density"
         self._compute_stress = False

@@ -1,7 +1,7 @@
 """Arguments that several commands have, and what their texts mean."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,15 @@ Task = Annotated[str | None, typer.Option(help="whose branch answers; needed whe
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: an accelerator if there is one")]
 SkipRefused = Annotated[
     bool, typer.Option("--skip-refused", help="leave out what has no prediction, as elements never seen, and count it")
+]
+
+Properties = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=KEY]:KIND",
+        help="of files: a property that is read in place of energies; KIND is intensive, extensive, class, vector, "
+        "atom or atom_vector; may be repeated",
+    ),
 ]
 
 
@@ -38,6 +47,14 @@ def pair(text: str) -> tuple[str, str]:
     if not equals:
         raise ValueError(f"--option {text!r} must have the form key=value")
     return key, value
+
+
+def options_of(option: list[str] | None, properties: list[str] | None) -> dict[str, Any]:
+    """How files are read: `--option` and `--property`."""
+    options: dict[str, Any] = dict(pair(x) for x in option or [])
+    if properties and "properties" in options:
+        raise ValueError("--property and --option properties say the same thing: give one of them")
+    return options | ({"properties": properties} if properties else {})
 
 
 def number(text: str, where: str) -> float:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from multifid.cli.arguments import Stores, number, pair
+from multifid.cli.arguments import Properties, Stores, number, options_of
 from multifid.cli.program import command
 from multifid.readers.formats import FORMATS
 
@@ -28,6 +28,7 @@ def prepare(
     seed: Annotated[int, typer.Option(help="of the split")] = 0,
     level_of_theory: Annotated[str | None, typer.Option(help="for the manifest, where it is not the format's")] = None,
     option: Annotated[list[str] | None, typer.Option(help="key=value of the format, as energy=corrected")] = None,
+    property: Properties = None,
     workers: Annotated[int, typer.Option(help="processes that read, on each rank; the store is the same for all")] = 1,
     trust_units: Annotated[
         bool, typer.Option("--trust-units", help="make the store though its units look wrong")
@@ -57,7 +58,7 @@ def prepare(
         test=test or (),
         fractions=(shares[0], shares[1], shares[2]),
         seed=seed,
-        options=dict(pair(x) for x in option or []),
+        options=options_of(option, property),
         level_of_theory=level_of_theory,
         workers=workers,
         trust_units=trust_units,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from multifid.cli.arguments import Device, ModelPath, SkipRefused, StructureFiles, Task, is_data, pair
+from multifid.cli.arguments import Device, ModelPath, Properties, SkipRefused, StructureFiles, Task, is_data, options_of
 from multifid.cli.program import app, command
 
 PANEL = "Models"
@@ -28,11 +28,12 @@ def evaluate(
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="threads that prepare batches ahead, on each rank")] = 1,
     option: Annotated[list[str] | None, typer.Option(help="key=value of a file's format, as in prepare")] = None,
+    property: Properties = None,
     trust_units: Annotated[bool, typer.Option("--trust-units", help="though units of a file look wrong")] = False,
     cache: Annotated[Path | None, typer.Option(help="where files become stores; default: ~/.cache/multifid")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="all rows in a file")] = None,
 ) -> None:
-    """Energy, force and stress errors of models on stores and files, as a table and in RUN/evaluation.json."""
+    """Errors of models on stores and files, of energies or of properties, as tables and in RUN/evaluation.json."""
     from multifid.workflows.evaluate import evaluate as run
 
     more = [text for text in runs if is_data(text)]  # `--data A B`: an option takes one value, B arrives with the runs
@@ -46,7 +47,7 @@ def evaluate(
         device=device,
         max_edges=max_edges,
         workers=workers,
-        options=dict(pair(x) for x in option or []),
+        options=options_of(option, property),
         trust_units=trust_units,
         cache=cache,
         out=out,
@@ -69,7 +70,7 @@ def predict(
     ] = False,
     skip_refused: SkipRefused = False,
 ) -> None:
-    """Energies, forces and stresses of the structures in files, as ASE reads them back."""
+    """Energies, forces and stresses of the structures in files, or a property, as ASE reads them back."""
     from multifid.apply.predict import predict as run
 
     run(

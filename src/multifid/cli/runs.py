@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from multifid.cli.arguments import ModelPath, Stores, count, is_override, number, pair
+from multifid.cli.arguments import ModelPath, Properties, Stores, count, is_override, number, options_of
 from multifid.cli.program import command
 
 PANEL = "Runs"
@@ -65,6 +65,7 @@ def finetune(
     no_new_elements: Annotated[
         bool, typer.Option("--no-new-elements", help="refuse elements that the model has never seen")
     ] = False,
+    property: Properties = None,
     fractions: Annotated[str, typer.Option(help="of files: train,validation,test")] = "0.8,0.1,0.1",
     option: Annotated[list[str] | None, typer.Option(help="key=value: how files are read, as in prepare")] = None,
     trust_units: Annotated[
@@ -81,7 +82,7 @@ def finetune(
     asked = [text for text in data if not is_override(text)]
     if not asked:
         raise ValueError("finetune needs data: multifid finetune MODEL DATA... --out RUN")
-    options = dict(pair(x) for x in option or [])
+    options = options_of(option, property)
     if references:
         if len(asked) != 1 or overrides or replay:
             raise ValueError("--references takes one dataset, and no keys of the config and no --replay")

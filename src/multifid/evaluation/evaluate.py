@@ -15,6 +15,7 @@ from torch import Tensor
 
 from multifid.evaluation.failures import Failures, failed
 from multifid.evaluation.metrics import Errors, Row
+from multifid.evaluation.properties import Measured, known_of, physical_values, refuse_other
 from multifid.evaluation.rows import add_rows
 from multifid.feed.loader import Source, ahead, collate, cut, edge_costs
 from multifid.graphs.batch import Batch, Targets
@@ -24,6 +25,7 @@ from multifid.model.predictor import Predictor
 from multifid.model.saved import Description, load_potential
 from multifid.store.references import References
 from multifid.store.store import Store
+from multifid.structures.properties import OF_ATOMS, VECTORS, Property
 
 CPU = torch.device("cpu")
 EDGES = 20_000  # of a batch on a processor: large enough to keep it busy
@@ -139,6 +141,8 @@ def evaluate(
     the errors of reference energies and zero forces on the labels that the means are over.
     Called on all processes of a `share`, with the same on each; all get the same row.
     """
+    if data.store.property_kind(data.label_set) is not None:
+        return _evaluate_property(model, name, data, split, branch, unseen, share)
     answers, references, whose = _who_answers(model.description, data, branch, name)
     source = Source(data.store, {answers: data.label_set}, {answers: references})
     known, device = _elements(model.description, answers), model.device
@@ -163,6 +167,68 @@ def evaluate(
     nonfinite, lost = failures.row(data.store, share.rank, share.size, share.sum_)
     counted = row["structures"] - lost - (0 if unseen else row["unseen_structures"])
     return row | nonfinite | _about(counted, unseen, data, model.description["tasks"][answers]["branch"], whose)
+
+
+def _evaluate_property(
+    model: Predictor, name: str, data: Data, split: str, branch: str | None, unseen: bool, share: Share
+) -> Row:
+    """The same of a property, in its own unit; see `evaluation.properties`."""
+    about = data.store.manifest["tasks"][data.label_set]
+    asked = Property.from_manifest(data.name, about["property"])
+    answers = _who_answers_property(model, data, asked, branch)
+    own = {int(z): e for z, e in model.description["tasks"][answers]["references"].items()}
+    references = References(own, [], 0, 0.0)
+    source = Source(data.store, {answers: data.label_set}, {answers: references})
+    known, held = _elements(model.description, answers), model.property_of(answers)
+    width = len(held.classes) if held is not None and asked.kind == "class" else 3 if asked.kind in VECTORS else 1
+    size = size_of(data, split)
+    order = np.arange(size) if split == "all" else data.store.index(split)
+    found, counts = Measured(asked.kind, size, width), np.zeros(4)
+    for index, whole in _batches(source, split, model.cutoff, edge_budget(model, share), share):
+        for part, batch, p in _predictions(model, source, index, whole):
+            targets, strange = batch.targets[answers], _unseen(batch, known)
+            assert p.value is not None and targets.value is not None
+            predicted = physical_values(model, answers, p.value)
+            label = targets.value.reshape(len(predicted), -1).numpy().copy()
+            of_rows = batch.structure.numpy() if asked.kind in OF_ATOMS else np.arange(batch.structures)
+            bad = np.zeros(batch.structures, bool)
+            np.logical_or.at(bad, of_rows, ~np.isfinite(predicted).all(axis=1))
+            left_out = bad | (strange.numpy() & (not unseen))
+            label[left_out[of_rows]] = np.nan
+            certain = known_of(asked.kind, references.table, batch.numbers.numpy(), batch.natoms.numpy(), width)
+            if asked.kind != "class":
+                predicted, label = predicted + np.nan_to_num(certain), label + np.nan_to_num(certain)
+            found.add(np.searchsorted(order, part), predicted, label, np.nan_to_num(certain))
+            counts += [batch.structures, int(strange.sum()), len(batch.numbers), int(bad.sum())]
+        share.advance(len(index) * share.size)
+    found.table, found.sums, counts = (
+        share.sum_(torch.from_numpy(x)).numpy() for x in (found.table, found.sums, counts)
+    )
+    structures, unseen_ones, atoms, lost = (int(x) for x in counts)
+    row = {"model": name, "data": data.name, "split": split, "structures": structures}
+    row |= {"unseen_structures": unseen_ones, "atoms": atoms, "nonfinite_structures": lost}
+    row |= {f"{q}_{e}": None for q in ("energy", "forces") for e in ("mae", "rmse")}
+    row |= {"property": asked.kind, **found.values()}
+    counted = structures - lost - (0 if unseen else unseen_ones)
+    return row | _about(counted, unseen, data, model.description["tasks"][answers]["branch"], "model")
+
+
+def _who_answers_property(model: Predictor, data: Data, asked: Property, branch: str | None) -> str:
+    """The task of a model whose branch answers for a property: of the data's name, or named, or the only one."""
+    tasks = model.description["tasks"]
+    named = [t for t in tasks if branch in (t, tasks[t]["branch"])] if branch is not None else []
+    if branch is not None and not named:
+        raise ValueError(f"--branch {branch}: the model has the branches {model.description['branches']}")
+    if not named:
+        alike = [t for t in tasks if (held := model.property_of(t)) is not None and held.kind == asked.kind]
+        named = [data.name] if data.name in tasks else alike if len(alike) == 1 else []
+    if not named:
+        raise ValueError(
+            f"{data.path} holds the property {data.name!r} ({asked.kind}), none of the tasks of the model "
+            f"({', '.join(tasks)}): TASK={data.path} or --branch TASK says which one answers"
+        )
+    refuse_other(asked, model.property_of(named[0]), named[0], data.path)
+    return named[0]
 
 
 def _as_trained_on(run: Path, data: Data) -> Data:
@@ -302,10 +368,18 @@ def _who_answers(description: Description, data: Data, branch: str | None, model
     tasks = description["tasks"]
     about = data.store.manifest["tasks"][data.label_set]
     store = References.from_manifest(about)
+    if (about_task := tasks.get(data.name)) is not None and "property" in about_task and branch is None:
+        raise ValueError(f"task {data.name!r} of {model} predicts a property, but {data.path} holds none")
     if data.name in tasks and branch in (None, data.name, tasks[data.name]["branch"]):
         own = {int(z): e for z, e in tasks[data.name]["references"].items()}
         return data.name, References({**store.energies, **own}, store.undetermined, store.rank, store.residual), "model"
-    named = [t for t in tasks if branch in (t, tasks[t]["branch"])] if branch is not None else list(tasks)
+    named = (
+        [t for t in tasks if branch in (t, tasks[t]["branch"])]
+        if branch is not None
+        else [t for t in tasks if "property" not in tasks[t]]
+    )
+    if branch is None and not named:
+        raise ValueError(f"{model} predicts only properties ({', '.join(tasks)}), but {data.path} holds none of them")
     if branch is not None and not named:
         raise ValueError(f"--branch {branch}: the model has the branches {description['branches']}")
     if len({tasks[t]["branch"] for t in named}) > 1:

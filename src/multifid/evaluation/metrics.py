@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from multifid.evaluation.matrix import Row
-from multifid.graphs.batch import BatchLabels, LabelRows, Targets, components
+from multifid.graphs.batch import BatchLabels, Targets, components
+from multifid.structures.properties import KINDS
 
-QUANTITIES = ("energy", "forces", "stress")
+QUANTITIES = ("energy", "forces", "stress", "property")
 _COUNTERS = 3  # structures, structures with an unseen element, atoms
 SIZE = _COUNTERS + 3 * len(QUANTITIES)  # then (count, sum |e|, sum e^2) of each quantity
 
@@ -74,7 +75,7 @@ class Errors:
         self._sums[_place(quantity)] += errors_of_rows(predicted, label, divisor).sum(dim=0)
 
     def as_tensor(self) -> Tensor:
-        """All sums as one float64 tensor (12,), a copy: add those of all ranks, element by element."""
+        """All sums as one float64 tensor (15,), a copy: add those of all ranks, element by element."""
         return self._sums.clone()
 
     @classmethod
@@ -100,7 +101,7 @@ class Errors:
 
 
 def counts_and_means(sums: list[float]) -> Row:
-    """`structures`, ..., `energy_mae`, ... of the sums of an `Errors` (12,); None without a label."""
+    """`structures`, ..., `energy_mae`, ... of the sums of an `Errors` (15,); None without a label."""
     structures, unseen, atoms = (round(x) for x in sums[:_COUNTERS])
     return {"structures": structures, "unseen_structures": unseen, "atoms": atoms, **_means(sums)}
 
@@ -119,19 +120,32 @@ def errors_of_rows(predicted: Tensor, label: Tensor, divisor: Tensor | None = No
 
 
 def error_sums(predicted: Mapping[str, Tensor], labels: BatchLabels, tasks: int) -> Tensor:
-    """The sums of `Errors` for each of several tasks at once: (tasks, 12) float64.
+    """The sums of `Errors` for each of several tasks at once: (tasks, 15) float64.
 
-    predicted: by quantity, a row for each row of the labels, in physical units. Structures of no atoms are padding.
+    predicted: by kind, a row for each row of the labels, in physical units. Structures of no atoms are padding.
+    Properties: in their own units, extensive ones of whole structures; of classes the error is 0 or 1.
     """
     natoms = labels.natoms.to(torch.float64)
     counters = torch.stack([(natoms > 0).to(torch.float64), torch.zeros_like(natoms), natoms], dim=1)
     sums = natoms.new_zeros((tasks, SIZE))
     sums[:, :_COUNTERS].index_add_(0, labels.energy.owner, counters)
-    for quantity, prediction in predicted.items():
-        rows: LabelRows = getattr(labels, quantity)
-        errors = errors_of_rows(prediction, rows.label, natoms.clamp(min=1) if quantity == "energy" else None)
+    for kind, prediction in predicted.items():
+        rows = labels.rows(kind)
+        assert rows is not None
+        quantity = "property" if kind in KINDS else kind
+        if kind == "class":
+            errors = wrong_classes(prediction, rows.label)
+        else:
+            errors = errors_of_rows(prediction, rows.label, natoms.clamp(min=1) if quantity == "energy" else None)
         sums[:, _place(quantity)].index_add_(0, rows.owner, errors)
     return sums
+
+
+def wrong_classes(logits: Tensor, label: Tensor) -> Tensor:
+    """As `errors_of_rows`, the error of a class being 1 where another is the likeliest: (n, 3) float64."""
+    known = torch.isfinite(label)
+    wrong = (known & (logits.argmax(dim=1) != label)).to(torch.float64)
+    return torch.stack([known.to(torch.float64), wrong, wrong], dim=1)
 
 
 def _place(quantity: str) -> slice:
@@ -143,6 +157,8 @@ def _means(sums: list[float]) -> dict[str, float | None]:
     means: dict[str, float | None] = {}
     for quantity in QUANTITIES:
         count, absolute, squared = sums[_place(quantity)]
+        if quantity == "property" and not count:
+            continue
         means[f"{quantity}_mae"] = absolute / count if count else None
         means[f"{quantity}_rmse"] = math.sqrt(squared / count) if count else None
     return means

@@ -40,7 +40,7 @@ class Agreement:
 def ranking(model: Predictor, store: Store, label_set: str) -> list[Agreement]:
     """Every branch of a model against the labels of a store's train split, the nearest first."""
     tasks = model.description["tasks"]
-    one_of = {about["branch"]: task for task, about in reversed(tasks.items())}
+    one_of = {about["branch"]: task for task, about in reversed(tasks.items()) if "property" not in about}
     found = [agreement(model, task, store, label_set) for task in one_of.values()]
     return sorted(found, key=lambda a: (a.error, a.branch))
 

@@ -19,6 +19,7 @@ from multifid.store.passes import sampled
 from multifid.store.references import References
 from multifid.store.store import Store
 from multifid.structures.cells import spans_volume
+from multifid.structures.properties import aligned as without_known
 from multifid.structures.reproducible import cube_root, determinant
 from multifid.structures.structure import Packed, PackedLabels
 
@@ -150,6 +151,12 @@ def _targets(pack: Packed, labels: PackedLabels, references: References) -> Targ
     def tensor(x: np.ndarray | None) -> torch.Tensor | None:
         return None if x is None else torch.from_numpy(x.astype(np.float64))
 
+    if labels.kind is not None:
+        value = labels.value
+        if value is not None:
+            value = without_known(labels.kind, value, references.table, pack.numbers, pack.natoms)
+        return Targets(torch.full((len(pack.natoms),), torch.nan, dtype=torch.float64), None, None, labels.kind,
+                       tensor(value))  # fmt: skip
     aligned, stress = references.align(labels.energy, pack.numbers, pack.natoms), labels.stress
     if stress is not None:  # stores of the first version kept no vectors that are not periodic, but their stress
         stress = np.where(spans_volume(pack.cell)[:, None, None], stress, np.nan)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multifid.structures.properties import KINDS, shape_of
 from multifid.structures.structure import Packed
 
 
@@ -24,6 +25,12 @@ class Targets:
     energy: Tensor  # (S_t,) eV
     forces: Tensor | None  # (N_t, 3) eV/angstrom
     stress: Tensor | None  # (S_t, 3, 3) eV/angstrom^3
+    kind: str | None = None  # of a property in place of them (`structures.properties`)
+    value: Tensor | None = None  # of the property, without what is subtracted: (S_t, ...) or (N_t, ...)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Targets":
+        forces, stress, value = (None if x is None else move(x) for x in (self.forces, self.stress, self.value))
+        return Targets(move(self.energy), forces, stress, self.kind, value)
 
 
 @dataclass(slots=True)
@@ -46,9 +53,26 @@ class BatchLabels:
     forces: LabelRows  # a row for each atom
     stress: LabelRows
     natoms: Tensor  # (n,) int64, of the structures of `energy`
+    properties: dict[str, LabelRows] = field(default_factory=dict)  # by their kind, those that there are
+    natoms_extensive: Tensor | None = None  # of the structures of extensive properties
+
+    def rows(self, kind: str) -> LabelRows | None:
+        """Those of energy, forces, stress or a kind of property; None where there are none of a property."""
+        return self.properties.get(kind) if kind in KINDS else getattr(self, kind)
+
+    def natoms_of(self, kind: str) -> Tensor | None:
+        """(n,) for labels whose residuals count per atom."""
+        return self.natoms if kind == "energy" else self.natoms_extensive if kind == "extensive" else None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "BatchLabels":
-        return BatchLabels(self.energy.moved(move), self.forces.moved(move), self.stress.moved(move), move(self.natoms))
+        return BatchLabels(
+            self.energy.moved(move),
+            self.forces.moved(move),
+            self.stress.moved(move),
+            move(self.natoms),
+            {kind: rows.moved(move) for kind, rows in self.properties.items()},
+            None if self.natoms_extensive is None else move(self.natoms_extensive),
+        )
 
 
 @dataclass(slots=True)
@@ -115,7 +139,7 @@ class Batch:
             return None if x is None else move(x)
 
         tensors = {name: move(getattr(self, name)) for name in TENSORS}
-        targets = {t: Targets(move(y.energy), maybe(y.forces), maybe(y.stress)) for t, y in self.targets.items()}
+        targets = {t: y.moved(move) for t, y in self.targets.items()}
         labels = None if self.labels is None else self.labels.moved(move)
         more = {"reverse": maybe(self.reverse), "triplets": maybe(self.triplets)}
         return replace(self, targets=targets, labels=labels, **more, **tensors)  # type: ignore[arg-type]
@@ -128,8 +152,18 @@ def laid_out(batch: Batch, number: Mapping[str, int]) -> Batch:
     energy = _rows({t: y.energy for t, y in batch.targets.items()}, number, ())
     forces = _rows({t: y.forces for t, y in batch.targets.items()}, number, (3,))
     stress = _rows({t: y.stress for t, y in batch.targets.items()}, number, (3, 3))
-    natoms = torch.cat([batch.natoms[:0], *(batch.natoms[batch.slices[task][0]] for task in energy.tasks)])
-    return replace(batch, targets={}, labels=BatchLabels(energy, forces, stress, natoms))
+    properties = {
+        kind: _rows({t: y.value for t, y in batch.targets.items() if y.kind == kind}, number, shape_of(kind))
+        for kind in KINDS
+        if any(y.kind == kind and y.value is not None for y in batch.targets.values())
+    }
+
+    def natoms(rows: LabelRows) -> Tensor:
+        return torch.cat([batch.natoms[:0], *(batch.natoms[batch.slices[task][0]] for task in rows.tasks)])
+
+    extensive = natoms(properties["extensive"]) if "extensive" in properties else None
+    labels = BatchLabels(energy, forces, stress, natoms(energy), properties, extensive)
+    return replace(batch, targets={}, labels=labels)
 
 
 def _rows(labels: Mapping[str, Tensor | None], number: Mapping[str, int], shape: tuple[int, ...]) -> LabelRows:

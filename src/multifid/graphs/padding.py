@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multifid.graphs.batch import Batch, Targets
+from multifid.structures.properties import OF_ATOMS
 
 SMALLEST = 8
 PER_DOUBLING = 4  # sizes between n and 2 n: padding is a tenth on average, a quarter at most
@@ -118,4 +119,10 @@ def _without_labels(targets: Targets, place: tuple[slice, slice]) -> Targets:
         return None if x is None else filled(x, where)
 
     structures, atoms = place
-    return Targets(filled(targets.energy, structures), maybe(targets.forces, atoms), maybe(targets.stress, structures))
+    return Targets(
+        filled(targets.energy, structures),
+        maybe(targets.forces, atoms),
+        maybe(targets.stress, structures),
+        targets.kind,
+        maybe(targets.value, atoms if targets.kind in OF_ATOMS else structures),
+    )

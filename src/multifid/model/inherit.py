@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from multifid.model.branch import Branch
 from multifid.model.encoders import build_encoder
 from multifid.model.layers import Embedding
-from multifid.model.potential import ModelConfig, Potential
+from multifid.model.potential import ModelConfig, Potential, build_branch
+from multifid.model.property import PropertyBranch
 from multifid.model.saved import load_description, why_no_model
 from multifid.structures.elements import MAX_Z, SYMBOLS, chemical_neighbours
 
@@ -57,7 +58,7 @@ def start_from(
     about = load_description(run)["tasks"].values()
     own = {one["branch"]: one["scale"] for one in about}
     for name, branch in potential.branches.items():
-        assert isinstance(branch, Branch)
+        assert isinstance(branch, Branch | PropertyBranch)
         there = begun.get(name, name)
         if name not in scales or there is None or there not in own:
             continue
@@ -104,7 +105,7 @@ def inherited(
             near = difflib.get_close_matches(branch, there, n=1)
             meant = f"; is {near[0]!r} meant?" if near else ""
             lines.append(f"branch {branch!r} begins with fresh weights: {run} has {', '.join(there)}{meant}")
-        elif fresh := _fresh_heads(shapes, source, _branch_shapes(config)):
+        elif fresh := _fresh_heads(shapes, source, _branch_shapes(config, branch)):
             lines.append(
                 f"branch {branch!r} begins with a fresh {' and '.join(fresh)} head: none of this shape in {run}"
             )
@@ -148,10 +149,10 @@ def _same_encoder(config: ModelConfig, run: Path) -> None:
         )
 
 
-def _branch_shapes(config: ModelConfig) -> Mapping[str, Any]:
+def _branch_shapes(config: ModelConfig, name: str) -> Mapping[str, Any]:
     """The shapes of a branch, without making one."""
     with torch.device("meta"):
-        branch = Branch(build_encoder(config.encoder, config.cutoff), config.branch, config.cutoff)
+        branch = build_branch(build_encoder(config.encoder, config.cutoff), config, name)
     return _shapes_of(branch)
 
 

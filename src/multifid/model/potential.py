@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from multifid.graphs.batch import Batch, rows_times_matrices
 from multifid.graphs.graph import Graph, completed, graph_of
 from multifid.model.branch import Branch, BranchConfig
-from multifid.model.contract import Features
+from multifid.model.contract import Encoder, Features
 from multifid.model.encoders import DEFAULT, AnyEncoderConfig, all_encoders, build_encoder, why_unknown
 from multifid.model.layers import draw_weights, sum_over
+from multifid.model.property import PropertyBranch, PropertyConfig
 from multifid.structures.cells import FLAT
 
 
@@ -32,6 +33,10 @@ class ModelConfig(BaseModel):
         default={"name": DEFAULT}, validate_default=True, description="The shared encoder."
     )
     branch: BranchConfig = Field(default_factory=BranchConfig, description="The branches, all of one shape.")
+    properties: dict[str, PropertyConfig] = Field(
+        default_factory=dict,
+        description="Branches that predict a property in place of energies; taken from the stores where left out.",
+    )
 
     @field_validator("encoder", mode="before")
     @classmethod
@@ -47,8 +52,17 @@ class ModelConfig(BaseModel):
     def _fits(self) -> "ModelConfig":
         """Build both once without memory: what an encoder or a head refuses is refused when a config is read."""
         with torch.device("meta"):
-            Branch(build_encoder(self.encoder, self.cutoff), self.branch, self.cutoff)
+            encoder = build_encoder(self.encoder, self.cutoff)
+            for name in [None, *self.properties]:
+                build_branch(encoder, self, name)
         return self
+
+
+def build_branch(encoder: Encoder, config: ModelConfig, name: str | None = None) -> Branch | PropertyBranch:
+    """The branch of a name (None: of any task with energies), with weights that are not yet drawn."""
+    if name is not None and (asked := config.properties.get(name)) is not None:
+        return PropertyBranch(encoder, asked, config.branch, config.cutoff)
+    return Branch(encoder, config.branch, config.cutoff)
 
 
 @dataclass(slots=True)
@@ -59,6 +73,7 @@ class Prediction:
     forces: Tensor  # (N_t, 3) per angstrom
     stress: Tensor | None  # (S_t, 3, 3) per angstrom^3, tension-positive; NaN where the cell has no volume
     energies: Tensor | None = None  # (N_t,) what each atom adds; None from compiled passes
+    value: Tensor | None = None  # of a task of a property: see `model/property.py`; energy and forces are zero then
 
 
 class Potential(nn.Module):
@@ -81,7 +96,7 @@ class Potential(nn.Module):
         # What surrounds the gradient that gives conservative forces, for those who hook into backward passes.
         self.inner_gradient: Callable[[], AbstractContextManager] = nullcontext
         self.encoder = build_encoder(config.encoder, config.cutoff)
-        self.branches = nn.ModuleDict({n: Branch(self.encoder, config.branch, config.cutoff) for n in branches})
+        self.branches = nn.ModuleDict({n: build_branch(self.encoder, config, n) for n in branches})
         draw_weights(self.encoder, generator_for(seed, "encoder"))
         for name, branch in self.branches.items():
             draw_weights(branch, generator_for(seed, f"branch {name}"))
@@ -101,13 +116,30 @@ class Potential(nn.Module):
             graph = graph_of(batch)
             features = self.encoder(graph)
             # A backward pass begins with what was computed last: gradients arrive in the order of the tasks.
-            heads = {task: self._branch(task, features, batch, graph) for task in reversed(batch.slices)}
-            return {
-                task: Prediction(e, forces, None, of_atoms)
-                for task in batch.slices
-                for e, forces, of_atoms in [heads[task]]
-            }
+            heads = {task: self._head(task, features, batch, graph) for task in reversed(batch.slices)}
+            return {task: heads[task] for task in batch.slices}
         return self._conservative(batch, stress)
+
+    def predicts_property(self, task: str) -> bool:
+        """Whether a task has a property in place of energies."""
+        return self.branch_of[task] in self.config.properties
+
+    def _head(self, task: str, features: Features, batch: Batch, graph: Graph) -> Prediction:
+        """With direct forces, or of a property."""
+        if self.predicts_property(task):
+            return self._property(task, features, batch, graph)
+        energy, forces, of_atoms = self._branch(task, features, batch, graph)
+        return Prediction(energy, forces, None, of_atoms)
+
+    def _property(self, task: str, features: Features, batch: Batch, graph: Graph) -> Prediction:
+        structures, atoms = batch.slices[task]
+        branch = self.branches[self.branch_of[task]]
+        assert batch.edge_slices is not None
+        part = graph.part(structures, atoms, batch.edge_slices[task]) if branch.reads_edges else None
+        first, last = structures.start, structures.stop
+        value = branch(features.part(atoms), batch.structure[atoms] - first, last - first, part)
+        nothing = features.scalars.new_zeros((atoms.stop - atoms.start, 3))
+        return Prediction(features.scalars.new_zeros(last - first), nothing, None, nothing[:, 0], value)
 
     def _branch(self, task: str, features: Features, batch: Batch, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
         """Energies (S_t,), direct forces or None, and energies of atoms (N_t,)."""
@@ -133,11 +165,16 @@ class Potential(nn.Module):
             strained = completed(strained, self.encoder.needs)
             graph = graph_of(strained)
             features = self.encoder(graph)
-            heads = {task: self._branch(task, features, strained, graph) for task in batch.slices}
+            predictions = {
+                task: self._property(task, features, strained, graph)
+                for task in batch.slices
+                if self.predicts_property(task)
+            }
+            slices = {task: place for task, place in batch.slices.items() if task not in predictions}
+            heads = {task: self._branch(task, features, strained, graph) for task in slices}
             energies = {task: energy for task, (energy, _, _) in heads.items()}
             wanted = [positions, strain] if stress else [positions]
-            predictions = {}
-            rounds = _without_overlap(batch.slices)
+            rounds = _without_overlap(slices)
             for k, tasks in enumerate(rounds):
                 total = torch.stack([energies[task].sum() for task in tasks]).sum()
                 keep = training or k + 1 < len(rounds)
@@ -155,7 +192,14 @@ class Potential(nn.Module):
                     energy = energies[task] if training else energies[task].detach()
                     sigma = stress_of(slopes[1][structures], batch.cell[structures]) if stress else None
                     predictions[task] = Prediction(energy, -slopes[0][atoms], sigma, heads[task][2].detach())
-        return {task: predictions[task] for task in batch.slices}
+        return {task: self._kept(predictions[task], training) for task in batch.slices}
+
+    @staticmethod
+    def _kept(prediction: Prediction, training: bool) -> Prediction:
+        """Without what a derivative would need, where there will be none."""
+        if training or prediction.value is None:
+            return prediction
+        return replace(prediction, value=prediction.value.detach())
 
 
 def generator_for(seed: int, part: str) -> torch.Generator:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,8 @@ from multifid.model.task_model import (
     refuse_coincident,
     sums_of,
 )
+from multifid.structures.elements import MAX_Z
+from multifid.structures.properties import subtracted
 from multifid.structures.structure import Packed
 
 __all__ = [
@@ -103,7 +106,21 @@ class Predictor(TaskModel):
             prediction.forces.double() * scale,
             stress,
             None if prediction.energies is None else prediction.energies.double() * scale,
+            None if prediction.value is None else prediction.value.double() * scale,
         )
+
+    def values(self, packed: Packed, batch: Batch, task: str) -> np.ndarray:
+        value = self.aligned(batch, task, stress=False).value
+        held = self.property_of(task)
+        assert value is not None and held is not None
+        if held.kind == "class":
+            return torch.softmax(value, dim=1).cpu().numpy()
+        table = np.full(MAX_Z + 1, np.nan)
+        known = self._references(task)
+        table[list(known)] = list(known.values())
+        certain = subtracted(held.kind, table, packed.numbers, packed.natoms)
+        found = value.cpu().numpy()
+        return found + certain.reshape(-1, *[1] * (found.ndim - 1))
 
     def answer(
         self, packed: Packed, batch: Batch, task: str, *, stress: bool, features: bool = False

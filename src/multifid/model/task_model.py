@@ -22,6 +22,7 @@ from multifid.model.electrons import as_trained
 from multifid.model.undetermined import StaleBranch, UndeterminedEnergy, undetermined, warning
 from multifid.structures.atoms import pack_atoms
 from multifid.structures.elements import MAX_Z, SYMBOLS
+from multifid.structures.properties import OF_ATOMS, Property, shape_of
 from multifid.structures.structure import Packed
 
 EDGES = 50_000  # of a batch, unless the caller says otherwise
@@ -48,9 +49,12 @@ class Output:
         energy_uncertainty: (S,) eV, standard deviation of the total, where uncertainties were asked for.
         energies_uncertainty: (N,) eV, of what each atom adds.
         forces_uncertainty: (N,) eV/angstrom, of a component of the force on each atom, averaged over directions.
+        value: of a task of a property, which has no energy, forces, stress and energies (None): (S,) or (S, 3), of a
+            class its name; of atoms (N,) or (N, 3) as forces are. In the unit of the training data.
+        probabilities: (S, classes), of a class, in the order of the model's `property_of(task).classes`.
     """
 
-    energy: np.ndarray
+    energy: Any
     forces: Any
     stress: Any
     energies: Any
@@ -60,6 +64,8 @@ class Output:
     energy_uncertainty: Any = None
     energies_uncertainty: Any = None
     forces_uncertainty: Any = None
+    value: Any = None
+    probabilities: Any = None
 
 
 class TaskModel(ABC):
@@ -97,7 +103,28 @@ class TaskModel(ABC):
 
     def elements(self, task: str | None = None) -> list[str]:
         """The symbols of the elements that the branch of a task has seen in training."""
-        return [SYMBOLS[z] for z in sorted(self._references(self.task(task)))]
+        return [SYMBOLS[z] for z in self._seen(self.task(task))]
+
+    def property_of(self, task: str | None = None) -> Property | None:
+        """The property that a task predicts in place of energies; None: energies."""
+        name = self.task(task)
+        about = self.description["tasks"][name].get("property")
+        return None if about is None else Property.from_manifest(name, about)
+
+    def energy_task(self, name: str | None = None) -> str:
+        """As `task`, for what needs energies: ValueError where the task predicts a property."""
+        found = self.task(name)
+        if (held := self.property_of(found)) is not None:
+            able = [t for t in self.tasks if self.property_of(t) is None]
+            raise ValueError(
+                f"task {found!r} predicts a property ({held.kind}), no energies and forces; "
+                + (f"tasks with energies: {', '.join(able)}" if able else "no task of this model has energies")
+            )
+        return found
+
+    def values(self, packed: Packed, batch: Batch, task: str) -> np.ndarray:
+        """The property of each structure or atom of a batch, in its unit; of a class probabilities (S, classes)."""
+        raise ValueError("properties come from the trained run or its .mfid file, not from compiled code")
 
     def task(self, name: str | None = None) -> str:
         """The task of this name, or the only one. ValueError lists the tasks where the name says nothing."""
@@ -159,6 +186,10 @@ class TaskModel(ABC):
         given = [structures] if alone else list(structures)
         name, model = self.task(task), self.in_precision(precision)
         packed, with_stress = model.ready(pack_atoms(given), name), stress and model.conservative
+        if (held := self.property_of(name)) is not None:
+            if uncertainty or features:
+                raise ValueError(f"task {name!r} predicts a property: it has no uncertainty and gives no features")
+            return model._output(held, packed, name, alone, max_edges)
         if uncertainty and features:
             raise ValueError("features and uncertainties come from different passes: ask for one of them")
         doubts: list[Doubts] = []
@@ -183,6 +214,27 @@ class TaskModel(ABC):
             *(_of_each(doubts, alone) if uncertainty else ()),
         )
 
+    def _output(self, held: Property, packed: Packed, task: str, alone: bool, max_edges: int) -> Output:
+        """The answer of a task of a property."""
+        found = []
+        for first, last in _pieces(packed, self.cutoff, max_edges):
+            part = _between(packed, first, last)
+            if len(part.numbers):
+                batch = batch_of(part, self.cutoff, task)
+                refuse_coincident(batch, first)
+                found.append(self.values(part, batch, task))
+        shape = (len(held.classes),) if held.kind == "class" else shape_of(held.kind)
+        values = np.concatenate([np.zeros((0, *shape)), *found])
+        nothing = np.zeros(len(packed.natoms), bool)
+        out = Output(None, None, None, None, None, task, nothing, value=values)
+        if held.kind in OF_ATOMS:
+            each = [values[a:b] for a, b in zip(packed.offsets[:-1], packed.offsets[1:], strict=True)]
+            out.value = each[0] if alone else each
+        elif held.kind == "class":
+            out.probabilities = values
+            out.value = np.array([held.classes[k] for k in values.argmax(axis=1)]) if len(values) else np.array([])
+        return out
+
     def ready(self, packed: Packed, task: str) -> Packed:
         """Structures with the charges and spins that a task answers for. ValueError where it has no answer to one.
 
@@ -197,13 +249,13 @@ class TaskModel(ABC):
     def refuse_unseen(self, packed: Packed, task: str) -> None:
         """ValueError where a structure has an element that the branch of the task has never seen."""
         known = np.zeros(MAX_Z + 1, bool)
-        known[list(self._references(task))] = True
+        known[self._seen(task)] = True
         strange = np.flatnonzero(~known[packed.numbers])
         if not len(strange):
             return
         structure = int(np.searchsorted(packed.offsets, strange[0], side="right") - 1)
         names = ", ".join(SYMBOLS[z] for z in np.unique(packed.numbers[strange]))
-        able = [t for t in self.tasks if all(z in self._references(t) for z in np.unique(packed.numbers).tolist())]
+        able = [t for t in self.tasks if set(np.unique(packed.numbers).tolist()) <= set(self._seen(t))]
         hint = f"; tasks that know all of them: {', '.join(able)}" if able else ""
         raise ValueError(
             f"structure {structure}: task {task!r} has never seen {names}; "
@@ -213,6 +265,11 @@ class TaskModel(ABC):
     def undetermined(self, packed: Packed, task: str) -> np.ndarray:
         """Which structures have a total energy that the training data do not determine: (S,) bool."""
         return undetermined(self.description["tasks"][task].get("null_space"), packed)
+
+    def _seen(self, task: str) -> list[int]:
+        """The atomic numbers that a task knows, ascending: those of its reference energies, or of its structures."""
+        about = self.description["tasks"][task]
+        return sorted(about["elements"] if "property" in about else self._references(task))
 
     def _references(self, task: str) -> dict[int, float]:
         return {int(z): float(e) for z, e in self.description["tasks"][task]["references"].items()}

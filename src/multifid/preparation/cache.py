@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +53,9 @@ def place_of(files: Files, cache: Path) -> Path:
     inputs = find_inputs([], {"test": [files.path]}, module.ENDINGS, folder_marks(module))
     asked = [__version__, SCHEMA, files.format, files.options, files.trust_units]
     asked += [] if files.fractions == ONLY_TEST else [list(files.fractions)]
-    text = json.dumps([*asked, *(file_checksum(file.path) for file in inputs)], sort_keys=True)
+    companions: Callable[[Path, Any], list[Path]] = getattr(module, "companions", lambda path, options: [])
+    paths = [p for file in inputs for p in (file.path, *companions(file.path, module.Options(**files.options)))]
+    text = json.dumps([*asked, *map(file_checksum, paths)], sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", files.path.name)[:80]  # a pattern may be anything
     return cache / f"{name}-{xxhash.xxh3_128_hexdigest(text.encode())}"
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from multifid.preparation.inputs import Input
 from multifid.preparation.intake import Intake
+from multifid.preparation.properties import survey_property
 from multifid.preparation.split import Divided, NothingLeft, divide, fitted, set_unseen_aside
 from multifid.preparation.survey import sample_edges, survey_task
 from multifid.preparation.workers import Call, Workers
@@ -45,7 +46,7 @@ def finish(
     """All structures are written: doubt, divide, fit, count, commit."""
     fields = writer.seal()
     label_sets = {name: about for name, about in intake.label_sets.items() if name in writer.labels}
-    levels = {name: about.level_of_theory for name, about in label_sets.items()}
+    levels = {name: about.level_of_theory for name, about in label_sets.items() if about.property is None}
     isolated = {name: intake.isolated.get(name, {}) for name in label_sets}
     judged: Call = (check_fields, (fields, levels, isolated))
     calls: list[Call] = [judged, *((file_checksum, (file.path,)) for file in files)]
@@ -56,7 +57,11 @@ def finish(
             "level_of_theory": labels.level_of_theory,
             "energy_kind": labels.energy_kind,
             "labels": writer.labels[name],
-            **survey_task(name, fields, split, writer.present, isolated[name], pool.each),
+            **(
+                survey_task(name, fields, split, writer.present, isolated[name], pool.each)
+                if labels.property is None
+                else survey_property(name, labels.property, fields, split, writer.present, pool.each)
+            ),
             **({"isolated": {str(z): e for z, e in sorted(isolated[name].items())}} if isolated[name] else {}),
         }
         for name, labels in label_sets.items()
@@ -93,7 +98,8 @@ def _outliers(
         source = fields["source_id"][first:last].tobytes().decode()
         return f"{files[int(np.searchsorted(ends, structure, side='right'))].name}: {source}"
 
-    references = {name: References.from_manifest(about) for name, about in tasks.items()}
+    energies = {name: about for name, about in tasks.items() if "property" not in about}
+    references = {name: References.from_manifest(about) for name, about in energies.items()}
     told: dict[str, dict[str, Any]] = {}
     for found in outliers_of_fields(fields, references, pool.each):
         told.setdefault(found.task, {})[found.kind] = found.to_manifest(place)

@@ -6,6 +6,7 @@ files. So the store does not depend on how many processes there were, nor on how
 
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -182,5 +183,5 @@ class Intake:
             raise ValueError(f"the files hold several label sets ({both}): one task or level of theory cannot name all")
         known = self.known[name]
         task = self.names[name] = self.task or name
-        self.label_sets[task] = LabelSet(self.level_of_theory or known.level_of_theory, known.energy_kind)
+        self.label_sets[task] = replace(known, level_of_theory=self.level_of_theory or known.level_of_theory)
         return task

@@ -22,6 +22,7 @@ from multifid.preparation.summary import not_taken, summary
 from multifid.preparation.unfinished import Unfinished
 from multifid.preparation.workers import Workers
 from multifid.readers import folder_marks, reader
+from multifid.readers.properties import property_sets
 from multifid.store.fields import TASK_NAME, files_of
 from multifid.store.store import Store
 from multifid.store.writer import StoreWriter
@@ -79,7 +80,7 @@ def prepare(
             return Store(out)
         with StoreWriter(out, workers) as writer:
             label_sets = getattr(module, "label_sets", lambda paths: module.TASKS)
-            known = label_sets([file.path for file in files])
+            known = property_sets(chosen) or label_sets([file.path for file in files])
             intake = Intake(module, known, writer, task, level_of_theory)
             with bar(files, progress) as advance:
                 plan = read_files(files, unfinished, pool, limit, advance)

@@ -1,5 +1,7 @@
 """What a store holds, in one table for people: printed by `prepare`."""
 
+from typing import Any
+
 from rich.table import Table
 
 from multifid.store.store import Store
@@ -36,6 +38,9 @@ def summary(store: Store) -> Table:
     for name, task in manifest["tasks"].items():
         labels = ", ".join(f"{kind} {count:,}" for kind, count in task["labels"].items() if count)
         table.add_row(f"task {name}", f"{task['level_of_theory']}, {task['energy_kind']}: {labels}")
+        if "property" in task:
+            table.add_row("  subtracted, scale", f"{_subtracted(task)}, {task['scale']:.4g}" + _fitted_on(store))
+            continue
         table.add_row("  references", _references(task) + _fitted_on(store))
         table.add_row("  scale", f"{task['scale']:.4g} {'eV/angstrom' if task['labels']['forces'] else 'eV/atom'}")
     for what in ("skipped", "dropped_labels", "assumed"):
@@ -88,6 +93,17 @@ def not_taken(store: Store) -> list[str]:
 def _fitted_on(store: Store) -> str:
     """A word where references could not be fitted to a train split."""
     return "" if store.fitted_on == "train" else f"\nfitted to the {store.fitted_on} split: there is no train split"
+
+
+def _subtracted(task: dict[str, Any]) -> str:
+    """What is subtracted of a property; of classes, how many structures each has."""
+    about, values = task["property"], {int(z): e for z, e in task["references"].items()}
+    if about["kind"] == "class":
+        return ", ".join(f"{name} {n:,}" for name, n in zip(about["classes"], about["counts"], strict=True))
+    if about["kind"] == "intensive":
+        return f"mean {next(iter(values.values()), 0.0):.5g}"
+    listed = ", ".join(f"{SYMBOLS[z]} {values[z]:.4g}" for z in sorted(values)[:SHOWN])
+    return (listed + (", ..." if len(values) > SHOWN else "")) or "nothing"
 
 
 def _references(task: dict) -> str:

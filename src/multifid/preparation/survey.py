@@ -29,6 +29,7 @@ class Stretch:
     start: int
     train: np.ndarray  # (structures,) bool: which of them are of the train split
     task: str
+    kind: str = "energy"  # of the labels that references are fitted to
 
     def __iter__(self) -> Iterator[tuple["StoreSlice", np.ndarray]]:
         """Its pieces, and which of their structures are of the train split."""
@@ -37,7 +38,7 @@ class Stretch:
 
     def energies(self, elements: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Compositions and energies of its train structures, in chunks."""
-        energies = self.fields[f"labels/{self.task}/energy"]
+        energies = self.fields[f"labels/{self.task}/{self.kind}"]
         for (part, _, numbers, natoms), train in self:
             energy = energies[part]
             used = train & np.isfinite(energy)

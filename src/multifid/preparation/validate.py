@@ -11,7 +11,7 @@ import numpy as np
 from multifid.graphs.images import LARGEST_EXTENT
 from multifid.quality.coincident import COINCIDENT, coincident
 from multifid.store.block import NO_CHARGE, NO_SPIN, Block, label_columns
-from multifid.store.fields import LABELS, MAX_ATOMS, TASK_NAME, field
+from multifid.store.fields import LABELS, MAX_ATOMS, PROPERTIES, TASK_NAME, field
 from multifid.structures.cells import spans_volume
 from multifid.structures.elements import MAX_Z, no_element
 from multifid.structures.structure import SPLITS, Structure
@@ -192,7 +192,7 @@ def _labels(block: Block, first: np.ndarray) -> tuple[dict[str, np.ndarray], np.
     """
     dropped = _stress_without_volume(block)
     labelled = np.zeros(len(block), bool)
-    for kind in LABELS:
+    for kind in (*LABELS, *PROPERTIES):
         for name in label_columns(block, kind):
             values = block.columns[name]
             per_atom = field(name).rows == "atoms"

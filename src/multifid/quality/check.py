@@ -58,7 +58,7 @@ def check_fields(fields: Fields, levels: dict[str, str], isolated: dict[str, dic
 def check_store(store: Store) -> Checked:
     """The units of a store."""
     tasks = store.manifest["tasks"]
-    levels = {task: about["level_of_theory"] for task, about in tasks.items()}
+    levels = {task: about["level_of_theory"] for task, about in tasks.items() if "property" not in about}
     isolated = {task: {int(z): e for z, e in about.get("isolated", {}).items()} for task, about in tasks.items()}
     return _checked(lambda start, stop: store.read(np.arange(start, stop)), store.structures, levels, isolated)
 

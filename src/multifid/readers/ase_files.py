@@ -18,6 +18,7 @@ from pydantic import Field
 from multifid.readers.charges import ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
 from multifid.readers.contract import LabelSet, Part, Progress, Record, one_part
 from multifid.readers.holdings import listed
+from multifid.readers.properties import PropertyOptions, Seeker
 from multifid.readers.records import (
     BadRecord,
     atomic_numbers,
@@ -38,8 +39,8 @@ FORMATS = dict(zip(ENDINGS, ("traj", "db", "vasp-xml", "vasp-out"), strict=True)
 parts = one_part
 
 
-class Options(ChargeOptions):
-    """Which energy is read."""
+class Options(ChargeOptions, PropertyOptions):
+    """Which labels are read."""
 
     energy: Literal["free_energy", "energy"] = Field(
         "free_energy", description="the energy that belongs to the forces, or the one without the electrons' entropy"
@@ -48,9 +49,10 @@ class Options(ChargeOptions):
 
 def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
     """Stream the frames of one file. `source_id`: their number. ValueError if ASE cannot read it."""
-    frames = _frames(path)
+    frames, seeker = _frames(path), Seeker(path, options)
     for i, atoms in enumerate(frames):
-        yield structure_or_skip(str(i), _structure, atoms, str(i), options)
+        yield structure_or_skip(str(i), _structure, atoms, str(i), options, seeker)
+    seeker.check()
     progress(1.0)
 
 
@@ -74,15 +76,46 @@ def _frames(path: Path) -> Iterator[Atoms]:
         raise ValueError(f"{path}: truncated, damaged or no {kind} file: {type(error).__name__}: {error}") from error
 
 
-def _structure(atoms: Atoms, where: str, options: Options) -> Structure:
+def _structure(atoms: Atoms, where: str, options: Options, seeker: Seeker) -> Structure:
     results: dict[str, Any] = {} if atoms.calc is None else atoms.calc.results
     numbers = atomic_numbers(atoms.numbers)
-    cell, pbc = periodicity(np.asarray(atoms.cell), atoms.pbc)
+    if seeker.wanted:
+        return plain_structure(atoms, properties_of(atoms, seeker, where), where, options)
     energy = results.get(options.energy)
     energy = results.get("energy") if energy is None else energy
     forces, stress = results.get("forces"), results.get("stress")
     if energy is None and forces is None:
         raise BadRecord("no energy and no forces")
+    labels = Labels(
+        energy=float("nan") if energy is None else number(energy, "energy"),
+        forces=None if forces is None else vectors(forces, len(numbers), "forces"),
+        stress=stress_tensor(stress),
+    )
+    return plain_structure(atoms, {TASK: labels}, where, options)
+
+
+def properties_of(atoms: Atoms, seeker: Seeker, where: str) -> dict[str, Labels]:
+    """Properties of a frame: from its info (and the `data` of a database's row), its arrays, or its calculation."""
+    results: dict[str, Any] = {} if atoms.calc is None else atoms.calc.results
+    data = atoms.info.get("data")
+    places = [atoms.info, *([data] if isinstance(data, dict) else []), results, atoms.arrays]
+    pairs = atoms.info.get("key_value_pairs")
+    places += [pairs] if isinstance(pairs, dict) else []
+
+    def value_of(key: str) -> Any:
+        return next((place[key] for place in places if place.get(key) is not None), None)
+
+    def names() -> list[str]:
+        return [key for place in places for key in place if key not in ("numbers", "positions")]
+
+    return seeker.labels(value_of, names, len(atoms), f"structure {where}")
+
+
+def plain_structure(atoms: Atoms, labels: dict[str, Labels], where: str, options: ChargeOptions) -> Structure:
+    """A structure of ASE with labels. BadRecord where it is none."""
+    numbers = atomic_numbers(atoms.numbers)
+    results: dict[str, Any] = {} if atoms.calc is None else atoms.calc.results
+    cell, pbc = periodicity(np.asarray(atoms.cell), atoms.pbc)
     charge, spin = charge_of(atoms.info, options), spin_of(atoms.info, options)
     if pbc is None:
         charge = of_atoms(atoms.arrays.get("initial_charges")) if charge is None else charge
@@ -91,13 +124,7 @@ def _structure(atoms: Atoms, where: str, options: Options) -> Structure:
     return Structure(
         numbers=numbers,
         positions=vectors(atoms.positions, len(numbers), "positions"),
-        labels={
-            TASK: Labels(
-                energy=float("nan") if energy is None else number(energy, "energy"),
-                forces=None if forces is None else vectors(forces, len(numbers), "forces"),
-                stress=stress_tensor(stress),
-            )
-        },
+        labels=labels,
         relative=formula(numbers),
         source_id=where,
         cell=cell,

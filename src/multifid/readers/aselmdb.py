@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from pydantic import Field
 from multifid.readers.charges import ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
 from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.readers.holdings import listed
+from multifid.readers.properties import PropertyOptions, Seeker
 from multifid.readers.records import (
     BadRecord,
     array,
@@ -56,7 +58,7 @@ LARGEST_ROW = 1 << 25  # bytes of JSON; the largest published rows are below 2^2
 MATERIAL = re.compile(r"(agm\d+|mp-\d+|mvc-\d+|wbm-\d+-\d+)(?:_|$)")
 
 
-class Options(ChargeOptions, UnitOptions):
+class Options(ChargeOptions, UnitOptions, PropertyOptions):
     """What to read of an ASE database."""
 
     dataset: Literal["aselmdb", "omat24", "salex", "omol25", "oc20"] = Field(
@@ -76,7 +78,13 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
     A row without energy is a skip; without forces or stress, a missing label. `source_id` is the row's key. ValueError
     if the file is truncated or not LMDB.
     """
-    return _records(path, options, progress, part, _structure)
+    if not options.properties:
+        yield from _records(path, options, progress, part, _structure)
+        return
+    seeker = Seeker(path, options)
+    yield from _records(path, options, progress, part, partial(_with_properties, seeker))
+    if part is None or part[0] == 0:
+        seeker.check()
 
 
 def geometries(path: Path) -> Iterator[Structure | Skip]:
@@ -183,6 +191,23 @@ def _structure(value: bytes, where: str, options: Options) -> Structure:
         forces=None if forces is None else vectors(_array(forces, "forces"), atoms, "forces") * factors.force,
         stress=None if tensor is None else tensor * factors.stress,
     )
+    return structure
+
+
+def _with_properties(seeker: Seeker, value: bytes, where: str, options: Options) -> Structure:
+    """A row with properties as its labels, from its own keys, `data`, `key_value_pairs` or `info`."""
+    row = _row(value)
+    structure = _geometry_of(row, where, options)
+    places = [row, *(p for name in ("data", "key_value_pairs", "info") if isinstance(p := row.get(name), dict))]
+
+    def value_of(key: str) -> Any:
+        raw = next((place[key] for place in places if place.get(key) is not None), None)
+        return _array(raw, key) if isinstance(raw, dict) else raw
+
+    def names() -> list[str]:
+        return list(dict.fromkeys(key for place in places for key in place))
+
+    structure.labels |= seeker.labels(value_of, names, len(structure.numbers), f"row {where}")
     return structure
 
 

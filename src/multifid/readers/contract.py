@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multifid.store.block import Block
+from multifid.structures.properties import Property
 from multifid.structures.structure import Structure
 
 Progress = Callable[[float], None]
@@ -15,7 +16,8 @@ class LabelSet:
     """What the labels of a task are, for the manifest."""
 
     level_of_theory: str
-    energy_kind: str  # e.g. "total", "total, uncorrected (VASP)"
+    energy_kind: str  # e.g. "total", "total, uncorrected (VASP)"; "property" where the labels are one
+    property: Property | None = None
 
 
 @dataclass(frozen=True, slots=True)

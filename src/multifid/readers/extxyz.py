@@ -15,10 +15,11 @@ from pathlib import Path
 
 from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip, one_part
 from multifid.readers.extxyz_frames import Frame, frames
-from multifid.readers.extxyz_record import TASK, LabelReader, Options, record_of
+from multifid.readers.extxyz_record import TASK, LabelReader, Options, record_of, with_properties
 from multifid.readers.holdings import listed
 from multifid.readers.label_keys import Name, choose, labels_in, looks_like, not_taken
 from multifid.readers.packed import endings, opened_text, packing_of
+from multifid.readers.properties import Seeker
 from multifid.readers.records import BadRecord
 from multifid.readers.units import LENGTH, Factors, declared_units, declares_unit, factor
 from multifid.store.fields import MAX_ATOMS
@@ -53,6 +54,7 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
     if number == 0:
         raise ValueError(f"{path} holds no frame")
     reading.asked.check(path)
+    reading.seeker.check()
     progress(1.0)
 
 
@@ -77,7 +79,7 @@ class _Reading:
 
     def __init__(self, path: Path, options: Options) -> None:
         self.path, self.options = path, options
-        self.asked = _Asked(options)
+        self.asked, self.seeker = _Asked(options), Seeker(path, options)
         self.seen: dict[str, Name] = {}
         self.keys: dict[str, tuple[str, ...]] = {}
         self.plans: dict[tuple[str, ...], tuple[list[tuple[str, str]], bool]] = {}
@@ -92,6 +94,9 @@ class _Reading:
         """What becomes of a frame."""
         try:
             frame = Frame(natoms, comment, lines)
+            if self.seeker.wanted:
+                declared = self._declared(frame.info, where) if any(map(declares_unit, frame.info)) else ()
+                return with_properties(frame, self.seeker, self.factors(declared).length, where, self.options)
             told, declares = self._plan(frame)
             declared = self._declared(frame.info, where) if declares else ()
             labels = LabelReader(frame, self.keys, self.options, self.factors(declared))

@@ -5,6 +5,7 @@ rows; six are xx yy zz yz xz xy. A virial is taken as stress = -virial / volume.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -23,6 +24,7 @@ from multifid.readers.charges import (
 from multifid.readers.contract import IsolatedAtom
 from multifid.readers.extxyz_frames import Frame, elements, numbers_in, table
 from multifid.readers.label_keys import STEMS, Keys, looks_like
+from multifid.readers.properties import PropertyOptions, Seeker
 from multifid.readers.records import VOIGT, BadRecord
 from multifid.readers.units import LENGTH, Factors, UnitOptions, factor
 from multifid.structures.cells import spans_volume
@@ -35,7 +37,7 @@ FORTRAN_ORDER = ("stress", "virial")  # keys whose nine numbers ASE writes so
 _ALTERNATIVES = "; several, separated by commas: the first that a frame has"
 
 
-class Options(ChargeOptions, UnitOptions):
+class Options(ChargeOptions, UnitOptions, PropertyOptions):
     """Which keys and units an extended XYZ file uses."""
 
     energy_key: str | None = Field(None, description=f"key of the total energy{_ALTERNATIVES}")
@@ -58,6 +60,15 @@ class Options(ChargeOptions, UnitOptions):
             factor(self.force_length_unit, LENGTH)
             if self.force_unit is not None:
                 raise ValueError("force_unit and force_length_unit say the same thing: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _properties_alone(self) -> "Options":
+        if self.properties and (named := self.label_keys()):
+            raise ValueError(
+                "with properties no energies, forces or stresses are read: leave out "
+                + ", ".join(f"{kind}_key" for kind in named)
+            )
         return self
 
     def label_keys(self) -> dict[str, tuple[str, ...]]:
@@ -178,13 +189,43 @@ def record_of(frame: Frame, labels: LabelReader, where: str, options: Options) -
             more = f" (it has another key: --option energy_key={keys})" if others else ""
             raise BadRecord(f"isolated atom without an energy{more}")
         return IsolatedAtom(TASK, int(numbers[0]), energy)
-    cell, pbc = _cell(frame, labels.factors.length)
+    structure = geometry_of(frame, numbers, labels.factors.length, where, options)
+    structure.labels = {TASK: Labels(energy, labels.forces(), labels.stress(structure.cell))}
+    return structure
+
+
+def with_properties(frame: Frame, seeker: Seeker, length: float, where: str, options: Options) -> Structure:
+    """A frame with properties, from its keys and columns, as its labels."""
+    structure = geometry_of(frame, elements(frame.columns), length, where, options)
+
+    def value_of(key: str) -> Any:
+        if (rows := frame.columns.get(key)) is not None:
+            return table(rows)[0]
+        if (text := frame.info.get(key)) is None or any(
+            one.key == key and one.kind == "class" for one in seeker.wanted
+        ):
+            return text
+        try:
+            return numbers_in(text)
+        except BadRecord:
+            raise BadRecord(f"{key} is not a number") from None
+
+    def names() -> list[str]:
+        return [key for key in (*frame.columns.places, *frame.info) if key.lower() not in ("properties", "lattice")]
+
+    structure.labels = seeker.labels(value_of, names, frame.natoms, f"frame {where}")
+    return structure
+
+
+def geometry_of(frame: Frame, numbers: np.ndarray, length: float, where: str, options: Options) -> Structure:
+    """A frame without labels. length: unit of its positions, angstrom."""
+    cell, pbc = _cell(frame, length)
     periodic = bool(pbc.any())
     charge, spin = _charge_and_spin(frame, numbers, not periodic, options)
     return Structure(
         numbers=numbers,
-        positions=_positions(frame) * labels.factors.length,
-        labels={TASK: Labels(energy, labels.forces(), labels.stress(cell))},
+        positions=_positions(frame) * length,
+        labels={},
         relative=formula(numbers),
         source_id=where,
         cell=cell,

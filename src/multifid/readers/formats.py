@@ -23,6 +23,7 @@ FORMATS: dict[str, Format] = {
     "aselmdb": Format("multifid.readers.aselmdb", "ASE databases in LMDB: OMat24, sAlex, OMol25, OC20"),
     "adios": Format("multifid.readers.adios", "ADIOS2 files of HydraGNN, NAME-v3.bp"),
     "ase": Format("multifid.readers.ase_files", "ASE trajectories and SQLite databases, VASP's vasprun.xml and OUTCAR"),
+    "csv": Format("multifid.readers.csv_table", "properties in a table, beside files of structures that ASE reads"),
     "store": Format("multifid.readers.stores", "prepared stores: merged, or a part of them"),
     "spice": Format("multifid.readers.spice", "SPICE, SPICE-2.0.1.hdf5"),
 }

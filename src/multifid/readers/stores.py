@@ -24,6 +24,7 @@ from multifid.readers.contract import IsolatedAtom, LabelSet, Part, Progress, Re
 from multifid.store.block import Block
 from multifid.store.store import Store
 from multifid.structures.elements import NUMBERS
+from multifid.structures.properties import Property
 
 TASKS: dict[str, LabelSet] = {}  # see `label_sets`
 RELATIVE = "relatives of the parents"
@@ -80,7 +81,9 @@ def label_sets(paths: Sequence[Path]) -> dict[str, LabelSet]:
     found: dict[str, LabelSet] = {}
     for path in paths:
         for name, about in Store(path).manifest["tasks"].items():
-            own = LabelSet(about["level_of_theory"], about["energy_kind"])
+            held = about.get("property")
+            held = None if held is None else Property.from_manifest(name, held)
+            own = LabelSet(about["level_of_theory"], about["energy_kind"], held)
             if found.setdefault(name, own) != own:
                 raise ValueError(f"{path}: task {name} is {own}, in another parent {found[name]}: they cannot be one")
     return found
@@ -136,6 +139,10 @@ def _block(store: Store, indices: np.ndarray) -> Block:
         if f"{name}.npy" in fields:
             columns[name] = getattr(packed, name)
     for task, labels in packed.labels.items():
+        if labels.kind is not None:
+            if labels.value is not None:
+                columns[f"labels/{task}/{labels.kind}"] = labels.value
+            continue
         columns[f"labels/{task}/energy"] = labels.energy
         if labels.forces is not None:
             columns[f"labels/{task}/forces"] = labels.forces
@@ -169,5 +176,7 @@ def _labels(block: Block, task: str, key: str, first: np.ndarray) -> np.ndarray:
             return np.full(len(block), np.nan)
         lengths = np.sqrt((forces.astype(np.float64) ** 2).sum(axis=1))
         return np.asarray(np.fmax.reduceat(lengths, first))
+    if f"labels/{task}/energy" not in block.columns:
+        return np.full(len(block), np.nan)
     energy = np.asarray(block.columns[f"labels/{task}/energy"], np.float64)
     return energy / block.natoms if key == "energy_per_atom" else energy

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from multifid.store.fields import LABELS, NO_SPLIT, field
+from multifid.store.fields import LABELS, NO_SPLIT, PROPERTIES, field
 from multifid.structures.cells import kept_vectors
-from multifid.structures.structure import SPLITS, Structure
+from multifid.structures.properties import OF_ATOMS, shape_of
+from multifid.structures.structure import SPLITS, Labels, Structure
 
 NO_CHARGE, NO_SPIN = 1, 2  # what a source does not say of a structure
 IMPOSSIBLE = 1 << 31  # as a charge or a multiplicity
@@ -116,6 +117,8 @@ def _lowest(structure: Structure) -> int:
 def _label_columns(task: str, structures: Sequence[Structure], natoms: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of one task, NaN where a structure has no such label."""
     labels = [s.labels.get(task) for s in structures]
+    if (kind := next((x.kind for x in labels if x is not None), None)) is not None:
+        return {f"labels/{task}/{kind}": _property_column(kind, labels, natoms)}
     columns = {f"labels/{task}/energy": np.array([np.nan if x is None else x.energy for x in labels], np.float64)}
     for kind in ("forces", "stress"):
         values = [None if x is None else getattr(x, kind) for x in labels]
@@ -128,6 +131,17 @@ def _label_columns(task: str, structures: Sequence[Structure], natoms: np.ndarra
             parts = [np.full((3, 3), np.nan) if v is None else v for v in values]
             columns[f"labels/{task}/stress"] = np.array(parts, np.float64)
     return columns
+
+
+def _property_column(kind: str, labels: Sequence[Labels | None], natoms: np.ndarray) -> np.ndarray:
+    """One property, NaN where a structure has no label."""
+    shape = shape_of(kind)
+    rows = [(n, *shape) if kind in OF_ATOMS else (1, *shape) for n in natoms.tolist()]
+    parts = [
+        np.full(row, np.nan) if x is None or x.value is None else np.asarray(x.value, np.float64).reshape(row)
+        for x, row in zip(labels, rows, strict=True)
+    ]
+    return np.concatenate(parts)
 
 
 def join(blocks: Sequence[Block]) -> Block:
@@ -156,5 +170,5 @@ def tasks_of(columns: Iterable[str]) -> list[str]:
 
 def label_columns(block: Block, kind: str) -> list[str]:
     """The names of the columns of one kind of label, of all tasks."""
-    assert kind in LABELS
+    assert kind in LABELS or kind in PROPERTIES
     return [name for name in block.columns if name.startswith("labels/") and name.endswith(f"/{kind}")]

@@ -1,7 +1,7 @@
 """What the data of a store are, as hashes: the same files give the same ones on every processor and in every release.
 
     structures   numbers, positions, natoms, cell, pbc, charge, spin
-    labels       energy, forces, stress of one label set
+    labels       energy, forces, stress, or a property, of one label set
     split        which structures are train, validation, test, unused
 
 The order of data is keyed by all of them together, and a run knows its data by them. Not covered: what is fitted
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from multifid.store.fields import BLOCK, CHECKSUMS, LABELS, Field, blocks, field, npy_header
+from multifid.store.fields import BLOCK, CHECKSUMS, LABELS, PROPERTIES, Field, blocks, field, npy_header
 
 STRUCTURES = ("numbers", "positions", "natoms", "cell", "pbc", "charge", "spin")
 SPLIT = "split"
@@ -41,8 +41,8 @@ class Content:
         return _hash(parts)
 
     def labels(self, label_set: str) -> dict[str, str]:
-        """The hashes of one label set: "energy", "forces", "stress", those that there are."""
-        names = {kind: f"labels/{label_set}/{kind}" for kind in LABELS}
+        """The hashes of one label set: "energy", "forces", "stress" or that of its property, those that there are."""
+        names = {kind: f"labels/{label_set}/{kind}" for kind in (*LABELS, *PROPERTIES)}
         return {kind: self.fields[name] for kind, name in names.items() if name in self.fields}
 
     def of(self, label_set: str) -> dict[str, str]:

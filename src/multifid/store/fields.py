@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from multifid.structures.properties import KINDS, OF_ATOMS, shape_of
 from multifid.structures.structure import SPLITS
 
 SCHEMA = 1
@@ -59,11 +60,21 @@ LABELS: dict[str, Field] = {
 }
 
 
+PROPERTIES: dict[str, Field] = {  # a label set has one of them, or those above
+    kind: Field(
+        "<f4" if kind in OF_ATOMS else "<f8", "atoms" if kind in OF_ATOMS else "structures", shape_of(kind), np.nan
+    )
+    for kind in KINDS
+}
+
+
 def field(name: str) -> Field:
     """What `labels/<task>/energy`, `index/<split>` or a name in FIELDS is. KeyError for anything else."""
     match name.split("/"):
         case ["labels", _, kind] if kind in LABELS:
             return LABELS[kind]
+        case ["labels", _, kind] if kind in PROPERTIES:
+            return PROPERTIES[kind]
         case ["index", split] if split in SPLITS:
             return Field("<u4", split)
         case _:

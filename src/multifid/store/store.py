@@ -13,8 +13,9 @@ import numpy as np
 
 from multifid.store.array_file import MappedFile
 from multifid.store.content import Content, content_of
-from multifid.store.fields import BLOCK, CHECKSUMS, FIELDS, LABELS, MANIFEST, SKIPPED, blocks, field
+from multifid.store.fields import BLOCK, CHECKSUMS, FIELDS, LABELS, MANIFEST, PROPERTIES, SKIPPED, blocks, field
 from multifid.store.manifest import check_array, check_size, open_checksums, read_manifest, verify_text
+from multifid.structures.properties import OF_ATOMS
 from multifid.structures.structure import SPLITS, Packed, PackedLabels
 
 VERIFY = ("touch", "open", "off")
@@ -106,7 +107,7 @@ class Store:
     def read_ahead(self, start: int, stop: int, tasks: Sequence[str]) -> None:
         """Ask the kernel for what `read` needs of the structures start .. stop-1. Returns before it is there."""
         first, last = (int(x) for x in self._rows("offsets", np.array([start, stop])))
-        kinds = [f"labels/{task}/{kind}" for task in tasks for kind in LABELS]
+        kinds = [f"labels/{task}/{kind}" for task in tasks for kind in (*LABELS, *PROPERTIES)]
         for name in ("natoms", "offsets", "numbers", "positions", "cell", "pbc", "charge", "spin", *kinds):
             if name in self._files:
                 a, b = (first, last) if field(name).rows == "atoms" else (start, stop)
@@ -160,11 +161,22 @@ class Store:
             labels={t: self._labels(t, indices, atoms, first, last) for t in (self.tasks if tasks is None else tasks)},
         )
 
+    def property_kind(self, task: str) -> str | None:
+        """The kind of property that a label set holds (`structures.properties`); None: energies, forces, stress."""
+        about = self.manifest["tasks"][task].get("property")
+        return None if about is None else str(about["kind"])
+
     def _labels(self, task: str, indices: np.ndarray, atoms: np.ndarray, first: np.ndarray, last: np.ndarray):
         if task not in self.manifest["tasks"]:
             raise KeyError(f"{self.path} has no labels {task!r}: it has {', '.join(self.tasks)}")
         energy, forces, stress = (f"labels/{task}/{kind}" for kind in LABELS)
+        kind = self.property_kind(task)
+        value = None
+        if kind is not None and (name := f"labels/{task}/{kind}") in self._files:
+            value = self._rows(name, indices) if kind not in OF_ATOMS else self._atom_rows(name, atoms, first, last)
         return PackedLabels(
+            kind=kind,
+            value=value,
             energy=self._rows(energy, indices) if energy in self._files else np.full(len(indices), np.nan),
             forces=self._atom_rows(forces, atoms, first, last) if forces in self._files else None,
             stress=self._rows(stress, indices) if stress in self._files else None,

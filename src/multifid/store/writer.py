@@ -115,7 +115,8 @@ class StoreWriter:
             self._file(name).rows = self.structures + 1
         for name, count in contents.labels.items():
             _, task, kind = name.split("/")
-            self.labels.setdefault(task, dict.fromkeys(LABELS, 0))[kind] += count
+            counts = self.labels.setdefault(task, dict.fromkeys(LABELS, 0))
+            counts[kind] = counts.get(kind, 0) + count
         for z, count in contents.elements:
             self.elements[z] += count
         for reason, count in contents.skipped.items():

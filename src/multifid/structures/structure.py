@@ -18,6 +18,8 @@ class Labels:
     energy: float = float("nan")  # eV, total
     forces: np.ndarray | None = None  # (atoms, 3) eV/angstrom, minus the gradient of the energy
     stress: np.ndarray | None = None  # (3, 3) eV/angstrom^3, tension-positive
+    kind: str | None = None  # of a property (`properties.KINDS`) in place of them
+    value: float | np.ndarray | None = None  # of the property: (), (3,), (atoms,) or (atoms, 3); a class by its number
 
 
 @dataclass(slots=True)
@@ -44,6 +46,8 @@ class PackedLabels:
     energy: np.ndarray  # (structures,) float64 eV, total
     forces: np.ndarray | None = None  # (atoms, 3) float32 eV/angstrom
     stress: np.ndarray | None = None  # (structures, 3, 3) float64 eV/angstrom^3
+    kind: str | None = None  # of a property in place of them
+    value: np.ndarray | None = None  # of the property: (structures, ...) float64 or (atoms, ...) float32
 
 
 @dataclass(slots=True)

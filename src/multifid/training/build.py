@@ -15,6 +15,7 @@ from multifid.feed.loader import Source
 from multifid.model.compiled import compile_training
 from multifid.model.inherit import start_from
 from multifid.model.potential import Potential
+from multifid.model.property import PropertyBranch
 from multifid.parallel.gradients import Gradients, ModelPart
 from multifid.parallel.groups import World, in_one_order
 from multifid.parallel.shard import Shards, shard
@@ -55,6 +56,8 @@ def build(
     potential = Potential(config.model, mine, {k: b for k, b in branch_of.items() if b in mine}, config.seed)
     if config.init is not None and begins:
         start_from(potential, Path(config.init), *started(config, sources))
+    if begins:
+        _begin_at_frequencies(potential, config, sources)
     factors = prepare_moves(potential, config.finetune, config.seed)
     potential.to(dtype=torch.float64 if t.precision == "fp64" else torch.float32).train()
     shards = apply_shards(potential, config.parallel.shard_encoder, world)
@@ -95,6 +98,22 @@ def build(
         clip=t.clip,
         lr=t.lr,
     )
+
+
+def _begin_at_frequencies(potential: Potential, config: Config, sources: list[Source]) -> None:
+    """The first guess of fresh branches of classes: how frequent each is in the train split, one structure added."""
+    begun = started(config, sources)[0] if config.init is not None else {}
+    for source in sources:
+        for task in source.tasks:
+            branch = config.branch_of()[task]
+            fresh = config.init is None or begun.get(branch, branch) is None
+            if not fresh or branch not in potential.branches:
+                continue
+            module = potential.branches[branch]
+            if isinstance(module, PropertyBranch) and module.kind == "class":
+                counts = source.about(task)["property"]["counts"]
+                wider = config.model.properties[branch].classes - len(counts)
+                module.begin_at(torch.tensor([*counts, *[0] * wider], dtype=torch.float64) + 1.0)
 
 
 def started(config: Config, sources: list[Source]) -> tuple[dict[str, str | None], dict[str, float], set[int]]:

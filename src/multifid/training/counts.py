@@ -32,12 +32,12 @@ T = TypeVar("T")
 class Known:
     """What every rank knows of a step without being told; the same on all."""
 
-    counts: np.ndarray  # (tasks, 3) float64: S_t, A_t and V_t of the whole step; NaN where it is not known
+    counts: np.ndarray  # (tasks, 4) float64: S_t, A_t, V_t and P_t of the whole step; NaN where it is not known
     rounds: int | None  # the most micro-batches of a rank; None: not known
 
     @staticmethod
     def nothing(tasks: int) -> "Known":
-        return Known(np.full((tasks, 3), np.nan), None)
+        return Known(np.full((tasks, 4), np.nan), None)
 
 
 def labelled_parts(about: Mapping[str, Any]) -> dict[str, float]:
@@ -52,7 +52,7 @@ def labelled_parts(about: Mapping[str, Any]) -> dict[str, float]:
 class Counts:
     """The counts of a step over all ranks; what is not known of them is on its way from when this is made.
 
-    Made on all ranks, for step after step. own: () -> (tasks, 3) of this rank's batches, asked for where it is needed;
+    Made on all ranks, for step after step. own: () -> (tasks, 4) of this rank's batches, asked for where it is needed;
     batches: how many this rank has; device: where the sums will be divided. There the counts are summed too, so that on
     an accelerator the host waits for nothing. ValueError where the batches are more than all ranks know of.
     """
@@ -80,7 +80,7 @@ class Counts:
         return self._work is not None
 
     def wait(self) -> tuple[Tensor, int]:
-        """S_t, A_t, V_t of the whole step (tasks, 3) float64, on the device, and the most micro-batches of a rank.
+        """S_t, A_t, V_t, P_t of the whole step (tasks, 4) float64, on the device, and the most micro-batches of a rank.
 
         The host waits on a CPU, and where the micro-batches were not known.
         """

@@ -24,8 +24,8 @@ from multifid.graphs.device_neighbors import DeviceLists
 from multifid.parallel.groups import World
 from multifid.parallel.shares import shares
 from multifid.store.store import Store
+from multifid.structures.properties import OF_ATOMS
 from multifid.training.counts import Known, labelled_parts
-from multifid.training.loss import KINDS
 from multifid.training.settings import TrainConfig
 
 AT_ONCE = 1 << 16  # structures of a split that are shared out together
@@ -130,14 +130,17 @@ class Feed:
         return mine, most_pieces(cost, owner, self.config.train.max_edges)
 
     def _known_counts(self, chosen: list[np.ndarray]) -> np.ndarray:
-        """S_t, A_t and V_t of the structures of a step (tasks, 3), NaN where some of them may lack the label."""
+        """S_t, A_t, V_t and P_t of the structures of a step (tasks, 4), NaN where some of them may lack the label."""
         counts = {}
         for source, indices in zip(self.sources, chosen, strict=True):
             atoms = float(source.store.rows("natoms", indices).sum(dtype=np.int64))
             for task, label_set in source.tasks.items():
                 part = labelled_parts(source.store.manifest["tasks"][label_set])
-                rows = {"energy": len(indices), "forces": atoms, "stress": len(indices)}
-                counts[task] = [rows[kind] * part[kind] for kind in KINDS]
+                kinds = ["energy", "forces", "stress", source.store.property_kind(label_set)]
+                counts[task] = [
+                    part.get(kind, 0.0) * (atoms if kind in ("forces", *OF_ATOMS) else len(indices)) if kind else 0.0
+                    for kind in kinds
+                ]
         return np.array([counts[task] for task in self.config.tasks], np.float64)
 
 

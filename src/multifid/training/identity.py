@@ -17,7 +17,7 @@ from multifid.feed.loader import Source, TaskConfig
 from multifid.feed.order import Draw
 from multifid.model.saved import load_description
 from multifid.store.content import SPLIT, STRUCTURES
-from multifid.store.fields import LABELS
+from multifid.store.fields import LABELS, PROPERTIES
 from multifid.store.references import References
 from multifid.structures.elements import SYMBOLS
 from multifid.structures.structure import SPLITS
@@ -170,7 +170,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     mine, theirs = ({int(z) for z in d["elements"]} for d in (then, now))
     if mine != theirs:
         out.append(f"elements differ ({_symbols(mine)} in the run, {_symbols(theirs)} now)")
-    if kinds := _other(then, now, LABELS):
+    if kinds := _other(then, now, (*LABELS, *PROPERTIES)):
         out.append(f"labels differ: {kinds} ({_counts(then)} in the run, {_counts(now)} now)")
     sizes = [[d["splits"][name] for name in SPLITS[:3]] for d in (then, now)]
     if _other(then, now, [SPLIT]) or sizes[0] != sizes[1]:

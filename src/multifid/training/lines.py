@@ -4,7 +4,8 @@
         step   epoch    loss  energy  forces  energy  forces      lr  |grad|  str/s  memory     left
           50    0.42  0.8123   12.31   123.4   45.10   234.0 1.0e-03   3.210   1234   1.20G  0:12:34
 
-Energies are in meV/atom, forces in meV/angstrom, stress in meV/angstrom^3. Where the tasks do not fit beside each other
+Energies are in meV/atom, forces in meV/angstrom, stress in meV/angstrom^3; the value of a property is in its own unit,
+of a class it is the part that is wrong. Where the tasks do not fit beside each other
 a line shows the mean over those that have labels and, if there is room, the task with the largest loss; the table has
 all of them.
 """
@@ -17,7 +18,8 @@ from multifid.training.record import Row
 
 GIB = 2**30
 REPEAT = 40  # lines after which the heads of the columns are shown again
-QUANTITIES = ("energy", "forces", "stress")
+QUANTITIES = ("energy", "forces", "stress", "property")
+HEADS = {"property": "value"}  # of columns that are called otherwise than their quantity
 ALL = "mean"  # the head of the columns that stand for all tasks
 UNITS = "energy meV/atom, forces meV/angstrom, stress meV/angstrom^3, |grad| unclipped, str/s structures/s"
 _CELL = 8  # columns of an error
@@ -25,11 +27,16 @@ _NAME = 24  # longer names of tasks have a line of their own
 
 
 class Lines:
-    """Prints rows as lines into a log. stress: whether there is anything to say about it."""
+    """Prints rows as lines into a log. stress: whether there is anything to say about it.
 
-    def __init__(self, log: Log, tasks: Sequence[str], stress: bool, accelerator: bool) -> None:
+    properties: how many of the tasks have one in place of energies.
+    """
+
+    def __init__(self, log: Log, tasks: Sequence[str], stress: bool, accelerator: bool, properties: int = 0) -> None:
         self.log = log
-        self.quantities = QUANTITIES if stress else QUANTITIES[:2]
+        self.quantities: Sequence[str] = QUANTITIES[:3] if stress else QUANTITIES[:2]
+        if properties:
+            self.quantities = QUANTITIES[3:] if properties == len(tasks) else (*self.quantities, *QUANTITIES[3:])
         self.accelerator = accelerator
         each = sum(_width(task, self.quantities) for task in tasks)
         self.columns = list(tasks) if len(self._tail_heads()) + 24 + each <= log.width else [ALL]
@@ -53,7 +60,8 @@ class Lines:
         """The heads of the columns: names of tasks, and what is in their columns."""
         names = "".join(f" {name:^{_width(name, self.quantities) - 1}}" for name in self.columns)
         kinds = "".join(
-            "".join(f"{q:>{_CELL}}" for q in self.quantities).rjust(_width(n, self.quantities)) for n in self.columns
+            "".join(f"{HEADS.get(q, q):>{_CELL}}" for q in self.quantities).rjust(_width(n, self.quantities))
+            for n in self.columns
         )
         return [f"{'':24}{names}".rstrip(), f"{'step':>8}{'epoch':>8}{'loss':>8}{kinds}{self._tail_heads()}"]
 
@@ -63,7 +71,7 @@ class Lines:
         errors = []
         for name in self.columns:
             values = _means(rows) if name == ALL else of_task[name]
-            cells = "".join(f"{_milli(values[f'{q}_mae']):>{_CELL}}" for q in self.quantities)
+            cells = "".join(f"{_shown(values, q):>{_CELL}}" for q in self.quantities)
             errors.append(cells.rjust(_width(name, self.quantities)))
         begin = f"{first['step']:>8}{first['epoch']:>8.2f}{number(first['objective']):>8}"
         skipped = f"  {first['skipped']} updates skipped: gradient not finite" if first["skipped"] else ""
@@ -81,14 +89,14 @@ class Lines:
             about.append(f"{first['structures_per_second']:.0f} structures/s")
         about.append(f"memory {self._memory(first)}")
         wide = max([len(row["task"]) for row in rows if len(row["task"]) <= _NAME], default=4)
-        heads = f"{'structures':>12}" + "".join(f"{q:>9}" for q in self.quantities) + f"{'loss':>9}"
+        heads = f"{'structures':>12}" + "".join(f"{HEADS.get(q, q):>9}" for q in self.quantities) + f"{'loss':>9}"
         lines = [
             f" validation at step {first['step']}, epoch {first['epoch']:.2f}: loss {loss}, {left} left",
             f"   | {', '.join(about)}",
             f"   | {'task':<{wide}}{heads}",
         ]
         for row in rows:
-            values = "".join(f"{_milli(row[f'{q}_mae']):>9}" for q in self.quantities)
+            values = "".join(f"{_shown(row, q):>9}" for q in self.quantities)
             values = f"{row['structures']:>12}{values}{number(row['loss']):>9}"
             if len(row["task"]) > wide:
                 lines += [f"   | {row['task']}", f"   | {'':<{wide}}{values}"]
@@ -130,6 +138,12 @@ def number(value: float | None, width: int = 7) -> str:
     return text if size >= -4 and len(text) <= width else f"{value:.1e}"
 
 
+def _shown(row: Row, quantity: str) -> str:
+    """Errors in milli, those of properties in their own unit (of classes: the part that is wrong)."""
+    value = row.get(f"{quantity}_mae")
+    return number(value) if quantity == "property" else _milli(value)
+
+
 def _milli(value: float | None) -> str:
     return number(None if value is None else 1000 * value)
 
@@ -147,6 +161,6 @@ def _means(rows: list[Row]) -> Row:
     """The errors in the mean over the tasks that have labels."""
     out: Row = {}
     for quantity in QUANTITIES:
-        known = [row[f"{quantity}_mae"] for row in rows if row[f"{quantity}_mae"] is not None]
+        known = [row[f"{quantity}_mae"] for row in rows if row.get(f"{quantity}_mae") is not None]
         out[f"{quantity}_mae"] = sum(known) / len(known) if known else None
     return out

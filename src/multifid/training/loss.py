@@ -2,8 +2,11 @@
 
     L = sum_t w_t [ lambda_E / S_t    sum_s     loss(dE_s / (N_s scale_t))
                   + lambda_F / (3 A_t) sum_i,xyz loss(dF_i / scale_t)
-                  + lambda_S / (9 V_t) sum_s,kl  loss(dsigma_s / scale_t) ]
+                  + lambda_S / (9 V_t) sum_s,kl  loss(dsigma_s / scale_t)
+                  + lambda_P / P_t     sum       loss(dp / scale_t) ]
 
+The last term is the only one of a task of a property p: the sum runs over the P_t structures or atoms that have it. An
+extensive number counts per atom, as the energy does, a vector by component; of a class it is the cross-entropy.
 S_t, A_t, V_t count the structures with an energy, atoms with forces and structures with stress of task t in the whole
 step, over all ranks and micro-batches. So each part back-propagates sums over global counts, and gradients are summed:
 no factor depends on how many parts there are. Terms with a zero count are zero; a NaN label reaches no gradient.
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from multifid.graphs.batch import BatchLabels, LabelRows, components
 from multifid.model.potential import Prediction
+from multifid.structures.properties import KINDS as PROPERTIES
 
 
 class ObjectiveConfig(BaseModel):
@@ -29,13 +33,14 @@ class ObjectiveConfig(BaseModel):
     energy: float = Field(1.0, ge=0.0, description="lambda_E, weight of the energy per atom")
     forces: float = Field(1.0, ge=0.0, description="lambda_F, weight of the force components")
     stress: float = Field(0.0, ge=0.0, description="lambda_S, weight of the stress (needs branch.forces: conservative)")
+    property: float = Field(1.0, ge=0.0, description="lambda_P, weight of the property in tasks that have one")
     scale: Literal["task", "none"] = Field("task", description="task: residuals in units of each task's force RMS")
 
     @model_validator(mode="after")
     def _something(self) -> "ObjectiveConfig":
-        if not self.energy + self.forces + self.stress:
+        if not self.energy + self.forces + self.stress + self.property:
             raise ValueError(
-                "energy, forces and stress are all 0, so there is nothing to learn: give one of them weight"
+                "energy, forces, stress and property are all 0, so there is nothing to learn: give one of them weight"
             )
         return self
 
@@ -62,15 +67,25 @@ def l2norm(residual: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"l1": l1, "mse": mse, "huber": huber, "l2norm": l2norm}
-KINDS = ("energy", "forces", "stress")
+KINDS = ("energy", "forces", "stress", *PROPERTIES)  # of labels
+COLUMNS = ("energy", "forces", "stress", "property")  # of counts and sums: a task has one kind of property at most
+NEVER = -1e4  # logit of a class that a task does not have
+
+
+def column_of(kind: str) -> str:
+    """The name of the column, and of the weight, of a kind of label."""
+    return "property" if kind in PROPERTIES else kind
 
 
 def label_counts(labels: BatchLabels, tasks: int) -> Tensor:
-    """(S, A, V) of each task: structures with an energy, atoms with forces, structures with stress: (tasks, 3)."""
-    counts = labels.natoms.new_zeros((tasks, len(KINDS)), dtype=torch.float64)
-    for k, kind in enumerate(KINDS):
-        rows: LabelRows = getattr(labels, kind)
-        counts[:, k].index_add_(0, rows.owner, _labelled(rows.label).to(torch.float64))
+    """(S, A, V, P) of each task: structures with an energy, atoms with forces, structures with stress, and structures
+    or atoms with its property: (tasks, 4).
+    """
+    counts = labels.natoms.new_zeros((tasks, len(COLUMNS)), dtype=torch.float64)
+    for kind in KINDS:
+        if (rows := labels.rows(kind)) is not None:
+            column = counts[:, COLUMNS.index(column_of(kind))]
+            column.index_add_(0, rows.owner, _labelled(rows.label).to(torch.float64))
     return counts
 
 
@@ -83,25 +98,31 @@ def in_rows(predictions: Mapping[str, Prediction], labels: BatchLabels) -> dict[
     """Predictions by kind, laid out like the labels; no kind that has no labels or is not predicted."""
     out = {}
     for kind in KINDS:
-        parts = [getattr(predictions[task], kind) for task in getattr(labels, kind).tasks]
+        rows, name = labels.rows(kind), "value" if kind in PROPERTIES else kind
+        parts = [] if rows is None else [getattr(predictions[task], name) for task in rows.tasks]
         if parts and parts[0] is not None:
-            out[kind] = torch.cat(parts)
+            out[kind] = torch.cat(_as_wide(parts) if kind == "class" else parts)
     return out
 
 
-def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor) -> Tensor:
-    """Sums of the loss over each task's labels in this batch, by kind, each in its mean's unit: (tasks, 3) float64.
+def _as_wide(logits: list[Tensor]) -> list[Tensor]:
+    """(n, classes) of several tasks, filled up to the most classes."""
+    widest = max(x.shape[1] for x in logits)
+    return [torch.nn.functional.pad(x, (0, widest - x.shape[1]), value=NEVER) for x in logits]
 
-    Divided by the global (S, A, V) and weighted, they are the batch's part of the objective.
+
+def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor) -> Tensor:
+    """Sums of the loss over each task's labels in this batch, by column, each in its mean's unit: (tasks, 4) float64.
+
+    Divided by the global (S, A, V, P) and weighted, they are the batch's part of the objective.
     predicted: as by `in_rows`, in scaled units; scales (tasks,) eV/angstrom.
     """
-    out = []
+    out = {name: scales.new_zeros(len(scales), dtype=torch.float64) for name in COLUMNS}
     for kind, losses in loss_rows(config, predicted, labels, scales).items():
-        sums = scales.new_zeros(len(scales), dtype=torch.float64)
-        if losses is not None:
-            sums = sums.index_add(0, getattr(labels, kind).owner, getattr(config, kind) * losses.to(torch.float64))
-        out.append(sums)
-    return torch.stack(out, dim=1)
+        rows, name = labels.rows(kind), column_of(kind)
+        if losses is not None and rows is not None:
+            out[name] = out[name].index_add(0, rows.owner, getattr(config, name) * losses.to(torch.float64))
+    return torch.stack(list(out.values()), dim=1)
 
 
 def loss_rows(
@@ -111,10 +132,23 @@ def loss_rows(
     out: dict[str, Tensor | None] = {}
     for kind in KINDS:
         out[kind] = None
-        if kind in predicted and getattr(config, kind) > 0.0:
-            natoms = labels.natoms if kind == "energy" else None
-            out[kind] = LOSSES[config.loss](_residual(predicted[kind], getattr(labels, kind), scales, natoms))
+        rows = labels.rows(kind)
+        if kind not in predicted or rows is None or not getattr(config, column_of(kind)) > 0.0:
+            continue
+        if kind == "class":
+            out[kind] = _cross_entropy(predicted[kind], rows.label)
+        else:
+            out[kind] = LOSSES[config.loss](_residual(predicted[kind], rows, scales, labels.natoms_of(kind)))
     return out
+
+
+def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """(n,) of logits (n, classes); zero (with zero gradient) where there is no label."""
+    labelled = torch.isfinite(label)
+    number = torch.where(labelled, label, 0.0).to(torch.int64)
+    losses = torch.nn.functional.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, number,
+                                               reduction="none")  # fmt: skip
+    return torch.where(labelled, losses, 0.0)
 
 
 def _residual(predicted: Tensor, rows: LabelRows, scales: Tensor, natoms: Tensor | None) -> Tensor:
@@ -130,7 +164,7 @@ def _residual(predicted: Tensor, rows: LabelRows, scales: Tensor, natoms: Tensor
 def objective(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
     """Sum over tasks of weight x sum over kinds of sums / counts, zero where the count is zero.
 
-    sums, counts (tasks, 3), weights (tasks,).
+    sums, counts (tasks, 4), weights (tasks,).
     """
     return (weights * task_objectives(sums, counts)).sum()
 

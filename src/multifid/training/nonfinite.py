@@ -13,9 +13,10 @@ import torch
 from multifid.feed.loader import Piece
 from multifid.graphs.batch import Batch
 from multifid.parallel.groups import World
+from multifid.structures.properties import OF_ATOMS
 from multifid.training.checkpoint import newest_first
 from multifid.training.feed import Feed
-from multifid.training.loss import loss_rows, loss_sums
+from multifid.training.loss import column_of, loss_rows, loss_sums
 from multifid.training.step import Trainer
 from multifid.training.tensor_file import TensorFile
 
@@ -122,15 +123,20 @@ def _bad(trainer: Trainer, batch: Batch) -> Iterator[Bad]:
     for kind, loss in loss_rows(trainer.objective, predicted, labels, trainer.scales).items():
         if loss is None:
             continue
-        owner, bad = getattr(labels, kind).owner, ~torch.isfinite(loss)
+        rows_of_kind = labels.rows(kind)
+        assert rows_of_kind is not None
+        owner, bad = rows_of_kind.owner, ~torch.isfinite(loss)
         for number in owner[bad].unique().tolist():
             task, mine = trainer.tasks[number].name, owner == number
             structures, atoms = batch.slices[task]
             rows = bad[mine].nonzero().flatten()
-            places = (batch.structure[atoms][rows] - structures.start).unique() if kind == "forces" else rows
+            places = (
+                (batch.structure[atoms][rows] - structures.start).unique() if kind in ("forces", *OF_ATOMS) else rows
+            )
+            what = column_of(kind)
             known = torch.isfinite(predicted[kind][mine & bad]).all()
             yield from (
-                (task, place, f"the loss of the {kind}" if known else f"the {kind}") for place in places.tolist()
+                (task, place, f"the loss of the {what}" if known else f"the {what}") for place in places.tolist()
             )
 
 

@@ -89,18 +89,21 @@ def _tasks(
 ) -> list[str]:
     """Structures in each split, labels in all splits together, structures in a step, weight and ranks of each task."""
     splits = SPLITS[:3]
-    found = {}
+    found, properties = {}, any("property" in s.about(t) for s in sources for t in s.tasks)
+    kinds = (*LABELS, "property") if properties else LABELS
     for source in sources:
         for task, label_set in source.tasks.items():
             labels = source.store.manifest["tasks"][label_set]["labels"]
             found[task] = [source.store.size(split) for split in splits] + [labels[kind] for kind in LABELS]
-    heads, rows = [*splits, *LABELS, "a step", "weight", "ranks"], []
+            own = source.store.property_kind(label_set)
+            found[task] += [labels.get(own, 0) if own else 0] if properties else []
+    heads, rows = [*splits, *kinds, "a step", "weight", "ranks"], []
     for task in tasks:
         numbers = [f"{n:,}" for n in found[task]] + [f"{rate[task]:.4g}", f"{tasks[task].weight:g}"]
         rows.append([task, *numbers, ranges(placement[task])])
     columns = list(zip(["task", *heads], *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    wide = [sum(widths[i : i + 3]) + 4 for i in (1, 4)]
+    wide = [sum(widths[1:4]) + 4, sum(widths[4 : 4 + len(kinds)]) + 2 * len(kinds) - 2]
     lines = [f"{'':<{widths[0]}}  {'structures':^{wide[0]}}  {'structures with':^{wide[1]}}"]
     for cells in zip(*columns, strict=True):
         lines.append(

@@ -15,7 +15,7 @@ import torch
 from multifid.training.step import Task, Totals
 
 Row = dict[str, Any]
-OF_TASK = ("loss", "energy_mae", "forces_mae", "stress_mae")
+OF_TASK = ("loss", "energy_mae", "forces_mae", "stress_mae", "property_mae")
 OF_RUN = ("lr", "grad_norm", "skipped", "structures_per_second", "memory", "device_memory", "seconds_left")
 
 
@@ -67,6 +67,7 @@ def rows(
                 "structures": errors["structures"],
                 "seconds": round(seconds, 3),
                 "stress_mae": errors["stress_mae"],
+                **({"property_mae": errors["property_mae"]} if "property_mae" in errors else {}),
                 "objective": whole,
                 **asdict(moment),
             }
@@ -85,7 +86,7 @@ def scalars(rows: list[Row]) -> dict[str, float]:
     `energy_mae/train/ani1x` of a task, `objective/validation` of a split, `run/lr` of the run.
     """
     split = rows[0]["split"]
-    named = {f"{key}/{split}/{row['task']}": row[key] for row in rows for key in OF_TASK}
+    named = {f"{key}/{split}/{row['task']}": row.get(key) for row in rows for key in OF_TASK}
     named[f"objective/{split}"] = rows[0]["objective"]
     if split == "train":
         named |= {f"run/{key}": rows[0][key] for key in OF_RUN}

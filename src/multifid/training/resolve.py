@@ -9,6 +9,8 @@ from pathlib import Path
 from multifid.config import Config, differences, dump_config, load_config
 from multifid.feed.loader import Source
 from multifid.feed.order import Draw
+from multifid.model.potential import ModelConfig
+from multifid.model.property import PropertyConfig
 from multifid.parallel.layout import Load, Placement, place
 from multifid.training.costs import loads, memory
 from multifid.training.settings import NEUTRAL
@@ -55,6 +57,8 @@ def open_run(config: Config, ranks: int) -> tuple[Config, Path]:
         config = config.model_copy(update={"train": config.train.model_copy(update=_batch_of(config, held))})
     if config.parallel.placement != held.parallel.placement:  # the user's, not what `auto` gave
         config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ranks": None})})
+    properties = {**held.model.properties, **config.model.properties}  # those of the stores, from the first start
+    config = config.model_copy(update={"model": config.model.model_copy(update={"properties": properties})})
     config = resolve(config, ranks)
     changed = [d for d in _compare(config, held) if not _may_change(d, config.train.change_tasks)]
     if changed:
@@ -65,6 +69,41 @@ def open_run(config: Config, ranks: int) -> tuple[Config, Path]:
             "Give the run another directory (run=...), or resume with the run's own config: multifid train " + str(run)
         )
     return config, run
+
+
+def with_properties(config: Config, sources: list[Source]) -> Config:
+    """The config with what the stores of its tasks hold in place of energies, in `model.properties`.
+
+    ValueError where a store holds another property than the config says, or where a run cannot have any.
+    """
+    found: dict[str, PropertyConfig] = dict(config.model.properties)
+    branch_of = config.branch_of()
+    for source in sources:
+        for task in source.tasks:
+            about, branch = source.about(task).get("property"), branch_of[task]
+            held = None if about is None else PropertyConfig(kind=about["kind"], classes=len(about["classes"]))
+            said = config.model.properties.get(branch)
+            if held is None and said is None:
+                continue
+            if config.branches == "shared" or config.train.compile:
+                key = "branches: per_task" if config.branches == "shared" else "train.compile: false"
+                raise ValueError(f"task {task!r} has a property in place of energies, which needs {key}")
+            if said is not None and (held is None or said.kind != held.kind or said.classes < held.classes):
+                raise ValueError(
+                    f"task {task!r}: {source.store.path} holds {_in_words(held)}, where model.properties.{branch} says "
+                    f"{_in_words(said)}"
+                )
+            found[branch] = said or held  # type: ignore[assignment]
+    if found == config.model.properties:
+        return config
+    values = {**config.model.model_dump(), "properties": {name: one.model_dump() for name, one in found.items()}}
+    return config.model_copy(update={"model": ModelConfig.model_validate(values)})
+
+
+def _in_words(held: PropertyConfig | None) -> str:
+    if held is None:
+        return "energies or forces"
+    return f"a property of kind {held.kind}" + (f" with {held.classes} classes" if held.classes else "")
 
 
 def _batch_of(config: Config, held: Config) -> dict[str, float | None]:

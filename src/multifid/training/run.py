@@ -46,7 +46,7 @@ from multifid.training.log import Bar, Log, duration
 from multifid.training.opening import heading, opening
 from multifid.training.pace import Pace
 from multifid.training.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
-from multifid.training.resolve import needs_trial, open_run, placement_of, write_config
+from multifid.training.resolve import needs_trial, open_run, placement_of, with_properties, write_config
 from multifid.training.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
 from multifid.training.step import ENCODER, Norms, Totals, Trainer
 from multifid.training.tensor_file import consolidate
@@ -137,6 +137,7 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
             find_boards(config.train.tensorboard, config.train.wandb)
         config, folder = open_run(config, world.size)
         sources = with_references(open_sources(config.tasks, config.train.verify), config.finetune)
+        config = with_properties(config, sources)
     with world.together():
         found = load_checkpoint(folder, world)
     contents = world.share(contents_of(sources))
@@ -190,10 +191,11 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
 
 def open_recorders(config: Config, folder: Path, step: int, log: Log, device: torch.device) -> list[Recorder]:
     """Who writes down what the run says, where it goes on at a step. On rank 0."""
-    t = config.train
+    t, branch_of = config.train, config.branch_of()
+    properties = sum(branch_of[task] in config.model.properties for task in config.tasks)
     return [
         Journal(folder, step),
-        Lines(log, list(config.tasks), config.objective.stress > 0, device.type != "cpu"),
+        Lines(log, list(config.tasks), config.objective.stress > 0, device.type != "cpu", properties),
         *open_boards(folder, step, t.tensorboard, t.wandb, config.model_dump(mode="json")),
     ]
 
@@ -407,6 +409,7 @@ def about_task(source: Source, task: str, scale: float) -> dict[str, Any]:
         "level_of_theory": about["level_of_theory"],
         "structures": source.store.manifest["splits"]["train"],
         "labels": about["labels"],
+        **({"property": about["property"]} if "property" in about else {}),
     }
 
 

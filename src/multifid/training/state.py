@@ -140,12 +140,19 @@ def restore(trainer: Trainer, state: dict[str, Any], files: Mapping[str, Mapping
     held, names = p.pop("totals"), [t.name for t in trainer.tasks]
     totals = Totals(names, trainer.device)
     zero = totals.as_tensor()
-    rows = [torch.tensor(held[t], dtype=torch.float64) if t in held else zero[0].cpu() for t in names]
+    rows = [totals_of(held[t]) if t in held else zero[0].cpu() for t in names]
     totals.add_tensor(torch.stack(rows))
     p["best"] = math.inf if p["best"] is None else p["best"]
     if set(held) != set(names):  # another objective: what was best, and whether it got better, means nothing now
         p |= {"best": math.inf, "epochs_without_better": 0, "ended": False, "trouble": ""}
     return Position(totals, step=state["step"], **p)
+
+
+def totals_of(held: list[float]) -> Tensor:
+    """A row of `Totals` from a checkpoint; those of versions without properties had three columns and quantities."""
+    if len(held) == 18:
+        held = [*held[:3], 0.0, *held[3:6], 0.0, *held[6:], 0.0, 0.0, 0.0]
+    return torch.tensor(held, dtype=torch.float64)
 
 
 def go_on(draws: list[Draw], state: dict[str, Any], kept: Kept) -> list[Draw]:

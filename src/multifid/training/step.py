@@ -27,11 +27,20 @@ from multifid.parallel.groups import Group
 from multifid.parallel.reduce import sum_together
 from multifid.training.counts import Counts, Known
 from multifid.training.finetune import Pull
-from multifid.training.loss import KINDS, ObjectiveConfig, in_rows, label_counts, loss_sums, objective, task_objectives
+from multifid.training.loss import (
+    COLUMNS,
+    ObjectiveConfig,
+    in_rows,
+    label_counts,
+    loss_sums,
+    objective,
+    task_objectives,
+)
 from multifid.training.optimizer import MovingAverage, Named, Schedule, update
 from multifid.training.outcome import Outcome
 
 ENCODER = "encoder"
+WIDE = len(COLUMNS)
 EMPTY_BATCH = laid_out(collate([], cutoff=1.0), {})  # a batch without structures
 
 
@@ -54,27 +63,33 @@ class Totals:
 
     def __init__(self, tasks: list[str], device: torch.device) -> None:
         self.tasks = tasks
-        # Of each task: sums of the loss by kind (3), what they are divided by (3), errors (as in `Errors`).
-        self.sums = torch.zeros(len(tasks), 6 + SIZE, dtype=torch.float64, device=device)
+        # Of each task: sums of the loss by column (4), what they are divided by (4), errors (as in `Errors`).
+        self.sums = torch.zeros(len(tasks), 2 * WIDE + SIZE, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, counts: Tensor, errors: Tensor) -> None:
-        """Add a batch: (tasks, 3), (tasks, 3) and (tasks, 12)."""
+        """Add a batch: (tasks, 4), (tasks, 4) and (tasks, 15)."""
         self.sums += torch.cat([loss.detach(), counts, errors], dim=1)
 
     def objectives(self) -> dict[str, float]:
         """Each task's part of the objective over everything added, before its weight. Waits for the device, once."""
-        return dict(zip(self.tasks, task_objectives(self.sums[:, :3], self.sums[:, 3:6]).tolist(), strict=True))
+        return dict(
+            zip(self.tasks, task_objectives(self.sums[:, :WIDE], self.sums[:, WIDE : 2 * WIDE]).tolist(), strict=True)
+        )
 
     def labels(self, objective: ObjectiveConfig) -> float:
         """How many labels were added, of the kinds that have weight. Waits for the device."""
-        return float(sum(self.sums[:, 3 + k].sum() for k, kind in enumerate(KINDS) if getattr(objective, kind) > 0))
+        counted = [self.sums[:, WIDE + k].sum() for k, name in enumerate(COLUMNS) if getattr(objective, name) > 0]
+        return float(sum(counted))
 
     def errors(self) -> dict[str, Row]:
         """Counts and errors of each task over everything added. Waits for the device, once."""
-        return {task: counts_and_means(sums) for task, sums in zip(self.tasks, self.sums[:, 6:].tolist(), strict=True)}
+        return {
+            task: counts_and_means(sums)
+            for task, sums in zip(self.tasks, self.sums[:, 2 * WIDE :].tolist(), strict=True)
+        }
 
     def as_tensor(self) -> Tensor:
-        """All sums in one tensor (tasks, 18), a copy, to be added over ranks or kept in a checkpoint."""
+        """All sums in one tensor (tasks, 23), a copy, to be added over ranks or kept in a checkpoint."""
         return self.sums.clone()
 
     def add_tensor(self, sums: Tensor) -> None:
@@ -186,7 +201,7 @@ class Trainer:
         totals.add_tensor(report["totals"])
         self.begins("optimizer")
         self.settle()
-        losses, counted = report["totals"][:, :3], report["totals"][:, 3:6]
+        losses, counted = report["totals"][:, :WIDE], report["totals"][:, WIDE : 2 * WIDE]
         # The slope of |x| is 0 at NaN, so that a loss may be NaN and its gradient finite.
         squares = report["squares"] + 0.0 * losses.sum()
         self._update(squares)
@@ -238,12 +253,12 @@ class Trainer:
 
         def own() -> np.ndarray:
             labels = [batch.labels for batch in micro_batches if batch.labels is not None]
-            return sum((label_counts(x, tasks) for x in labels), torch.zeros(tasks, 3, dtype=torch.float64)).numpy()
+            return sum((label_counts(x, tasks) for x in labels), torch.zeros(tasks, WIDE, dtype=torch.float64)).numpy()
 
         return Counts(own, len(micro_batches), known or Known.nothing(tasks), self.world, self.device)
 
     def _sums(self, batch: Batch, totals: Totals) -> Tensor:
-        """Loss sums (tasks, 3) of a batch that is ready; they and the errors are added to the totals."""
+        """Loss sums (tasks, 4) of a batch that is ready; they and the errors are added to the totals."""
         batch, predicted = self.predicted(batch)
         labels = batch.labels
         assert labels is not None
@@ -324,7 +339,9 @@ class Trainer:
         """Predictions in physical units: times the scale of each row's task."""
         out = {}
         for kind, values in predicted.items():
-            scale = self.scales.index_select(0, getattr(labels, kind).owner)
+            rows = labels.rows(kind)
+            assert rows is not None
+            scale = self.scales.index_select(0, rows.owner)
             out[kind] = values.detach() * scale.reshape(-1, *[1] * (values.dim() - 1))
         return out
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from multifid.feed.loader import Source
 from multifid.structures.cells import spans_volume
-from multifid.training.loss import KINDS, ObjectiveConfig
+from multifid.structures.properties import KINDS as PROPERTIES
+from multifid.training.loss import COLUMNS, ObjectiveConfig
 
 LOOKED_AT = 1 << 18  # structures without periodicity in some direction, at most
 
@@ -16,7 +17,7 @@ def missing_labels(objective: ObjectiveConfig, sources: Sequence[Source]) -> lis
 
     ValueError where no task has a label of a kind that has weight.
     """
-    weighed = [kind for kind in KINDS if getattr(objective, kind) > 0]
+    weighed = [name for name in COLUMNS if getattr(objective, name) > 0]
     tasks = sorted((task, source) for source in sources for task in source.tasks)
     counts = {task: _labels(source, task) for task, source in tasks}
     if not any(counts[task][kind] for task, _ in tasks for kind in weighed):
@@ -29,6 +30,18 @@ def missing_labels(objective: ObjectiveConfig, sources: Sequence[Source]) -> lis
 
 
 def _of_task(objective: ObjectiveConfig, weighed: list[str], task: str, source: Source) -> Iterator[str]:
+    about = source.about(task).get("property")
+    if about is not None:
+        if about["kind"] == "class" and (kinds := sum(n > 0 for n in about["counts"])) < 2:
+            only = next((name for name, n in zip(about["classes"], about["counts"], strict=True) if n), "none")
+            raise ValueError(
+                f"task {task}: every labelled structure of the train split of {source.store.path} is of one class "
+                f"({only}): there is nothing to tell apart"
+                if kinds
+                else f"task {task}: no train structure has a class"
+            )
+        return
+    weighed = [name for name in weighed if name != "property"]
     counts, where = _labels(source, task), f"label set {source.tasks[task]} of {source.store.path}"
     for kind in weighed:
         if not counts[kind]:
@@ -45,12 +58,13 @@ def _of_task(objective: ObjectiveConfig, weighed: list[str], task: str, source: 
 
 
 def _labels(source: Source, task: str) -> dict[str, int]:
-    """Structures with a label of each kind, in all splits."""
-    return source.store.manifest["tasks"][source.tasks[task]]["labels"]
+    """Structures with a label of each kind, in all splits; `property` whatever its kind."""
+    counts = source.store.manifest["tasks"][source.tasks[task]]["labels"]
+    return {**counts, "property": sum(n for kind, n in counts.items() if kind in PROPERTIES)}
 
 
 def _present(counts: dict[str, int]) -> str:
-    return ", ".join(f"{kind} of {counts[kind]:,}" for kind in KINDS if counts[kind]) or "no label"
+    return ", ".join(f"{kind} of {counts[kind]:,}" for kind in COLUMNS if counts[kind]) or "no label"
 
 
 def _without_volume(source: Source) -> int:

@@ -1,6 +1,6 @@
 """What `multifid evaluate` is asked about, `[TASK=][FORMAT:]PATH`: stores, and files that become stores in a cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,13 @@ from multifid.readers.formats import FORMATS
 from multifid.readers.recognise import recognise
 from multifid.store.fields import MANIFEST, TASK_NAME
 from multifid.store.store import Store
+from multifid.structures.properties import Property
 
 # Of these formats a file can hold anything: it is called by its own name, not by that of the format.
 ANYTHING = ("extxyz", "aselmdb")
+
+
+NOTHING: Mapping[str, Property] = {}
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Asked:
     name: str | None  # TASK
     path: Path
     format: str | None = None  # None: a store
+    properties: tuple[str, ...] = ()  # of files: those that are read in place of energies
 
 
 def parse(text: str, option: str = "--data ") -> Asked:
@@ -52,20 +57,29 @@ def parse(text: str, option: str = "--data ") -> Asked:
 
 
 def open_data(
-    texts: Sequence[str], options: dict[str, Any], trust_units: bool, cache: Path, world: World, console: Console
+    texts: Sequence[str],
+    options: dict[str, Any],
+    trust_units: bool,
+    cache: Path,
+    world: World,
+    console: Console,
+    predicted: Mapping[str, Property] = NOTHING,
 ) -> list[Data]:
-    """The datasets of all `--data`; files that were never asked about before become stores in the cache first.
+    """The datasets of all `--data`; predicted: task -> property that models predict, for files of such tasks.
 
-    The first rank makes them, then that of each other host where the cache lies on its own disk. Called on all ranks.
+    These are read from files that are asked about as such a task, or, without the name of a task, all of them where the
+    models predict nothing else (then `predicted` has the empty name too). Files that were never asked about before
+    become stores in the cache first. The first rank makes them, then that of each other host where the cache lies on
+    its own disk. Called on all ranks.
     """
     made: list[tuple[Asked, str]] = []
     with world.together():
         if world.first:
-            parsed = [parse(text) for text in texts]
+            parsed = [_with_properties(parse(text), options, predicted) for text in texts]
             _refuse_options(parsed, options)
             made = [(one, _prepared(one, options, trust_units, cache, console)) for one in parsed]
-    told = world.share([(one.name, str(one.path), one.format, place) for one, place in made])
-    asked = [(Asked(name, Path(path), format), Path(place)) for name, path, format, place in told]
+    told = world.share([(one.name, str(one.path), one.format, list(one.properties), place) for one, place in made])
+    asked = [(Asked(n, Path(path), format, tuple(own)), Path(place)) for n, path, format, own, place in told]
     with world.together():
         if world.rank == world.on_this_host()[0] and not world.first:
             for one, place in asked:
@@ -78,6 +92,7 @@ def open_data(
 def _files(one: Asked, options: dict[str, Any], trust_units: bool) -> Files:
     assert one.format is not None, "a store is no file"
     known = {key: value for key, value in options.items() if key in reader(one.format).Options.model_fields}
+    known |= {"properties": list(one.properties)} if one.properties else {}
     return Files(one.path, one.format, known, trust_units)
 
 
@@ -102,10 +117,21 @@ def _prepared(one: Asked, options: dict[str, Any], trust_units: bool, cache: Pat
 def _data(one: Asked, place: Path) -> list[Data]:
     name = one.name
     found = label_sets(Store(place), name)
-    if name is None and one.format in ANYTHING and len(found) == 1:
+    energies = all(d.store.property_kind(d.label_set) is None for d in found)
+    if name is None and one.format in ANYTHING and len(found) == 1 and energies:
         stem = one.path.name.partition(".")[0]
         found = [replace(found[0], name=stem if TASK_NAME.fullmatch(stem) else found[0].name)]
     return [replace(d, source=one.path) for d in found]
+
+
+def _with_properties(one: Asked, options: dict[str, Any], predicted: Mapping[str, Property]) -> Asked:
+    """With the properties that are read from its files, where options do not say them."""
+    if one.format is None or "properties" in options or "properties" not in reader(one.format).Options.model_fields:
+        return one
+    if one.name in predicted:
+        return replace(one, properties=(str(predicted[one.name or ""]),))
+    everything = one.name is None and "" in predicted
+    return replace(one, properties=tuple(str(p) for name, p in predicted.items() if name)) if everything else one
 
 
 def _refuse_options(asked: Sequence[Asked], options: dict[str, Any]) -> None:

@@ -15,13 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from multifid.evaluation.baselines import no_better, with_references
 from multifid.evaluation.evaluate import Data, Share, evaluate_model, evaluate_run, size_of
 from multifid.evaluation.matrix import Row, quantities
+from multifid.evaluation.properties import no_better_than_known, property_rows, property_table
 from multifid.evaluation.rows import write_rows
 from multifid.evaluation.table import rich_table
 from multifid.model.predictor import Predictor
+from multifid.model.saved import load_description
 from multifid.parallel import groups
 from multifid.parallel.groups import World
 from multifid.parallel.launch import cache_directory
 from multifid.store.store import Store
+from multifid.structures.properties import Property
 from multifid.workflows.asked import open_data
 
 SPLITS = ("test", "validation", "train", "all")
@@ -73,7 +76,9 @@ def evaluate(
         A dict for each model and dataset: model, data, split, structures, counted_structures, unseen_structures,
             nonfinite_structures, atoms, energy_mae and energy_rmse (eV/atom), forces_mae and forces_rmse (eV/angstrom,
             by component), stress_mae and stress_rmse (eV/angstrom^3), zero_energy_mae and so on (those of reference
-            energies and zero forces on the same labels), branch, references, ... None without a label.
+            energies and zero forces on the same labels), branch, references, ... None without a label. Of a property
+            also property (its kind), property_mae, property_rmse, r2, zero_property_mae (of what is known of each
+            composition), or accuracy, roc_auc, log_loss, zero_accuracy of classes.
 
     Raises:
         ValueError: for what cannot be evaluated, with the reason. (OSError where files cannot be read or written.)
@@ -88,7 +93,9 @@ def evaluate(
     console, aside = Console(quiet=quiet), Console(stderr=True, quiet=quiet)
     with groups.world(device) as world:
         where = Path(cache) if cache is not None else cache_directory()
-        asked = open_data(_texts(data), options or {}, trust_units, where, world, aside)
+        with world.together():
+            predicted = _predicted([model for _, model in named])
+        asked = open_data(_texts(data), options or {}, trust_units, where, world, aside, predicted)
         with world.together():
             _refuse_empty(asked, split)
         rows = []
@@ -106,10 +113,13 @@ def evaluate(
         if world.first:
             if out is not None:
                 write_rows(Path(out), rows)
-            shown = with_references(rows)
-            for quantity in quantities(rows):
-                console.print(rich_table(shown, quantity))
-            for note in [*no_better(rows), *notes(rows, asked)]:
+            shown = with_references([row for row in rows if not row.get("property")])
+            of_energies = [row for row in shown if not row.get("property")]
+            for quantity in quantities(of_energies) if of_energies else ():
+                console.print(rich_table(of_energies, quantity))
+            if of_properties := property_rows(rows):
+                console.print(property_table(of_properties))
+            for note in [*no_better(rows), *no_better_than_known(rows), *notes(rows, asked)]:
                 console.print(note, highlight=False, markup=False)
     return rows
 
@@ -125,6 +135,21 @@ def _named(models: AnyModel | Sequence[AnyModel] | Mapping[str, AnyModel]) -> li
         (str(model) if name in twice and not isinstance(model, Predictor) else name, model)
         for name, model in zip(names, several, strict=True)
     ]
+
+
+def _predicted(models: Sequence[AnyModel]) -> dict[str, Property]:
+    """task -> the property that one of the models predicts; with the empty name where they predict nothing else."""
+    found: dict[str, Property] = {}
+    others = False
+    for model in models:
+        description = model.description if isinstance(model, Predictor) else load_description(Path(model))
+        for task, about in description["tasks"].items():
+            if "property" in about:
+                found.setdefault(task, Property.from_manifest(task, about["property"]))
+            others = others or ("property" not in about and "kept_from" not in about)
+    if found and not others:
+        found[""] = next(iter(found.values()))
+    return found
 
 
 def _texts(data: AnyData | Sequence[AnyData] | Mapping[str, AnyData]) -> list[str]:

@@ -73,7 +73,7 @@ def _export_code(run: Path, out: Path, weights: str, code: Compilation) -> str:
     if code.precision not in (None, *PRECISIONS):
         raise ValueError(f"--precision {code.precision!r} must be one of {', '.join(PRECISIONS)}")
     model = Predictor(*load_model(run, weights), dtype=PRECISIONS[code.precision or "fp32"])
-    task = model.task(code.task)
+    task = model.energy_task(code.task)
     card = model_card(run, with_tasks(model.description, [task]), out.name)
     Console(stderr=True).print(f"compiling {run}, task {task}: this takes a minute or more", soft_wrap=True)
     export_package(model, task, out, level=code.instructions, threaded=code.threads == "all")

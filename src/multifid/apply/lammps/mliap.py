@@ -53,7 +53,7 @@ class MLIAP:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype {dtype!r} must be float32 or float64")
         loaded = open_model(model)
-        loaded.task(task)
+        loaded.energy_task(task)
         if not loaded.conservative:
             raise ValueError(
                 "ML-IAP takes forces of pairs, and the forces of this model are predicted directly: take a model of "

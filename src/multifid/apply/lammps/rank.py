@@ -80,7 +80,7 @@ class RankModel:
     def __post_init__(self) -> None:
         first = self.models[0]
         for model in self.models:
-            model.task(self.task)
+            model.energy_task(self.task)
             if (model.cutoff, model.conservative) != (first.cutoff, first.conservative):
                 raise ValueError("the models of a committee must have one cutoff, and forces of one kind")
         self.width = max(3, *(widest_exchange(model.potential) for model in self.models))

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from multifid.config import apply_override, load_config, parse_config
 from multifid.evaluation.evaluate import evaluate_run, label_sets
+from multifid.evaluation.properties import property_rows, property_table
 from multifid.evaluation.rows import write_rows
 from multifid.evaluation.table import quantities, rich_table
 from multifid.feed.loader import open_sources
@@ -142,8 +143,11 @@ def _old_tasks(run: Path, model: Path, console: Console) -> None:
         return
     rows = evaluate_run(model, data, name="before") + evaluate_run(run, data, name="after")
     write_rows(run / OLD_TASKS, rows)
-    for quantity in quantities(rows):
-        console.print(rich_table(rows, quantity))
+    if of_energies := [row for row in rows if not row.get("property")]:
+        for quantity in quantities(of_energies):
+            console.print(rich_table(of_energies, quantity))
+    if of_properties := property_rows(rows):
+        console.print(property_table(of_properties))
 
 
 def refit_references(

@@ -11,6 +11,7 @@ from multifid.preparation.cache import Files, cached, place_of
 from multifid.readers import reader
 from multifid.store.fields import TASK_NAME
 from multifid.store.store import Store
+from multifid.structures.properties import Property
 from multifid.workflows.asked import ANYTHING, parse
 
 Fractions = tuple[float, float, float]
@@ -23,6 +24,12 @@ class Target:
     name: str
     store: Store
     label_set: str
+
+    @property
+    def property(self) -> Property | None:
+        """What is learnt in place of energies."""
+        about = self.store.manifest["tasks"][self.label_set].get("property")
+        return None if about is None else Property.from_manifest(self.name, about)
 
 
 def targets(
@@ -63,6 +70,8 @@ def _of(
     console.print(line, soft_wrap=True, highlight=False, markup=False)
     found = [Target(d.name, d.store, d.label_set) for d in label_sets(store, one.name)]
     stem = one.path.name.partition(".")[0]
+    if any(target.property is not None for target in found):
+        return found
     if one.name is None and one.format in ANYTHING and len(found) == 1 and TASK_NAME.fullmatch(stem):
         found = [replace(found[0], name=stem)]
     return found

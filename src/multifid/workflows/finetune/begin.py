@@ -38,12 +38,14 @@ def begun(
         refuse(model.description, target, new_elements)
     train_sizes = [target.store.size("train") for target in asked]
     chosen = preset(min(train_sizes))
-    origin = {target.name: nearest(model, target, start, console) for target in asked}
+    energies = [target for target in asked if target.property is None]
+    origin = {target.name: nearest(model, target, start, console) for target in energies}
     tasks: dict[str, Any] = {t.name: {"store": str(t.store.path), "labels": t.label_set} for t in asked}
     tasks |= {task: {**about, "per_step": max(1.0, REPLAYED * chosen["train"]["batch"])} for task, about in old.items()}
     references = {name: a.energies for name, a in origin.items() if a is not None}
     references |= {t: {int(z): e for z, e in model.description["tasks"][t]["references"].items()} for t in old}
     branches: dict[str, Any] = {name: None if a is None else a.branch for name, a in origin.items()}
+    branches |= {t.name: alike(model.description, t, start) for t in asked if t.property is not None}
     values: dict[str, Any] = {
         "run": str(run),
         "init": str(path),
@@ -74,6 +76,20 @@ def nearest(model: Predictor, target: Target, start: str | None, console: Consol
     found = ranking(model, target.store, target.label_set)
     console.print(table(target.name, found))
     return found[0]
+
+
+def alike(description: Description, target: Target, start: str | None) -> str | None:
+    """The branch that one of a property begins with: fresh weights, unless one of the same property is named."""
+    if start in (None, SCRATCH):
+        return None
+    about = description["tasks"][task_of(description, str(start))]
+    held, wanted = about.get("property"), target.property
+    if wanted is None or held is None or held["kind"] != wanted.kind or len(held["classes"]) < len(wanted.classes):
+        raise ValueError(
+            f"--from {start}: {target.name} is a property ({wanted.kind if wanted else ''}) and begins with fresh "
+            "weights, or with those of a branch of the same kind and classes"
+        )
+    return str(about["branch"])
 
 
 def task_of(description: Description, name: str) -> str:

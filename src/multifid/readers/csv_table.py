@@ -117,10 +117,11 @@ def _structure(path: Path, where: str, row: dict[str, str], options: Options, se
     atoms: Atoms = frames[0]
     wanted = {one.key: one for one in seeker.wanted}
     for key, text in row.items():
-        if text.lower() in NOTHING:
+        one = wanted.get(key)
+        if text.lower() in NOTHING and not (one is not None and text in one.classes):
             atoms.info.pop(key, None)
         else:
-            atoms.info[key] = _cell(text) if key in wanted and wanted[key].kind != "class" else text
+            atoms.info[key] = text if one is None or one.kind == "class" else _cell(text)
     seeker.seen |= dict.fromkeys(row)
     for key in row:
         seeker.missing.pop(key, None)

@@ -107,7 +107,7 @@ class TaskModel(ABC):
 
     def property_of(self, task: str | None = None) -> Property | None:
         """The property that a task predicts in place of energies; None: energies."""
-        name = task if task in self.description["tasks"] else self.task(task)
+        name = task if task is not None and task in self.description["tasks"] else self.task(task)
         about = self.description["tasks"][name].get("property")
         return None if about is None else Property.from_manifest(name, about)
 

@@ -1,5 +1,6 @@
 """A trained model adapted to new data: how it begins, what moves, and that ranks and restarts change nothing."""
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -19,6 +20,8 @@ from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
 from multifid.structures.elements import NUMBERS, chemical_neighbours
 from multifid.workflows.finetune import refit_references
+from multifid.workflows.finetune.curve import learning_curve
+from multifid.workflows.finetune.subsets import sizes_of
 from test_train import config_of, final_state, start
 
 SHORT = ("train.steps=6", "train.epoch_steps=3", "train.warmup=1", "train.device=cpu")
@@ -201,3 +204,87 @@ def test_any_number_of_ranks_equals_one_process(pool, parent, fig, stores, tmp_p
     assert set(a) == set(b)
     for name in a:
         assert torch.allclose(a[name], b[name], rtol=1e-10, atol=1e-10), name
+
+
+def ids(store: Store, split: str) -> set[str]:
+    return {store.source_id(int(i)) for i in store.pick(split, slice(None))}
+
+
+def test_subsets_of_one_seed_are_nested(stores, tmp_path):
+    parent_store = Store(stores["apple"])
+    found = {}
+    for size, seed in ((5, 0), (11, 0), (5, 1)):
+        options = {"train": size, "validation": 3, "test": 0, "seed": seed}
+        place = tmp_path / f"{size}-{seed}"
+        prepare(
+            "store", [parent_store.path], place, options=options, keep_splits=True, trust_units=True, progress=False
+        )
+        found[size, seed] = Store(place)
+    assert [found[k].size("train") for k in found] == [5, 11, 5]
+    assert all((s.size("validation"), s.size("test")) == (3, 0) for s in found.values())
+    train = {k: ids(store, "train") for k, store in found.items()}
+    assert train[5, 0] < train[11, 0] < ids(parent_store, "train")
+    assert train[5, 0] != train[5, 1]
+    assert ids(found[5, 0], "validation") <= ids(parent_store, "validation")
+
+
+def test_what_is_no_size_is_refused_before_anything_is_made(parent, fig, tmp_path):
+    def refused(words, sizes, **how):
+        with pytest.raises(ValueError, match=words):
+            learning_curve(parent, f"fig={fig.path}", tmp_path / "run", SHORT, sizes=sizes, quiet=True, **how)
+        assert not (tmp_path / "run").exists()
+
+    assert sizes_of(["all", "8", 4], fig) == [4, 8, 32]
+    refused("--sizes 33: the train split of .* has 32 structures; say all", ["8", "33"])
+    for size in ("0", "1", "-4", "ten", "1.5", ""):
+        refused(f"--sizes: '{size}' must be a whole number of at least 2, or all", [size])
+    refused("--sizes: 32 is given twice", ["32", "all"])
+    refused("--repeat 0: must be a whole number of at least 1", ["8"], repeat=0)
+    refused("there is no store and no file", ["8"], tests=["far=nowhere.xyz"])
+
+
+@pytest.mark.parametrize("sizes", [["8"], pytest.param(["8", "12", "all"], marks=pytest.mark.full)])
+def test_a_curve_is_made_of_ordinary_runs_and_goes_on(parent, fig, tmp_path, sizes):
+    repeat = len(sizes)
+    how = {"sizes": sizes, "repeat": repeat, "tests": [f"again={fig.path}"], "scratch": ["train.lr=0.004"]}
+    rows = learning_curve(parent, f"fig={fig.path}", tmp_path / "run", SHORT, quiet=True, **how)
+    assert rows is not None and len(rows) == 2 * 2 * len(sizes) * repeat
+    assert {(r["model"], r["data"]) for r in rows} == {
+        (m, d) for m in ("fine-tuned", "from scratch") for d in ("test", "again")
+    }
+    one, other = (tmp_path / "run" / "8-0" / name for name in ("fine-tuned", "from-scratch"))
+    assert load_config(one).finetune.branches == {"fig": "apple"}
+    assert load_config(other).init is None and load_config(other).train.lr == 0.004
+    assert load_config(other).tasks == load_config(one).tasks and load_config(other).seed == 0
+    independent = multifid.evaluate(one, f"fig={fig.path}", quiet=True)[0]
+    mine = next(r for r in rows if (r["model"], r["data"]) == ("fine-tuned", "test"))
+    assert mine["energy_mae"] == pytest.approx(independent["energy_mae"], rel=1e-6) and mine["size"] == 8
+    assert (tmp_path / "run" / "curve.png").exists()
+    before = (one / "last.safetensors").read_bytes(), (one / "model.json").read_bytes()
+    again = learning_curve(parent, f"fig={fig.path}", tmp_path / "run", SHORT, quiet=True, **how)
+    assert (one / "last.safetensors").read_bytes(), (one / "model.json").read_bytes() == before
+    assert again == rows == json.loads((tmp_path / "run" / "curve.json").read_text())["rows"]
+
+
+def test_references_fit_what_the_trained_model_lacks(parent, fig, tmp_path):
+    """Independent: no change of the energies of elements makes the squares of the residuals smaller."""
+    run = tuned(parent, fig, tmp_path / "run", "train.lr=2e-2").run
+    trained_with = load_config(run).finetune.references["fig"]
+    model = multifid.load(run, precision="fp64")
+    held = {int(z): e for z, e in model.description["tasks"]["fig"]["references"].items()}
+    assert any(abs(held[z] - e) > 1e-3 for z, e in trained_with.items())
+    packed = fig.read(fig.pick("train", slice(None)))
+    atoms = np.split(packed.numbers, np.cumsum(packed.natoms)[:-1])
+    counts = np.array([[(one == z).sum() for z in held] for one in atoms], float)
+    energies = np.array([model.predict(one, "fig").energy[0] for one in structures(packed)])
+    left = (packed.labels["fig"].energy - energies) / packed.natoms
+    shift, *_ = np.linalg.lstsq(counts / packed.natoms[:, None], left, rcond=None)
+    assert np.abs(shift).max() < 1e-6
+
+
+def structures(packed):
+    from ase import Atoms
+
+    ends = np.cumsum(packed.natoms)[:-1]
+    pairs = zip(np.split(packed.numbers, ends), np.split(packed.positions, ends), strict=True)
+    return [Atoms(numbers, positions) for numbers, positions in pairs]

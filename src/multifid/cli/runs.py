@@ -1,7 +1,7 @@
 """Commands on configs and runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,6 +62,20 @@ def finetune(
     references: Annotated[
         bool, typer.Option("--references", help="only fit reference energies to the data, in seconds; no training")
     ] = False,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...", help="a learning curve: fine-tune to so many structures, and train from scratch; or all"
+        ),
+    ] = None,
+    repeat: Annotated[int, typer.Option(help="with --sizes: so many times, each with other structures")] = 1,
+    test: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="with --sizes: what is tested on, a file or a store")
+    ] = None,
+    scratch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="with --sizes: a key of the config for runs from scratch alone"),
+    ] = None,
     no_new_elements: Annotated[
         bool, typer.Option("--no-new-elements", help="refuse elements that the model has never seen")
     ] = False,
@@ -83,29 +97,36 @@ def finetune(
     if not asked:
         raise ValueError("finetune needs data: multifid finetune MODEL DATA... --out RUN")
     options = options_of(option, property)
+    if sizes is None and (repeat != 1 or test or scratch):
+        raise ValueError("--repeat, --test and --scratch are for learning curves: say --sizes too")
     if references:
-        if len(asked) != 1 or overrides or replay:
-            raise ValueError("--references takes one dataset, and no keys of the config and no --replay")
+        if len(asked) != 1 or overrides or replay or sizes is not None:
+            raise ValueError("--references takes one dataset, and no keys of the config, no --replay and no --sizes")
         refit_references(model, asked[0], out, start=start, options=options, trust_units=trust_units, cache=cache)
         return
     shares = [number(x, "--fractions") for x in fractions.split(",")]
     if len(shares) != 3:
         raise ValueError(f"--fractions {fractions!r} must be three numbers: train,validation,test")
-    ending = run(
-        model,
-        asked,
-        out,
-        overrides,
-        replay=replay or (),
-        new_elements=not no_new_elements,
-        fractions=(shares[0], shares[1], shares[2]),
-        start=start,
-        options=options,
-        trust_units=trust_units,
-        cache=cache,
-        signals=True,
-    )
-    if not ending.complete:
+    how: dict[str, Any] = {
+        "replay": replay or (),
+        "new_elements": not no_new_elements,
+        "fractions": (shares[0], shares[1], shares[2]),
+        "start": start,
+        "options": options,
+        "trust_units": trust_units,
+        "cache": cache,
+        "signals": True,
+    }
+    if sizes is None:
+        complete = run(model, asked, out, overrides, **how).complete
+    elif len(asked) > 1:
+        raise ValueError(f"--sizes takes one dataset, not {len(asked)}: {', '.join(asked)}")
+    else:
+        from multifid.workflows.finetune.curve import learning_curve
+
+        curve = {"sizes": sizes.split(","), "repeat": repeat, "tests": test or (), "scratch": scratch or ()}
+        complete = learning_curve(model, asked[0], out, overrides, **curve, **how) is not None
+    if not complete:
         raise typer.Exit(STOPPED)
 
 

@@ -29,9 +29,9 @@ def add_rows(directory: Path, rows: Sequence[Row]) -> None:
     write_rows(directory / NAME, [*earlier, *rows])
 
 
-def read_rows(directory: Path) -> list[Row]:
+def read_rows(directory: Path, name: str = NAME) -> list[Row]:
     """The rows of DIRECTORY/evaluation.json; none where there is no such file. ValueError where it is damaged."""
-    path = directory / NAME
+    path = directory / name
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -45,6 +45,7 @@ class Files:
     options: dict[str, Any]
     trust_units: bool = False
     fractions: tuple[float, float, float] = ONLY_TEST  # of train, validation and test
+    keep_splits: bool = False  # in place of fractions
 
 
 def place_of(files: Files, cache: Path) -> Path:
@@ -53,6 +54,7 @@ def place_of(files: Files, cache: Path) -> Path:
     inputs = find_inputs([], {"test": [files.path]}, module.ENDINGS, folder_marks(module))
     asked = [__version__, SCHEMA, files.format, files.options, files.trust_units]
     asked += [] if files.fractions == ONLY_TEST else [list(files.fractions)]
+    asked += ["keep_splits"] if files.keep_splits else []
     companions: Callable[[Path, Any], list[Path]] = getattr(module, "companions", lambda path, options: [])
     paths = [p for file in inputs for p in (file.path, *companions(file.path, module.Options(**files.options)))]
     text = json.dumps([*asked, *map(file_checksum, paths)], sort_keys=True)
@@ -93,7 +95,7 @@ def main() -> None:
     """The fresh interpreter: a question on stdin, the store or an error in the folder of the command line."""
     folder, asked = Path(sys.argv[1]), json.load(sys.stdin)
     first, second, third = asked["fractions"]
-    whole = (first, second, third) == ONLY_TEST
+    whole = (first, second, third) == ONLY_TEST and not asked["keep_splits"]
     try:
         prepare(
             asked["format"],
@@ -103,6 +105,7 @@ def main() -> None:
             fractions=(first, second, third),
             options=asked["options"],
             trust_units=asked["trust_units"],
+            keep_splits=asked["keep_splits"],
             progress=asked["progress"],
             talk=False,
         )

@@ -1,5 +1,8 @@
 """Prepared stores as sources of another: several merged into one, or the structures of some that satisfy conditions.
 
+Of a split, so many structures can be taken at random: the first ones of an order that the seed decides, so that those
+of a smaller number are among those of a larger one.
+
 Labels, cells, charges, splits and relatives are taken over as they are; what is fitted (references, scale) is fitted
 again. `source_id` stays that of the original file, and the manifest names the parents with the hashes of their content.
 A condition is KEY OPERATOR VALUE, several are joined by `;` and must all hold:
@@ -25,6 +28,7 @@ from multifid.store.block import Block
 from multifid.store.store import Store
 from multifid.structures.elements import NUMBERS
 from multifid.structures.properties import Property
+from multifid.structures.structure import SPLITS
 
 TASKS: dict[str, LabelSet] = {}  # see `label_sets`
 RELATIVE = "relatives of the parents"
@@ -46,6 +50,10 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     where: str = Field("", description="conditions joined by ';', as `atoms <= 50; elements in H,C,N,O; forces < 20`")
+    train: int | None = Field(None, ge=0, description="at most so many structures of the train split, at random")
+    validation: int | None = Field(None, ge=0, description="the same of validation")
+    test: int | None = Field(None, ge=0, description="the same of test")
+    seed: int = Field(0, ge=0, description="decides which ones; those of fewer are among those of more")
 
     @field_validator("where")
     @classmethod
@@ -53,6 +61,16 @@ class Options(BaseModel):
         for text in filter(str.strip, value.split(";")):
             _condition(text)
         return value
+
+    def chosen(self, store: Store) -> np.ndarray:
+        """(structures,) bool: those that the numbers of the splits leave."""
+        left = np.ones(store.structures, bool)
+        for split in ("train", "validation", "test"):
+            most, size = getattr(self, split), store.size(split)
+            if most is not None and most < size:
+                order = np.random.default_rng([self.seed, SPLITS.index(split)]).permutation(size)
+                left[store.pick(split, np.sort(order[most:]))] = False
+        return left
 
     def conditions(self) -> list[tuple[str, str, Any]]:
         return [_condition(text) for text in filter(str.strip, self.where.split(";"))]
@@ -110,9 +128,10 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
     if start == 0:
         for task, about in store.manifest["tasks"].items():
             yield from (IsolatedAtom(task, int(z), energy) for z, energy in about.get("isolated", {}).items())
+    of_splits = options.chosen(store)
     for first in range(start, stop, CHUNK):
         block = _block(store, np.arange(first, min(first + CHUNK, stop)))
-        chosen = np.ones(len(block), bool)
+        chosen = of_splits[first : first + len(block)].copy()
         for condition in options.conditions():
             chosen &= _satisfies(block, store.tasks, *condition)
         if chosen.any():

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from multifid.config import apply_override, load_config, parse_config
+from multifid.config import Config, apply_override, load_config, parse_config
 from multifid.evaluation.evaluate import evaluate_run, label_sets
 from multifid.evaluation.properties import property_rows, property_table
 from multifid.evaluation.rows import write_rows
@@ -24,7 +24,7 @@ from multifid.training.run import train as train_run
 from multifid.workflows.finetune.asked import Fractions, targets
 from multifid.workflows.finetune.begin import SCRATCH, begun
 from multifid.workflows.finetune.old_branches import keep_old_branches
-from multifid.workflows.finetune.refit import refit_only
+from multifid.workflows.finetune.refit import refit_at_the_end, refit_only
 from multifid.workflows.train import Result
 
 __all__ = ["SCRATCH", "finetune", "refit_references"]
@@ -103,6 +103,7 @@ def finetune(
             if world.first and ending.complete:
                 moved = config.finetune is None or config.finetune.moves != "branch"
                 kept = keep_old_branches(run, path, moved)
+                refit_at_the_end(run, config, [t for t in config.tasks if t in _new(config)], console)
                 if kept:
                     state = "stale: the encoder has moved without their data" if moved else "as they were"
                     line = f"branches of {path} that are kept, {state}: {', '.join(kept)}"
@@ -121,6 +122,12 @@ def _held(run: Path, model: Path, texts: list[str], overrides: list[str]) -> dic
     if named - own:
         raise ValueError(f"{run} was fine-tuned to {', '.join(sorted(own))}, not to {', '.join(sorted(named - own))}")
     return config.model_dump(mode="json")
+
+
+def _new(config: Config) -> Mapping[str, str | None]:
+    """The tasks that the run was fine-tuned to, those of replay left out."""
+    assert config.finetune is not None, "begun by `finetune`, or refused"
+    return config.finetune.branches
 
 
 def _old_tasks(run: Path, model: Path, console: Console) -> None:

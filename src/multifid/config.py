@@ -74,6 +74,12 @@ class Config(BaseModel):
                 "train.neighbors: device works on the device from other threads, which must not be while a CUDA graph "
                 "is recorded: with train.compile: reduce-overhead set it to host"
             )
+        encoder, low = self.model.encoder.name, self.train.precision in ("bf16", "tf32")
+        if low and self.model.branch.forces == "conservative" and all_encoders()[encoder].slopes_need_float32:
+            raise ValueError(
+                f"train.precision: {self.train.precision} rounds the conservative forces of {encoder} by several per "
+                "cent: take fp32, or model.branch.forces: direct"
+            )
         if self.train.optimizer == "soap" and self.parallel.shard_encoder:
             raise ValueError("train.optimizer: soap needs whole matrices; with parallel.shard_encoder take adamw")
         if self.finetune is not None:

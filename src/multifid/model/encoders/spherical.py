@@ -17,8 +17,6 @@ from scipy.optimize import brentq
 from scipy.special import spherical_jn
 from torch import Tensor, nn
 
-from multifid.model.layers import product
-
 
 class SphericalBasis(nn.Module):
     """The radial parts, without the envelope, of degrees 0 to `degrees` - 1 with `radial` functions each."""
@@ -35,7 +33,9 @@ class SphericalBasis(nn.Module):
         """(E,) angstrom -> (E, degrees, radial)."""
         x = (distance / self.cutoff).clamp(max=1.0)[:, None]
         polynomials = chebyshev(2.0 * x - 1.0, self.series.shape[0])
-        return (product(polynomials, self.series) / x).unflatten(1, self.shape)
+        # In float64, which neither autocast nor TF32 rounds: this is geometry.
+        values = (polynomials.double() @ self.series.double()).to(x.dtype)
+        return (values / x).unflatten(1, self.shape)
 
 
 def chebyshev(x: Tensor, size: int) -> Tensor:

@@ -14,6 +14,7 @@ import multifid
 from conftest import write_molecules
 from multifid.config import load_config
 from multifid.evaluation.nearest import agreement, ranking
+from multifid.evaluation.rows import OLD_TASKS, read_rows
 from multifid.model.model_file import export_model
 from multifid.model.undetermined import StaleBranch
 from multifid.preparation.prepare import prepare
@@ -22,6 +23,8 @@ from multifid.structures.elements import NUMBERS, chemical_neighbours
 from multifid.workflows.finetune import refit_references
 from multifid.workflows.finetune.curve import learning_curve
 from multifid.workflows.finetune.subsets import sizes_of
+from multifid.workflows.report import gather
+from multifid.workflows.report.page import _milli, _old_tasks
 from test_train import config_of, final_state, start
 
 SHORT = ("train.steps=6", "train.epoch_steps=3", "train.warmup=1", "train.device=cpu")
@@ -143,7 +146,48 @@ def test_replayed_tasks_are_trained_on_and_not_stale(parent, fig, stores, tmp_pa
         "berry": True,
         "fig": None,
     }
-    assert (result.run / "old_tasks.json").exists()
+    before, after = read_rows(result.run, OLD_TASKS)
+    assert (before["model"], after["model"], after["data"]) == ("before", "after", "apple")
+    with pytest.warns(StaleBranch, match="'berry' is stale"):
+        multifid.evaluate(result.run, f"berry={stores['berry']}", quiet=True)
+    content = gather(result.run, 2)
+    assert any("'berry' is stale" in text for text in content.warnings)
+    [row] = _old_tasks(content)
+    assert row["forces_after"] == _milli(after["forces_mae"]) != row["forces_before"]
+
+
+def test_training_on_keeps_the_old_branches_without_the_start_model(parent, fig, tmp_path):
+    """Also a fine-tuning that was stopped, and is finished by `train`, has them, and each predicts as it did."""
+    old = export_model(parent, tmp_path / "parent.mfid")
+    once = ("finetune.moves=branch", "train.checkpoint_every=2", "train.keep=9")
+    stop = [lambda rows: rows[0]["step"] >= 3]
+    run = tuned(tmp_path / "parent.mfid", fig, tmp_path / "run", *once, "train.log_every=3", callbacks=stop).run
+    before = multifid.load(tmp_path / "parent.mfid")
+    (tmp_path / "parent.mfid").unlink()
+    for _ in range(2):  # goes on; is complete, and writes its model anew
+        multifid.train(load_config(run), quiet=True)
+        model = multifid.load(run)
+        assert model.tasks == ["apple", "berry", "fig"]
+        for name in ("model", "last"):
+            tensors = load_file(run / f"{name}.safetensors")
+            assert {n.split(".")[1] for n in tensors if n.startswith("branches.")} == {"apple", "berry", "fig"}
+        packed = fig.read([0, 3])
+        for task in ("apple", "berry"):
+            assert model.description["tasks"][task] == old["tasks"][task] | {
+                "stale": False,
+                "kept_from": str(tmp_path / "parent.mfid"),
+            }
+            a, b = (m.predict(_atoms(packed), task) for m in (before, model))
+            np.testing.assert_array_equal(a.energy, b.energy)
+
+
+def _atoms(packed):
+    from ase import Atoms
+
+    ends = np.cumsum(packed.natoms)
+    return [
+        Atoms(packed.numbers[e - n : e], packed.positions[e - n : e]) for e, n in zip(ends, packed.natoms, strict=True)
+    ]
 
 
 def test_a_model_file_is_fine_tuned_to_conservative_forces_and_new_elements(parent, fig, tmp_path):

@@ -32,6 +32,7 @@ from multifid.model.potential import ModelConfig
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
 from multifid.parallel.shares import shares
+from multifid.training import costs
 from multifid.training.build import build
 from multifid.training.feed import Feed, make_draws
 from multifid.training.optimizer import OPTIMIZERS, update
@@ -50,7 +51,7 @@ def measured(config, folder: Path) -> dict[str, int]:
     sources = open_sources(config.tasks)
     draws = make_draws(config, sources)
     placement = place(list(config.tasks), "replicated", 1)
-    trainer = build(config, sources, placement, 10, alone("cpu"))
+    trainer = build(config, sources, placement, 10, alone("cpu"), begins=config.init is None)
     (batch,) = Feed(config, sources, draws, placement).step(0).batches
     trainer.step([batch], Totals(list(config.tasks), trainer.device))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -59,9 +60,8 @@ def measured(config, folder: Path) -> dict[str, int]:
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     memory = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     whole = (batch.numbers, batch.charge, batch.spin, batch.natoms, batch.structure, batch.edges)  # not copied here
-    storages = {
-        p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in trainer.parameters.values()
-    }
+    moving = [p for p in trainer.parameters.values() if p.requires_grad]
+    storages = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in moving}
     return {
         "parameters": sum(p.nbytes for p in trainer.parameters.values()),
         "gradients": sum(storages.values()),
@@ -93,6 +93,19 @@ def test_bytes_are_those_of_a_run(stores, tmp_path, encoder, hidden, forces, opt
     seen = measured(config, tmp_path)
     assert {k: planned[k] for k in STATE} == {k: seen[k] for k in STATE}
     assert planned["activations"] == pytest.approx(seen["activations"], rel=0.1)
+
+
+@pytest.mark.parametrize("moves", ["lora", *(pytest.param(m, marks=pytest.mark.full) for m in ("branch", "last"))])
+def test_what_does_not_move_has_no_gradient_and_no_moments(stores, tmp_path, moves):
+    model = {"cutoff": 6.0, "encoder": {**KINDS["egnn"], "layers": 1, "hidden": 16}, "branch": {"hidden": [16, 16]}}
+    values = config_of(stores, tmp_path / "run", model=model, train={"batch": 40})
+    config = parse_config(values | {"init": "start", "finetune": {"moves": moves, "rank": 2}}, "test")
+    made = make_plan(config, 1, SLOW)
+    planned, seen = made.forecasts["replicated"].bytes_per_rank, measured(config, tmp_path)
+    assert {k: planned[k] for k in STATE} == {k: seen[k] for k in STATE}
+    assert planned["gradients"] < planned["parameters"] and planned["optimizer"] < 2 * planned["parameters"]
+    branches = len(config.tasks) * costs.parameters(config)[1] * costs.bytes_per_parameter(config)
+    assert costs.encoder_bytes(config, 1) + branches == pytest.approx(sum(planned[k] for k in STATE), rel=0.01)
 
 
 # Activations and work, as parts of what is counted, for encoders that are not told to 3 and 2 per cent: what a tile

@@ -4,6 +4,7 @@ On any device, and on any number of processes: each takes every so-manieth batch
 added over them, by the function that is handed down. The batches are the same however many processes there are.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from multifid.model.model_file import load_model
 from multifid.model.potential import Prediction
 from multifid.model.predictor import Predictor
 from multifid.model.saved import Description, load_potential
+from multifid.model.undetermined import StaleBranch, stale
 from multifid.store.references import References
 from multifid.store.store import Store
 from multifid.structures.properties import OF_ATOMS, VECTORS, Property
@@ -144,6 +146,8 @@ def evaluate(
     if data.store.property_kind(data.label_set) is not None:
         return _evaluate_property(model, name, data, split, branch, unseen, share)
     answers, references, whose = _who_answers(model.description, data, branch, name)
+    if share.rank == 0 and (said := stale(answers, model.description["tasks"][answers])) is not None:
+        warnings.warn(f"{name}: {said}", StaleBranch, stacklevel=2)
     source = Source(data.store, {answers: data.label_set}, {answers: references})
     known, device = _elements(model.description, answers), model.device
     errors, zeros, failures = Errors(device), Errors(device), Failures(device)

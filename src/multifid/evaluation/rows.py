@@ -9,6 +9,7 @@ from pathlib import Path
 from multifid.evaluation.matrix import Row
 
 NAME = "evaluation.json"
+OLD_TASKS = "old_tasks.json"  # of a fine-tuned run: errors on data of the start model's tasks, before and after
 IDENTITY = ("model", "data", "split", "branch", "seed")  # rows that agree in these say the same: the newer one stays
 
 
@@ -30,7 +31,7 @@ def add_rows(directory: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(directory: Path, name: str = NAME) -> list[Row]:
-    """The rows of DIRECTORY/evaluation.json; none where there is no such file. ValueError where it is damaged."""
+    """The rows of DIRECTORY/evaluation.json (or `name` there), none without such a file. ValueError if damaged."""
     path = directory / name
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -99,13 +99,14 @@ def _bytes(subject: Subject, rank: Member, ranks: int, sharded: bool) -> dict[st
     """What a rank holds, by kind."""
     encoder = subject.encoder.sharded(ranks) if sharded else subject.encoder
     number = encoder.count + len(rank.groups) * subject.branch.count
+    moving = encoder.moving_count + len(rank.groups) * subject.branch.moving_count
     kept = subject.update(encoder).kept + len(rank.groups) * subject.update(subject.branch).kept
     activations = subject.footprint.activations(rank.size.times(1 / rank.pieces))
     if sharded:
         activations += subject.encoder.gathered * subject.width
     return {
         "parameters": number * subject.width,
-        "gradients": number * subject.width,
+        "gradients": moving * subject.width,
         "optimizer": kept,
         "averages": number * subject.width * subject.averaged,
         "activations": int(max(activations, 0)),
@@ -123,7 +124,9 @@ def _largest(subject: Subject, rank: Member, held: dict[str, int], limit: float,
 
 
 def _sent(subject: Subject, rank: Member, ranks: int, sharded: bool) -> float:
-    encoder, branch = subject.encoder.count * subject.width, subject.branch.count * subject.width
+    encoder, branch = subject.encoder.moving_count * subject.width, subject.branch.moving_count * subject.width
+    if sharded:  # weights travel, also those that are not trained
+        encoder = subject.encoder.count * subject.width
     rounds = _rounds(subject) if sharded else 2
     return sent(ranks, encoder, rounds) + sum(sent(size, branch) for _, size in rank.groups)
 
@@ -220,7 +223,8 @@ def update_work(subject: Subject, encoder: Parameters, branches: int) -> Work:
     """The optimizer's update of the encoder (or of a piece of it) and of some branches, with norm and average."""
     one, other = subject.update(encoder).work, subject.update(subject.branch).work
     number = encoder.count + branches * subject.branch.count
-    beside = number * subject.width * (GRADIENTS + AVERAGE * subject.averaged)
+    moving = encoder.moving_count + branches * subject.branch.moving_count
+    beside = subject.width * (moving * GRADIENTS + number * AVERAGE * subject.averaged)
     return Work(
         (one.flops + branches * other.flops) * subject.width / 4,  # an operation in double precision counts as two
         one.traffic + branches * other.traffic + beside,
@@ -243,7 +247,8 @@ def _waits(
     Counts of labels that are not known travel beside a step that holds a sum of the same length, and take nothing.
     """
     width = subject.width
-    encoder, branch = subject.encoder.count * width, subject.branch.count * width
+    encoder = (subject.encoder.count if sharded else subject.encoder.moving_count) * width
+    branch = subject.branch.moving_count * width
     groups = [(size, float(branch)) for _, size in rank.groups if size > 1]
     last = backward / rank.pieces  # gradients travel in the last micro-batch
     small = collective(machine, ranks, 0.0, rounds=2)

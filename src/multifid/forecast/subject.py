@@ -23,6 +23,7 @@ from multifid.model.potential import ModelConfig
 from multifid.parallel.shard import rows_of_piece
 from multifid.store.store import Store
 from multifid.training.costs import SAMPLE, gathered
+from multifid.training.finetune import FinetuneConfig, moves_of_encoder
 from multifid.training.work import Shapes, UpdateWork, count_update
 
 # Error of an estimated cost, as `data.loader.edge_costs` states it.
@@ -46,11 +47,21 @@ class Parameters:
     """Of the encoder, or of one branch."""
 
     shapes: Shapes
+    frozen: frozenset[str] = frozenset()  # names of those that are not trained: no gradient, no moments
     gathered: int = 0  # numbers that a rank holds beside its pieces where they are sharded
 
     @property
     def count(self) -> int:
         return sum(math.prod(shape) for _, shape in self.shapes)
+
+    @property
+    def moving(self) -> Shapes:
+        """Those that are trained."""
+        return tuple((name, shape) for name, shape in self.shapes if name not in self.frozen)
+
+    @property
+    def moving_count(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.moving)
 
     def sharded(self, ranks: int) -> "Parameters":
         """The largest piece of a rank where every parameter is cut along its first dimension."""
@@ -76,7 +87,7 @@ class Subject:
 
     def update(self, parameters: Parameters) -> UpdateWork:
         """What the optimizer asks of a device for an update of these parameters, and what it keeps of them."""
-        return count_update(self.optimizer, parameters.shapes, torch.float64 if self.width == 8 else torch.float32)
+        return count_update(self.optimizer, parameters.moving, torch.float64 if self.width == 8 else torch.float32)
 
     def times(self, factor: float) -> "Subject":
         """The same with so many times the structures in a step."""
@@ -131,6 +142,7 @@ def subject_of(
         max_edges=config.train.max_edges,
         near=2 ** round(math.log2(min(max(atoms / ranks, 64), 8192))),
         processor=processor,
+        finetune=config.finetune,
     )
 
 
@@ -146,11 +158,14 @@ def make_subject(
     max_edges: int | None = None,
     near: int = 2048,
     processor: bool = False,
+    finetune: FinetuneConfig | None = None,
 ) -> Subject:
     """A run from plain numbers, without stores. near: about the atoms of a rank's batch.  processor: no accelerator."""
     with torch.device("meta"):
         encoder = build_encoder(model.encoder, model.cutoff)
         branch = Branch(encoder, model.branch, model.cutoff)
+    if finetune is not None:
+        moves_of_encoder(encoder, finetune, 0)
     beside = gathered(encoder, model.branch.forces == "conservative", max_edges is not None)
     atoms = sum(load.structures * load.atoms for load in tasks.values())
     edges = sum(load.structures * load.edges for load in tasks.values())
@@ -195,4 +210,6 @@ def _footprint(
 
 def _parameters(prefix: str, module: torch.nn.Module) -> Parameters:
     """With the names that they have in a whole model: an optimizer may go by them."""
-    return Parameters(tuple((name, tuple(p.shape)) for name, p in module.named_parameters(prefix=prefix)))
+    named = dict(module.named_parameters(prefix=prefix))
+    frozen = frozenset(name for name, p in named.items() if not p.requires_grad)
+    return Parameters(tuple((name, tuple(p.shape)) for name, p in named.items()), frozen)

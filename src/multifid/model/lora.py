@@ -47,7 +47,7 @@ def add_lora(encoder: nn.Module, rank: int, maps: str, seed: int) -> None:
     chosen = chosen_maps(encoder, maps)
     for name, module in chosen.items():
         added = LowRank(module.weight, rank, generator_for(seed, f"lora {name}"))
-        parametrize.register_parametrization(module, "weight", added.to(module.weight.dtype))
+        parametrize.register_parametrization(module, "weight", added.to(module.weight.device, module.weight.dtype))
 
 
 def has_lora(names: Mapping[str, object]) -> bool:

@@ -19,7 +19,7 @@ from multifid.graphs.batch import Batch, edge_vectors
 from multifid.graphs.neighbors import neighbor_list
 from multifid.graphs.origin import near_origin
 from multifid.model.electrons import as_trained
-from multifid.model.undetermined import StaleBranch, UndeterminedEnergy, undetermined, warning
+from multifid.model.undetermined import StaleBranch, UndeterminedEnergy, stale, undetermined, warning
 from multifid.structures.atoms import pack_atoms
 from multifid.structures.elements import MAX_Z, SYMBOLS
 from multifid.structures.properties import OF_ATOMS, Property, shape_of
@@ -137,13 +137,8 @@ class TaskModel(ABC):
             )
         if name not in self.tasks:
             raise ValueError(f"this model has no task {name!r}; it has {listed}")
-        if self.description["tasks"][name].get("stale"):
-            warnings.warn(
-                f"the branch of task {name!r} is stale: the encoder was fine-tuned without its data, and its "
-                "errors are larger than they were; take the model that it came from, or fine-tune with replay",
-                StaleBranch,
-                stacklevel=3,
-            )
+        if (said := stale(name, self.description["tasks"][name])) is not None:
+            warnings.warn(said, StaleBranch, stacklevel=3)
         return name
 
     def predict(

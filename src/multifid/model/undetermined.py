@@ -23,6 +23,16 @@ class StaleBranch(UserWarning):
     """The encoder was fine-tuned without the data of this branch."""
 
 
+def stale(task: str, about: Mapping[str, object]) -> str | None:
+    """What to say of a task whose branch is stale, `about` the task in the model's description; None of others."""
+    if not about.get("stale"):
+        return None
+    return (
+        f"the branch of task {task!r} is stale: the encoder was fine-tuned without its data, and its errors are larger "
+        "than they were; take the model that it came from, or fine-tune with --replay or --distil"
+    )
+
+
 def undetermined(null_space: Sequence[Mapping[str, float]] | None, packed: Packed) -> np.ndarray:
     """Which structures have such a composition: (S,) bool. Nothing is said where the null space is not known (None).
 

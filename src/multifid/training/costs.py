@@ -15,6 +15,7 @@ from multifid.model.branch import Branch
 from multifid.model.encoders import build_encoder
 from multifid.parallel.layout import GIB, Load, Memory
 from multifid.parallel.shard import elements, layers_of
+from multifid.training.finetune import moves_of_encoder
 from multifid.training.optimizer import beside_moments
 
 SAMPLE = 1000  # structures of a train split whose edges are estimated
@@ -72,7 +73,12 @@ def encoder_bytes(config: Config, ranks: int) -> int:
         encoder = build_encoder(config.model.encoder, config.model.cutoff)
     copies, number = bytes_per_parameter(config), _bytes_of_number(config)
     if ranks == 1 or not config.parallel.shard_encoder:
-        return copies * sum(p.numel() for p in encoder.parameters()) + number * kept_beside(config)[0]
+        if config.finetune is not None:
+            moves_of_encoder(encoder, config.finetune, 0)
+        moving = {n: p for n, p in encoder.named_parameters(prefix="encoder") if p.requires_grad}
+        whole, trained = sum(p.numel() for p in encoder.parameters()), sum(p.numel() for p in moving.values())
+        beside = beside_moments(config.train.optimizer, moving)
+        return copies * trained + number * (beside + (whole - trained) * (1 + (config.train.ema is not None)))
     pieces = sum(elements(p.shape, ranks) for p in encoder.parameters())
     conservative = config.model.branch.forces == "conservative"
     return copies * pieces + number * gathered(encoder, conservative, config.train.max_edges is not None)

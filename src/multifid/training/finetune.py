@@ -77,24 +77,23 @@ def prepare_moves(potential: Potential, finetune: FinetuneConfig | None, seed: i
     """
     if finetune is None:
         return {}
+    factors = {
+        f"encoder.{name}": factor for name, factor in moves_of_encoder(potential.encoder, finetune, seed).items()
+    }
+    return factors | {n: 1.0 for n, p in potential.named_parameters() if p.requires_grad and n not in factors}
+
+
+def moves_of_encoder(encoder: nn.Module, finetune: FinetuneConfig, seed: int) -> dict[str, float]:
+    """`prepare_moves` for an encoder alone, which may be without memory (`meta`)."""
     if finetune.moves == "lora":
-        add_lora(potential.encoder, finetune.rank, finetune.maps, seed)
-    height = heights(potential.encoder)
-    factors = {}
-    for name, parameter in potential.named_parameters():
-        factor = 1.0
-        if name.startswith("encoder."):
-            above = height[name.removeprefix("encoder.")]
-            factor = finetune.encoder_lr * finetune.layer_decay**above
-            moving = {
-                "branch": False,
-                "last": above < finetune.layers,
-                "lora": name.endswith(FACTORS),
-                "all": True,
-            }[finetune.moves]
-            parameter.requires_grad_(moving)
+        add_lora(encoder, finetune.rank, finetune.maps, seed)
+    height, factors = heights(encoder), {}
+    for name, parameter in encoder.named_parameters():
+        above = height[name]
+        moving = {"branch": False, "last": above < finetune.layers, "lora": name.endswith(FACTORS), "all": True}
+        parameter.requires_grad_(moving[finetune.moves])
         if parameter.requires_grad:
-            factors[name] = factor
+            factors[name] = finetune.encoder_lr * finetune.layer_decay**above
     return factors
 
 

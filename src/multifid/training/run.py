@@ -43,6 +43,7 @@ from multifid.training.journal import Journal
 from multifid.training.length import Length, length_of
 from multifid.training.lines import Lines
 from multifid.training.log import Bar, Log, duration
+from multifid.training.old_branches import described, keep_old_branches, kept_places
 from multifid.training.opening import heading, opening
 from multifid.training.pace import Pace
 from multifid.training.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
@@ -299,8 +300,7 @@ def save(run: Run, better: bool) -> None:
     description = describe_model(run)
 
     def write_best(folder: Path) -> None:
-        consolidate(folder, run.folder / "model.safetensors")
-        save_description(run.folder / "model.json", description)
+        write_model(run, folder, "model.safetensors", description)
 
     names = [*(part_of_branch(b) for b in sorted(set(run.config.branch_of().values()))), ENCODER]
     state = state_of(run.trainer, run.position, run.feed.draws)
@@ -314,7 +314,17 @@ def save(run: Run, better: bool) -> None:
 def keep_beginning(run: Run) -> None:
     """What `init` gave is kept before the first step: from then on the other run is not needed."""
     if run.config.init is not None and run.position.step == 0 and not folder_of(run.folder, 0).exists():
+        with run.world.together():
+            if run.world.first:
+                keep_old_branches(run.folder, run.config)
         save(run, better=False)
+
+
+def write_model(run: Run, checkpoint: Path, name: str, description: dict[str, Any]) -> None:
+    """The weights of a checkpoint, with the branches that a fine-tuned run keeps, and RUN/model.json."""
+    whole = described(run.folder, description)
+    consolidate(checkpoint, run.folder / name, kept_places(run.folder, whole))
+    save_description(run.folder / "model.json", whole)
 
 
 def finish(run: Run, stop: list[str]) -> Ending:
@@ -338,8 +348,7 @@ def finish(run: Run, stop: list[str]) -> Ending:
 def write_last(run: Run) -> None:
     """Write the last model beside the best one and say where both are. On rank 0."""
     position = run.position
-    consolidate(folder_of(run.folder, position.step), run.folder / "last.safetensors")
-    save_description(run.folder / "model.json", describe_model(run))
+    write_model(run, folder_of(run.folder, position.step), "last.safetensors", describe_model(run))
     why = "stopped early" if position.ended else "complete"
     run.log.print(
         escape(

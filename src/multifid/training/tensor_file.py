@@ -17,6 +17,8 @@ from torch import Tensor
 
 from multifid.model.lora import has_lora, merged
 
+NOTHING: Mapping[str, Any] = {}
+
 
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file by name. Each access reads one tensor into memory of its own."""
@@ -57,15 +59,25 @@ class TensorFiles(Mapping[str, TensorFile]):
         return len(self._stems)
 
 
-def consolidate(folder: Path, path: Path) -> None:
-    """The weights of a checkpoint (the averaged ones where there are some) as one file, committed by rename."""
-    places = {}  # parameter -> (its description, its file, where its bytes begin there)
+Places = dict[str, tuple[dict[str, Any], Path, int]]  # parameter -> (its description, its file, where its bytes begin)
+
+
+def places_of(file: Path) -> Places:
+    """The weights in a file of a checkpoint: the averaged ones where there are some."""
+    header, begin = _header(file)
+    kind = "ema/" if any(name.startswith("ema/") for name in header) else "weight/"
+    return {
+        name.removeprefix(kind): (about, file, begin + about["data_offsets"][0])
+        for name, about in header.items()
+        if name.startswith(kind)
+    }
+
+
+def consolidate(folder: Path, path: Path, beside: Mapping[str, Any] = NOTHING) -> None:
+    """The weights of a checkpoint as one file, committed by rename. beside: weights that are not the checkpoint's."""
+    places = dict(beside)
     for file in sorted(folder.glob("*.safetensors")):
-        header, begin = _header(file)
-        kind = "ema/" if any(name.startswith("ema/") for name in header) else "weight/"
-        for name, about in header.items():
-            if name.startswith(kind):
-                places[name.removeprefix(kind)] = (about, file, begin + about["data_offsets"][0])
+        places |= places_of(file)
     part = path.with_suffix(".part")
     if has_lora(places):
         held = {n: TensorFile(file)[_kind(file, n)] for n, (_, file, _) in places.items()}

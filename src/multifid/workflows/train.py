@@ -10,6 +10,7 @@ from rich.console import Console
 from multifid.apply.model import Model
 from multifid.config import Config, as_config
 from multifid.model import predictor
+from multifid.parallel import groups
 from multifid.training.callbacks import Callback
 from multifid.training.ending import Ending
 from multifid.training.run import train as train_run
@@ -70,5 +71,15 @@ def train(
         RuntimeError: this rank leaves because another one failed, which says why. In the midst of a step, where it may
             wait for the other one for ever, its process is ended (exit code 75).
     """
-    console = Console(stderr=True, quiet=quiet)
-    return Result(**vars(train_run(as_config(config), console, callbacks=callbacks, signals=signals)))
+    console, asked = Console(stderr=True, quiet=quiet), as_config(config)
+    if asked.finetune is None:
+        return Result(**vars(train_run(asked, console, callbacks=callbacks, signals=signals)))
+    from multifid.workflows.finetune.refit import refit_at_the_end  # which needs this module
+
+    with groups.world(asked.train.device, asked.parallel.silence) as world:
+        ending = train_run(asked, console, joined=world, callbacks=callbacks, signals=signals)
+        with world.together():
+            if world.first and ending.complete:
+                new = [task for task in asked.tasks if task in asked.finetune.branches]
+                refit_at_the_end(Path(asked.run), asked, new, console)
+    return Result(**vars(ending))

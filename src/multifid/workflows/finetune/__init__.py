@@ -13,9 +13,10 @@ from rich.console import Console
 from multifid.config import Config, apply_override, load_config, parse_config
 from multifid.evaluation.evaluate import evaluate_run, label_sets
 from multifid.evaluation.properties import property_rows, property_table
-from multifid.evaluation.rows import write_rows
+from multifid.evaluation.rows import OLD_TASKS, write_rows
 from multifid.evaluation.table import quantities, rich_table
 from multifid.feed.loader import open_sources
+from multifid.model.saved import load_description
 from multifid.parallel import groups
 from multifid.parallel.launch import cache_directory
 from multifid.store.store import Store
@@ -23,13 +24,10 @@ from multifid.training.callbacks import Callback
 from multifid.training.run import train as train_run
 from multifid.workflows.finetune.asked import Fractions, targets
 from multifid.workflows.finetune.begin import SCRATCH, begun
-from multifid.workflows.finetune.old_branches import keep_old_branches
 from multifid.workflows.finetune.refit import refit_at_the_end, refit_only
 from multifid.workflows.train import Result
 
 __all__ = ["SCRATCH", "finetune", "refit_references"]
-
-OLD_TASKS = "old_tasks.json"
 
 
 def finetune(
@@ -101,13 +99,8 @@ def finetune(
         ending = train_run(config, console, joined=world, callbacks=callbacks, signals=signals)
         with world.together():
             if world.first and ending.complete:
-                moved = config.finetune is None or config.finetune.moves != "branch"
-                kept = keep_old_branches(run, path, moved)
                 refit_at_the_end(run, config, [t for t in config.tasks if t in _new(config)], console)
-                if kept:
-                    state = "stale: the encoder has moved without their data" if moved else "as they were"
-                    line = f"branches of {path} that are kept, {state}: {', '.join(kept)}"
-                    console.print(line, soft_wrap=True, highlight=False, markup=False)
+                _say_what_is_kept(run, path, console)
                 _old_tasks(run, path, console)
     return Result(**vars(ending))
 
@@ -128,6 +121,15 @@ def _new(config: Config) -> Mapping[str, str | None]:
     """The tasks that the run was fine-tuned to, those of replay left out."""
     assert config.finetune is not None, "begun by `finetune`, or refused"
     return config.finetune.branches
+
+
+def _say_what_is_kept(run: Path, model: Path, console: Console) -> None:
+    """The branches of the start model that the run did not train, and whether they are stale."""
+    kept = {t: about for t, about in load_description(run)["tasks"].items() if "kept_from" in about}
+    for stale, state in ((True, "stale: the encoder has moved without their data"), (False, "as they were")):
+        if names := [task for task, about in kept.items() if bool(about.get("stale")) == stale]:
+            line = f"branches of {model} that are kept, {state}: {', '.join(names)}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _old_tasks(run: Path, model: Path, console: Console) -> None:

@@ -17,10 +17,11 @@ from multifid.evaluation.calibrate import Points, points
 from multifid.evaluation.evaluate import Share
 from multifid.evaluation.matrix import TWO_LEVEL
 from multifid.evaluation.matrix import Row as Errors
-from multifid.evaluation.rows import read_rows
+from multifid.evaluation.rows import OLD_TASKS, read_rows
 from multifid.feed.loader import open_sources
 from multifid.model.predictor import Predictor, load
 from multifid.model.saved import Description, load_description
+from multifid.model.undetermined import stale
 from multifid.store.store import Store
 from multifid.training.journal import read_journal
 from multifid.workflows.report.sample import TaskErrors, errors_of
@@ -43,6 +44,7 @@ class PageContent:
     warnings: list[str]
     study: bool
     deviations: dict[str, Points] = field(default_factory=dict)  # of a run that was calibrated, beside its errors
+    old_tasks: list[Errors] = field(default_factory=list)  # of a fine-tuned run: rows of `before` and `after`
 
 
 def report(path: Path, out: Path, structures: int = STRUCTURES, console: Console | None = None) -> Path:
@@ -91,8 +93,9 @@ def gather(path: Path, structures: int) -> PageContent:
             if model.rigidity is not None and task in model.rigidity.tasks:
                 deviations[task] = points(model, source, task, model.rigidity, "test", Share())
     warnings += _warnings(journal, description, errors)
+    rows, old = read_rows(path), read_rows(run, OLD_TASKS)
     return PageContent(
-        str(path), run, config, description, journal, read_rows(path), errors, stores, warnings, study, deviations
+        str(path), run, config, description, journal, rows, errors, stores, warnings, study, deviations, old
     )
 
 
@@ -136,6 +139,8 @@ def _warnings(journal: Sequence[dict[str, Any]], about: Description, errors: dic
     skipped = sum(row.get("skipped") or 0 for row in {r["step"]: r for r in validated}.values())
     if skipped:
         found.append(f"{skipped} updates were skipped, because a loss or gradient was not finite.")
+    told = [stale(task, one) for task, one in about["tasks"].items()]
+    found += [text[0].upper() + text[1:] for text in told if text is not None]
     for task, one in errors.items():
         if one.unseen:
             found.append(f"Task {task}: {one.unseen} test structures hold elements that training never saw; left out.")

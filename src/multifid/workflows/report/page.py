@@ -72,6 +72,7 @@ def _parts(content: PageContent) -> dict[str, Any]:
         ],
         "test": _test_table(content),
         "matrices": _matrices(content),
+        "old_tasks": _old_tasks(content),
         "by_element": charted.add(charts.by_element(content.errors)),
         "by_size": charted.add(charts.by_size(content.errors)),
         "deviations": [
@@ -144,6 +145,26 @@ def _test_table(content: PageContent) -> list[dict[str, str]]:
             "stress": _milli(found.row.get("stress_mae")),
         }
         for task, found in content.errors.items()
+    ]
+
+
+def _old_tasks(content: PageContent) -> list[dict[str, str]]:
+    """Errors on data of the start model's tasks, before and after fine-tuning."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in content.old_tasks:
+        found.setdefault(row["data"], {})[row["model"]] = row
+    return [
+        {
+            "task": task,
+            "structures": f"{both['after']['counted_structures']:,}",
+            **{
+                f"{quantity}_{when}": _milli(row.get(f"{quantity}_mae"))
+                for when, row in both.items()
+                for quantity in ("energy", "forces")
+            },
+        }
+        for task, both in found.items()
+        if {"before", "after"} <= set(both)
     ]
 
 

@@ -69,7 +69,8 @@ def _files(given: Path | str, endings: tuple[str, ...], marks: tuple[str, ...]) 
         folders = {p.parent for p in entries if p.name in marks}
         plain = [p for p in entries if p.name.lower().endswith(endings) and not folders.intersection(p.parents)]
         found = sorted([*plain, *folders])
-        wanted = f"no file in {path} ends with {', '.join(endings)}"
+        ways = [f"ends with {', '.join(endings)}"] * bool(endings) + [f"is called {', '.join(marks)}"] * bool(marks)
+        wanted = f"no file in {path} {' or '.join(ways)}"
     elif any(sign in str(path) for sign in "*?["):
         found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if whole(p))
         wanted = f"no file matches {path}"

@@ -26,4 +26,7 @@ FORMATS: dict[str, Format] = {
     "csv": Format("multifid.readers.csv_table", "properties in a table, beside files of structures that ASE reads"),
     "store": Format("multifid.readers.stores", "prepared stores: merged, or a part of them"),
     "spice": Format("multifid.readers.spice", "SPICE, SPICE-2.0.1.hdf5"),
+    "deepmd": Format(
+        "multifid.readers.deepmd", "systems of DeePMD-kit: directories with type.raw and set.000/coord.npy"
+    ),
 }

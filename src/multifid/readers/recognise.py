@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
-from multifid.readers import reader
+from multifid.readers import folder_marks, reader
 from multifid.readers.formats import FORMATS
 from multifid.store.block import Block
 from multifid.structures.structure import Structure
@@ -18,8 +18,11 @@ LOOK = 200  # records of a file that a reader is shown
 def recognise(path: Path) -> str:
     """The format of a file. ValueError, with how to say it, where none or several of the readers can read it.
 
-    A name with an ending of one format alone is of that format; without a known ending, all formats are tried.
+    A name with an ending of one format alone is of that format; without a known ending, all formats are tried. A
+    directory is known by the files in it.
     """
+    if path.is_dir():
+        return _of_directory(path)
     by_name = [name for name in FORMATS if path.name.lower().endswith(reader(name).ENDINGS)]
     if len(by_name) == 1:
         return by_name[0]
@@ -28,6 +31,22 @@ def recognise(path: Path) -> str:
         return found[0]
     why = f"can be read as {' and as '.join(found)}" if found else "is in none of the formats that are known"
     raise ValueError(f"{path} {why}: say which one it is, FORMAT:{path}, with FORMAT one of {', '.join(FORMATS)}")
+
+
+def read_as_one(path: Path) -> bool:
+    """Whether a directory is one that some format reads as one file."""
+    return path.is_dir() and any((path / mark).is_file() for name in FORMATS for mark in folder_marks(reader(name)))
+
+
+def _of_directory(path: Path) -> str:
+    marks = {name: folder_marks(reader(name)) for name in FORMATS}
+    found = [name for name, own in marks.items() if any((path / mark).is_file() for mark in own)]
+    below = [name for name, own in marks.items() if not found and any(next(path.rglob(mark), None) for mark in own)]
+    if len(found or below) == 1:
+        return (found or below)[0]
+    raise ValueError(
+        f"{path} is a directory: say what the files in it are, FORMAT:{path}, with FORMAT one of {', '.join(FORMATS)}"
+    )
 
 
 def holds(path: Path, module: ModuleType) -> bool:

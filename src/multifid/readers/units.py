@@ -107,19 +107,24 @@ def _base(name: str) -> tuple[float, tuple[int, int]] | None:
     return (1e11 * PASCAL, STRESS) if name == "Mbar" else None
 
 
-class StressOptions(BaseModel):
-    """What the user says of the stress in a file."""
+class SignOptions(BaseModel):
+    """What the user says of the sign of a stress or virial."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    stress_unit: str | None = Field(
-        None,
-        description="unit of the stress: GPa, kbar, eV/angstrom^3, ...; default: what is declared, else the format's",
-    )
     stress_sign: Literal["tension", "compression"] | None = Field(
         None,
         description="what is positive in the stress: tension (as in ASE; virial = -stress x volume) or compression (as"
         " in VASP, and as a pressure; both signs reversed)",
+    )
+
+
+class StressOptions(SignOptions):
+    """What the user says of the stress in a file."""
+
+    stress_unit: str | None = Field(
+        None,
+        description="unit of the stress: GPa, kbar, eV/angstrom^3, ...; default: what is declared, else the format's",
     )
 
     @field_validator("stress_unit")
@@ -134,8 +139,8 @@ class StressOptions(BaseModel):
         return size if positive else -size
 
 
-class UnitOptions(StressOptions):
-    """What the user says of all units of a file."""
+class VirialUnitOptions(SignOptions):
+    """What the user says of the units of a file whose only stress is a virial, in its unit of energy."""
 
     energy_unit: str | None = Field(
         None, description="unit of energies: hartree, kcal/mol, ...; default: what the file declares, else eV"
@@ -177,6 +182,10 @@ class UnitOptions(StressOptions):
         stress = of("stress", energy / length**3)
         sign = -1.0 if self.stress_sign == "compression" else 1.0
         return Factors(energy, length, of("force", energy / length), sign * stress, -sign * of("virial", energy))
+
+
+class UnitOptions(VirialUnitOptions, StressOptions):
+    """What the user says of all units of a file."""
 
 
 class Factors(NamedTuple):

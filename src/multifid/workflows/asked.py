@@ -12,7 +12,7 @@ from multifid.parallel.groups import World
 from multifid.preparation.cache import Files, cached, place_of
 from multifid.readers import reader
 from multifid.readers.formats import FORMATS
-from multifid.readers.recognise import recognise
+from multifid.readers.recognise import read_as_one, recognise
 from multifid.store.fields import MANIFEST, TASK_NAME
 from multifid.store.store import Store
 from multifid.structures.properties import Property
@@ -46,7 +46,7 @@ def parse(text: str, option: str = "--data ") -> Asked:
         return Asked(name or None, Path(path), format)
     if (Path(rest) / MANIFEST).exists():
         return Asked(name or None, Path(rest))
-    if Path(rest).is_file():
+    if Path(rest).is_file() or read_as_one(Path(rest)):
         return Asked(name or None, Path(rest), recognise(Path(rest)))
     if not Path(rest).exists() and not any(sign in rest for sign in "*?["):
         raise ValueError(f"{option}{text}: there is no store and no file {rest}")

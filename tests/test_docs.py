@@ -35,10 +35,11 @@ def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
                 rows += [row.replace(f"`{encoder_name}: ", f"{encoder_name}: `") for row in own[1:]]
             continue
         if inner is not None:
-            many = "dict[" in str(field.annotation)
-            rows += reference(inner, f"{key}.<name>." if many else f"{key}.")
+            many = str(field.annotation).count("dict[")
+            rows += reference(inner, f"{key}{'.<name>' * many}.")
             continue
-        default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
+        default = field.get_default(call_default_factory=True, validated_data={})
+        default = "required" if default is PydanticUndefined else f"`{_plain(default)}`"
         rows.append(f"| `{key}` | {_kind(field.annotation)} | {default} | {field.description} |")
     return rows
 
@@ -55,6 +56,8 @@ def _kind(annotation: Any) -> str:
         return "map"
     if get_origin(annotation) is Annotated:
         return _kind(get_args(annotation)[0])
+    if annotation is Any:
+        return "anything"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true, false", "NoneType": "null"}[
         annotation.__name__
     ]

@@ -9,6 +9,7 @@
     atoms.calc = model.calculator(task="ani1x")         an ASE calculator; multifid.Calculator([...]) averages models
     rows = multifid.evaluate("runs/demo", "data/ani1x") errors of models on stores and files
     result = multifid.finetune("runs/demo", "mine.xyz", "runs/mine")    a trained model adapted to new data
+    found = multifid.tune("tune.yaml")                  a search over keys of a config; found.best is a config to train
     store = multifid.Store("data/ani1x")                a prepared dataset
     config = multifid.Config.from_file("config.yaml")   everything that a run is told
 
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
     from multifid.workflows.finetune import finetune
     from multifid.workflows.prepare import prepare
     from multifid.workflows.train import Result, train
+    from multifid.workflows.tune.outcome import Found
+    from multifid.workflows.tune.search import tune
 
 __version__ = "0.1.0"
 __all__ = [
     "Calculator",
     "Config",
+    "Found",
     "Model",
     "Output",
     "Predictor",
@@ -44,11 +48,13 @@ __all__ = [
     "load",
     "prepare",
     "train",
+    "tune",
 ]
 
 _WHERE = {
     "Calculator": "multifid.apply.calculator",
     "Config": "multifid.config",
+    "Found": "multifid.workflows.tune.outcome",
     "Model": "multifid.apply.model",
     "Output": "multifid.model.predictor",
     "Predictor": "multifid.model.predictor",
@@ -59,6 +65,7 @@ _WHERE = {
     "load": "multifid.apply.model",
     "prepare": "multifid.workflows.prepare",
     "train": "multifid.workflows.train",
+    "tune": "multifid.workflows.tune.search",
 }
 
 

@@ -18,6 +18,7 @@ from multifid.parallel.layout import ParallelConfig
 from multifid.training.finetune import FinetuneConfig
 from multifid.training.loss import ObjectiveConfig
 from multifid.training.settings import TrainConfig
+from multifid.workflows.tune.settings import TuneConfig
 
 
 class StudyConfig(BaseModel):
@@ -46,6 +47,7 @@ class Config(BaseModel):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     finetune: FinetuneConfig | None = Field(None, description="how another model is taken over, beside `init`")
     study: StudyConfig | None = Field(None, description="only for `multifid study`")
+    tune: TuneConfig | None = Field(None, description="only for `multifid tune`")
 
     @field_validator("tasks")
     @classmethod

@@ -145,6 +145,20 @@ def study(
 
 
 @command(PANEL)
+def tune(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a training config, with a `tune` section")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as tune.trials=30")] = None,
+) -> None:
+    """Search keys of a config for the best model; the same command goes on, and joins in from other jobs."""
+    from multifid.config import load_config
+    from multifid.parallel.groups import STOPPED
+    from multifid.workflows.tune.search import tune as run
+
+    if not run(load_config(config, overrides), signals=True).complete:
+        raise typer.Exit(STOPPED)
+
+
+@command(PANEL)
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml|RUN", help="a config, or a run")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="as train.batch=64")] = None,
@@ -205,14 +219,19 @@ def scaling(
 
 @command(PANEL)
 def report(
-    path: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="a run's or a study's directory")],
+    path: Annotated[Path, typer.Argument(metavar="RUN|STUDY|SEARCH", help="the directory of a run, study or search")],
     out: Annotated[Path, typer.Option(help="the page that is written")] = Path("report.html"),
     structures: Annotated[int, typer.Option(help="of each task's test split, for errors in detail")] = 1_000,
 ) -> None:
-    """One page about a run or a study, for a browser, without a network: data, curves, errors, outliers, speed."""
+    """One page about a run, study or search, for a browser, without a network: data, curves, errors, speed."""
     from multifid.workflows.report import report as run
+    from multifid.workflows.tune.report import is_search
+    from multifid.workflows.tune.report import report as of_search
 
-    run(path, out, structures)
+    if is_search(path):
+        of_search(path, out)
+    else:
+        run(path, out, structures)
 
 
 @command(PANEL)

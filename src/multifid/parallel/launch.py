@@ -5,7 +5,8 @@ Apart from `groups`, so that what needs no torch knows its rank too.
 
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,3 +72,33 @@ def _first_host(nodes: str) -> str:
     """The first host of Slurm's list: nid[0012-0015,0020],login1 -> nid0012."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
     return (match[1] + (match[2] or "")) if match else ""
+
+
+def command_of(
+    module: Sequence[str],
+    ranks: int,
+    launcher: str = "auto",
+    slot: int = 0,
+    at_once: int = 1,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) of a Python module on ranks of its own, one of `at_once` such groups side by side.
+
+    module: its name and its arguments.  launcher: `torchrun`, `srun`, or `auto`: srun inside an allocation of Slurm.
+    slot: of this group among those on this host, which take the host's accelerators in turn.  options: more of srun.
+    """
+    base, e = [sys.executable, "-m", *module], dict(environment)
+    cores = os.cpu_count() or 1
+    if at_once * ranks > 1:
+        e.setdefault("OMP_NUM_THREADS", str(max(1, cores // (at_once * ranks))))
+    if launcher == "srun" or (launcher == "auto" and "SLURM_JOB_ID" in e):
+        return ["srun", f"--ntasks={ranks}", "--exact", *options, *base], e
+    if ranks == 1:
+        return base, e | {"LOCAL_RANK": str(slot)}
+    if at_once > 1 and (shown := e.get("CUDA_VISIBLE_DEVICES", "")):
+        devices = shown.split(",")
+        mine = [devices[(slot * ranks + k) % len(devices)] for k in range(ranks)]
+        e["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    return [*launched, *module], e

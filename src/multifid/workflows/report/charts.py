@@ -21,6 +21,7 @@ POINTS = 1_500  # of a parity plot
 BONDED = 1.25  # times the sum of covalent radii
 DRAWN = 400  # atoms of a structure in a 3D view, at most
 GRID = "rgba(128,128,128,0.25)"
+MARGIN = {"l": 60, "r": 12, "t": 34, "b": 48}  # of a figure, pixels
 
 
 def colors(tasks: Sequence[str]) -> dict[str, str]:
@@ -28,7 +29,7 @@ def colors(tasks: Sequence[str]) -> dict[str, str]:
     return {task: COLORS[k % len(COLORS)] for k, task in enumerate(tasks)}
 
 
-def as_json(figure: go.Figure, height: int) -> str:
+def as_json(figure: go.Figure, height: int, margin: Mapping[str, int] = MARGIN) -> str:
     """What the page hands to plotly; nothing in it can end the script that it stands in."""
     axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True}
     figure.update_layout(
@@ -37,7 +38,7 @@ def as_json(figure: go.Figure, height: int) -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#7c818a"},
-        margin={"l": 60, "r": 12, "t": 34, "b": 48},
+        margin=dict(margin),
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         hoverlabel={"font": {"size": 13}},
     )

@@ -15,16 +15,32 @@ OUTLIERS = 4  # structures of each task that are shown
 
 def render(content: PageContent) -> str:
     """The whole page. ValueError names the extra where plotly is missing."""
+    need_plotly("multifid report")
+    return filled("multifid.workflows.report", _parts(content))
+
+
+def need_plotly(command: str) -> None:
+    """ValueError names the extra where what pages are made with is missing."""
     try:
-        from jinja2 import Environment, StrictUndefined
-        from plotly.offline import get_plotlyjs
+        import jinja2
+        import plotly.offline  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"`multifid report` draws with plotly, which is not installed ({error}): pip install 'multifid[report]'"
+            f"`{command}` draws with plotly, which is not installed ({error}): pip install 'multifid[report]'"
         ) from None
-    text = files("multifid.workflows.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    del jinja2
+
+
+def filled(package: str, parts: dict[str, Any]) -> str:
+    """The template `page.html.jinja` of a package with its parts, and with what all pages have in common."""
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    common = files("multifid.workflows.report")
+    style, draw = (common.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "draw.js"))
+    text = files(package).joinpath("page.html.jinja").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(text)
-    return template.render(**_parts(content), plotly=get_plotlyjs())
+    return template.render(**parts, style=style, draw=draw, plotly=get_plotlyjs())
 
 
 def _parts(content: PageContent) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from conftest import write_molecules
 from multifid.config import load_config
 from multifid.evaluation.nearest import agreement, ranking
 from multifid.evaluation.rows import OLD_TASKS, read_rows
+from multifid.evaluation.spread import farthest
 from multifid.model.model_file import export_model
 from multifid.model.undetermined import StaleBranch
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
 from multifid.structures.elements import NUMBERS, chemical_neighbours
+from multifid.workflows.export import export
 from multifid.workflows.finetune import refit_references
 from multifid.workflows.finetune.curve import learning_curve
 from multifid.workflows.finetune.subsets import sizes_of
@@ -47,8 +49,8 @@ def fig(tmp_path_factory) -> Store:
     return Store(folder / "fig")
 
 
-def tuned(parent, store, out, *more, **how):
-    return multifid.finetune(parent, f"fig={store.path}", out, [*SHORT, *more], quiet=True, **how)
+def tuned(parent, store, out, *more, data="fig", **how):
+    return multifid.finetune(parent, f"{data}={store.path}", out, [*SHORT, *more], quiet=True, **how)
 
 
 def test_the_first_step_is_as_good_as_the_model_with_refitted_references(parent, fig, tmp_path):
@@ -154,6 +156,48 @@ def test_replayed_tasks_are_trained_on_and_not_stale(parent, fig, stores, tmp_pa
     assert any("'berry' is stale" in text for text in content.warnings)
     [row] = _old_tasks(content)
     assert row["forces_after"] == _milli(after["forces_mae"]) != row["forces_before"]
+
+
+def test_a_replay_store_beside_a_model_file_is_found_and_bound_to_its_model(parent, fig, tmp_path):
+    model = export(parent, tmp_path / "parent.mfid", replay=8)
+    again = export(parent, tmp_path / "again.mfid", tasks=["apple"], replay=8)
+    small = {task: Store(tmp_path / "parent.replay" / task) for task in ("apple", "berry")}
+    assert {t: (s.size("train"), s.size("validation")) for t, s in small.items()} == dict.fromkeys(small, (8, 2))
+    assert Store(tmp_path / "again.replay" / "apple").content == small["apple"].content, "the same are chosen again"
+    run = tuned(model, fig, tmp_path / "run", replay=["auto"]).run
+    about = multifid.load(run).description["tasks"]
+    before = multifid.load(parent).description["tasks"]
+    for task in small:
+        assert "stale" not in about[task] and about[task]["again"]["structures"] == 8
+        assert about[task]["references"] == before[task]["references"]
+        assert about[task]["structures"] == before[task]["structures"]
+        assert load_config(run).tasks[task].store == str(small[task].path)
+    with pytest.raises(ValueError, match=r"--replay auto: there is no .*again2.replay"):
+        tuned(again.rename(tmp_path / "again2.mfid"), fig, tmp_path / "none", replay=["auto"])
+    with pytest.raises(ValueError, match="was made for another model"):
+        tuned(run, fig, tmp_path / "none", data="other", replay=[str(tmp_path / "parent.replay")])
+
+
+def test_the_farthest_points_cover_all_clusters():
+    points = np.concatenate([np.random.default_rng(k).normal(10 * k, 0.1, (n, 3)) for k, n in enumerate((90, 5, 3, 2))])
+    chosen = farthest(points, 4)
+    assert sorted(np.searchsorted([90, 95, 98], chosen, side="right")) == [0, 1, 2, 3]
+    assert len(farthest(points, 1000)) == len(set(farthest(points, 1000))) == 100
+
+
+def test_distilled_branches_are_trained_on_what_the_start_model_says(parent, fig, tmp_path):
+    how = {"cache": tmp_path / "cache"}
+    run = tuned(parent, fig, tmp_path / "run", "train.lr=1e-4", distil="new", **how).run
+    labels = Store(load_config(run).tasks["berry"].store)
+    assert labels.structures == fig.structures and set(labels.tasks) == {"apple", "berry"}
+    said = multifid.load(parent, precision="fp64").predict(_atoms(fig.read([0, 3])), "berry")
+    held = labels.read([0, 3]).labels["berry"]
+    np.testing.assert_allclose(held.energy, said.energy, rtol=1e-12)
+    np.testing.assert_allclose(held.forces, np.concatenate(said.forces), atol=1e-6)
+    about = multifid.load(run).description["tasks"]
+    assert not any(about[t].get("stale") for t in about)
+    with pytest.raises(ValueError, match="was made for another model"):
+        tuned(run, fig, tmp_path / "other", data="other", distil=str(labels.path), **how)
 
 
 def test_training_on_keeps_the_old_branches_without_the_start_model(parent, fig, tmp_path):

@@ -154,6 +154,10 @@ def export(
     threads: Annotated[
         str | None, typer.Option(help="pt2: loops of one thread or of all: one or all; default: one")
     ] = None,
+    replay: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="mfid: write N training structures of each task too, for fine-tuning"),
+    ] = None,
     cutoff: Annotated[float | None, typer.Option(help="adios: angstrom, of the edges in the file; default: 5")] = None,
 ) -> None:
     """One file that is the model, with a model card beside it, or a store as an ADIOS2 file.
@@ -165,7 +169,13 @@ def export(
     if format == "adios" or (format is None and out.name.lower().endswith(".bp")):
         from multifid.workflows.export_adios import export_adios
 
-        told = {"tasks": tasks, "precision": precision, "instructions": instructions, "threads": threads}
+        told = {
+            "tasks": tasks,
+            "precision": precision,
+            "instructions": instructions,
+            "threads": threads,
+            "replay": replay,
+        }
         if given := [f"--{name}" for name, value in told.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: of no meaning where a store becomes an ADIOS2 file")
         export_adios(run, out, task, 5.0 if cutoff is None else cutoff)
@@ -176,7 +186,7 @@ def export(
     from multifid.workflows.export import export as run_export
 
     code = Compilation(task, precision, instructions, threads)
-    run_export(run, out, None if tasks is None else tasks.split(","), weights, format, code)
+    run_export(run, out, None if tasks is None else tasks.split(","), weights, format, code, replay)
 
 
 lammps = typer.Typer(help="Models in LAMMPS.", no_args_is_help=True)

@@ -57,7 +57,14 @@ def finetune(
     ] = None,
     replay: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK=STORE", help="a task of the model to train on too, so as not to forget it"),
+        typer.Option(
+            metavar="TASK=STORE|DIR|auto",
+            help="old tasks to train on too, not to forget them; auto: their stores",
+        ),
+    ] = None,
+    distil: Annotated[
+        str | None,
+        typer.Option(metavar="new|PATH", help="old tasks are kept by what the model predicts of these structures"),
     ] = None,
     references: Annotated[
         bool, typer.Option("--references", help="only fit reference energies to the data, in seconds; no training")
@@ -100,8 +107,8 @@ def finetune(
     if sizes is None and (repeat != 1 or test or scratch):
         raise ValueError("--repeat, --test and --scratch are for learning curves: say --sizes too")
     if references:
-        if len(asked) != 1 or overrides or replay or sizes is not None:
-            raise ValueError("--references takes one dataset, and no keys of the config, no --replay and no --sizes")
+        if len(asked) != 1 or overrides or replay or distil or sizes is not None:
+            raise ValueError("--references takes one dataset, no keys of the config, no --replay, --distil or --sizes")
         refit_references(model, asked[0], out, start=start, options=options, trust_units=trust_units, cache=cache)
         return
     shares = [number(x, "--fractions") for x in fractions.split(",")]
@@ -118,7 +125,9 @@ def finetune(
         "signals": True,
     }
     if sizes is None:
-        complete = run(model, asked, out, overrides, **how).complete
+        complete = run(model, asked, out, overrides, distil=distil, **how).complete
+    elif distil is not None:
+        raise ValueError("--distil is for one run: a learning curve (--sizes) takes --replay")
     elif len(asked) > 1:
         raise ValueError(f"--sizes takes one dataset, not {len(asked)}: {', '.join(asked)}")
     else:

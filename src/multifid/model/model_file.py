@@ -133,6 +133,15 @@ def with_tasks(description: Description, tasks: Sequence[str] | None) -> Descrip
     return {**description, "tasks": kept, "branches": sorted({about["branch"] for about in kept.values()})}
 
 
+def fingerprint(potential: Potential, description: Description, task: str) -> str:
+    """A hash of all that answers for a task: encoder, branch, reference energies, scale. A file has that of its run."""
+    about = description["tasks"][task]
+    rooms = ("encoder.", f"branches.{about['branch']}.")
+    weights = checksum({n: t.float() for n, t in potential.state_dict().items() if n.startswith(rooms)})
+    rest = json.dumps([sorted(about["references"].items()), about["scale"]])
+    return xxhash.xxh3_64_hexdigest(f"{weights} {rest}".encode())
+
+
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """xxh3 of the names, shapes and bytes of tensors, in the order of their names."""
     digest = xxhash.xxh3_64()

@@ -191,9 +191,7 @@ class TaskModel(ABC):
         parts = [
             part
             for first, last in _pieces(packed, model.cutoff, max_edges)
-            for part in model._of(
-                _between(packed, first, last), name, first, with_stress, features, uncertainty, doubts
-            )
+            for part in model._of(between(packed, first, last), name, first, with_stress, features, uncertainty, doubts)
         ]
         energy = np.array([p[0] for p in parts], np.float64)
         rest = [[p[k] for p in parts] for k in range(1, 5)]
@@ -213,7 +211,7 @@ class TaskModel(ABC):
         """The answer of a task of a property."""
         found = []
         for first, last in _pieces(packed, self.cutoff, max_edges):
-            part = _between(packed, first, last)
+            part = between(packed, first, last)
             if len(part.numbers):
                 batch = batch_of(part, self.cutoff, task)
                 refuse_coincident(batch, first)
@@ -371,7 +369,7 @@ def refuse_coincident(batch: Batch, first: int) -> None:
     )
 
 
-def _between(packed: Packed, first: int, last: int) -> Packed:
+def between(packed: Packed, first: int, last: int) -> Packed:
     """Consecutive structures."""
     structures, atoms = slice(first, last), slice(int(packed.offsets[first]), int(packed.offsets[last]))
     return Packed(

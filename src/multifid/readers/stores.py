@@ -130,7 +130,7 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
             yield from (IsolatedAtom(task, int(z), energy) for z, energy in about.get("isolated", {}).items())
     of_splits = options.chosen(store)
     for first in range(start, stop, CHUNK):
-        block = _block(store, np.arange(first, min(first + CHUNK, stop)))
+        block = block_of(store, np.arange(first, min(first + CHUNK, stop)))
         chosen = of_splits[first : first + len(block)].copy()
         for condition in options.conditions():
             chosen &= _satisfies(block, store.tasks, *condition)
@@ -144,7 +144,8 @@ def holds(path: Path) -> list[str]:
     return [f"{task}: {about['labels']}" for task, about in Store(path).manifest["tasks"].items()]
 
 
-def _block(store: Store, indices: np.ndarray) -> Block:
+def block_of(store: Store, indices: np.ndarray) -> Block:
+    """Structures of a store with everything that it says of them."""
     packed = store.read(indices)
     fields = store.manifest["files"]
     columns = {

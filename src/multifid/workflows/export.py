@@ -15,6 +15,7 @@ from multifid.model.rigidity_file import load_rigidity, packed
 from multifid.model.saved import Description, load_description
 from multifid.model.task_model import PRECISIONS
 from multifid.structures.elements import SYMBOLS
+from multifid.workflows.replay_store import export_replay, replay_folder
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,11 @@ def export(
     weights: str = "best",
     format: str | None = None,
     code: Compilation = Compilation(),
+    replay: int | None = None,
 ) -> Path:
     """Write NAME.mfid, or NAME.pt2, and NAME.md; returns the path of the model file.
 
+    replay: of a model file, write NAME.replay too, stores with so many training structures of each task.
     format: mfid or pt2; default: by the ending of `out`. ValueError for options of the other format.
     """
     format = format or ("pt2" if out.suffix == ".pt2" else "mfid")
@@ -48,7 +51,10 @@ def export(
         raise ValueError(
             f"format {format!r} must be mfid (weights of several tasks) or pt2 (compiled code of one task)"
         )
+    console = Console(stderr=True)
     if format == "pt2":
+        if replay is not None:
+            raise ValueError("--replay N goes with a model file (mfid), which can be fine-tuned; a pt2 file cannot")
         if tasks is not None:
             raise ValueError("a pt2 file has one task: name it by --task, in place of --tasks")
         card = _export_code(run, out, weights, code)
@@ -57,10 +63,17 @@ def export(
     else:
         card = model_card(run, with_tasks(load_description(run), tasks), out.name)
         held = load_rigidity(run) if weights == "best" else None  # it was calibrated for the best weights
+        folder = replay_folder(out)
+        if replay is not None:
+            for path in (folder, out):
+                if path.exists():
+                    raise FileExistsError(f"{path} exists already: remove it or choose another name")
+            potential, description = load_model(run, weights)
+            export_replay(Predictor(potential, with_tasks(description, tasks)), run, folder, replay, console)
         export_model(run, out, tasks, weights, card, None if held is None else packed(held))
     page = out.with_suffix(".md")
     page.write_text(card, encoding="utf-8")
-    Console(stderr=True).print(f"{out} ({out.stat().st_size / 1e6:.1f} MB) and {page}", soft_wrap=True)
+    console.print(f"{out} ({out.stat().st_size / 1e6:.1f} MB) and {page}", soft_wrap=True)
     return out
 
 

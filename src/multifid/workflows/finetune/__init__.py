@@ -38,6 +38,7 @@ def finetune(
     *,
     start: str | None = None,
     replay: Sequence[str] = (),
+    distil: str | Path | None = None,
     new_elements: bool = True,
     fractions: Fractions = (0.8, 0.1, 0.1),
     options: Mapping[str, Any] | None = None,
@@ -62,8 +63,11 @@ def finetune(
         overrides: `key.key=value` for keys of the config, as "finetune.moves=lora".
         start: branch (or task) of the model that new branches begin with; "scratch": fresh weights and the reference
             energies of `prepare`; default: the nearest.
-        replay: `TASK=STORE` of tasks of the model that are trained on beside the new ones, so that they are not
-            forgotten.
+        replay: tasks of the model that are trained on beside the new ones, so that they are not forgotten:
+            `TASK=STORE`; a directory of replay stores, which `multifid export --replay N` writes; "auto": those beside
+            the model file, or the stores that the run was trained on.
+        distil: keep the other old tasks by what the model predicts of structures: "new" (those of the new data), a
+            store, or a file that ASE reads.
         new_elements: accept elements that the model does not know; they begin as the mean of their chemical neighbours.
         fractions: of files, for train, validation and test, by relatives.
         options: of files, how they are read, as in `prepare`.
@@ -94,7 +98,8 @@ def finetune(
             elif world.first:
                 where = Path(cache) if cache is not None else cache_directory()
                 asked = targets(texts, fractions, dict(options or {}), trust_units, where, console)
-                values = begun(path, asked, run, list(overrides), start, list(replay), new_elements, console)
+                on = None if distil is None else str(distil)
+                values = begun(path, asked, run, list(overrides), start, list(replay), new_elements, console, on, where)
         config = parse_config(world.share(values), str(run))
         ending = train_run(config, console, joined=world, callbacks=callbacks, signals=signals)
         with world.together():

@@ -11,11 +11,11 @@ from multifid.model.lora import chosen_maps
 from multifid.model.model_file import load_model
 from multifid.model.predictor import Predictor
 from multifid.model.saved import Description
-from multifid.store.fields import MANIFEST
-from multifid.store.store import Store
 from multifid.structures.elements import SYMBOLS
 from multifid.workflows.finetune.asked import Target
+from multifid.workflows.finetune.distil import distilled
 from multifid.workflows.finetune.presets import preset
+from multifid.workflows.finetune.replay import replayed
 
 SCRATCH = "scratch"
 REPLAYED = 0.5  # structures of a replayed task in a step, in parts of `train.batch`
@@ -30,12 +30,21 @@ def begun(
     replay: list[str],
     new_elements: bool,
     console: Console,
+    distil: str | None = None,
+    cache: Path = Path(),
 ) -> dict[str, Any]:
-    """The values of a config. ValueError for what does not fit the model."""
+    """The values of a config. ValueError for what does not fit the model.
+
+    distil: structures on which the model labels old tasks.  cache: where such stores lie.
+    """
     model = Predictor(*load_model(path)).in_precision("fp64")
-    old = replayed(model.description, replay)
     for target in asked:
         refuse(model.description, target, new_elements)
+    old = replayed(model, path, replay)
+    for task, about in old.items():
+        console.print(f"replay of {task}: {about['store']}", soft_wrap=True, highlight=False, markup=False)
+    if distil is not None:
+        old |= distilled(model, distil, asked, set(old), cache, console)
     train_sizes = [target.store.size("train") for target in asked]
     chosen = preset(min(train_sizes))
     energies = [target for target in asked if target.property is None]
@@ -113,19 +122,3 @@ def refuse(description: Description, target: Target, new_elements: bool) -> None
         names = " ".join(SYMBOLS[z] for z in strange)
         if not new_elements:
             raise ValueError(f"{target.store.path}: the model has never seen {names} (and --no-new-elements is given)")
-
-
-def replayed(description: Description, texts: list[str]) -> dict[str, dict[str, Any]]:
-    """Old tasks that are trained on again: task -> store and label set. ValueError where the model has no such task."""
-    found = {}
-    for text in texts:
-        task, equals, path = text.partition("=")
-        if not equals or not (Path(path) / MANIFEST).exists():
-            raise ValueError(f"--replay {text}: must be TASK=STORE, with the directory of a prepared store")
-        if task not in description["tasks"]:
-            raise ValueError(f"--replay {text}: the model has the tasks {', '.join(description['tasks'])}")
-        names = list(Store(path).tasks)
-        if task not in names and len(names) > 1:
-            raise ValueError(f"--replay {text}: {path} has the label sets {', '.join(names)}, none of this name")
-        found[task] = {"store": path, "labels": task if task in names else names[0]}
-    return found

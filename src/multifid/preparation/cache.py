@@ -51,12 +51,14 @@ class Files:
 def place_of(files: Files, cache: Path) -> Path:
     """Where the store of some files lies, or will. Reads them once. FileNotFoundError where there are none."""
     module = reader(files.format)
-    inputs = find_inputs([], {"test": [files.path]}, module.ENDINGS, folder_marks(module))
-    asked = [__version__, SCHEMA, files.format, files.options, files.trust_units]
+    resolve = getattr(module, "resolved", lambda *given: given)
+    named, of_splits, options = resolve([], {"test": [files.path]}, files.options)
+    inputs = find_inputs(named, of_splits, module.ENDINGS, folder_marks(module))
+    asked = [__version__, SCHEMA, files.format, options, files.trust_units]
     asked += [] if files.fractions == ONLY_TEST else [list(files.fractions)]
     asked += ["keep_splits"] if files.keep_splits else []
     companions: Callable[[Path, Any], list[Path]] = getattr(module, "companions", lambda path, options: [])
-    paths = [p for file in inputs for p in (file.path, *companions(file.path, module.Options(**files.options)))]
+    paths = [p for file in inputs for p in (file.path, *companions(file.path, module.Options(**options)))]
     text = json.dumps([*asked, *map(file_checksum, paths)], sort_keys=True)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", files.path.name)[:80]  # a pattern may be anything
     return cache / f"{name}-{xxhash.xxh3_128_hexdigest(text.encode())}"

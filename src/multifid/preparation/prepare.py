@@ -65,10 +65,12 @@ def prepare(
     process was killed or interrupted stays, and the same call resumes from it.
     """
     module = reader(format)
-    chosen = _options(module, format, options or {})
+    resolve = getattr(module, "resolved", lambda *given: given)
+    inputs, files_of_split, options = resolve(inputs, files_of_split or {}, options or {})
+    chosen = _options(module, format, options)
     _refuse_wrong(task, limit, workers)
     rule = Rule(fractions, seed, drop_duplicates, keep_splits, [Store(path) for path in drop_duplicates_of])
-    files = find_inputs(inputs, files_of_split or {}, module.ENDINGS, folder_marks(module))
+    files = find_inputs(inputs, files_of_split, module.ENDINGS, folder_marks(module))
     if rank and Path(out).exists():  # the first rank was that much faster, or complains of it
         return None
     unfinished = Unfinished(Path(out), _question(format, files, chosen, limit), rank, size)
@@ -79,8 +81,8 @@ def prepare(
         if Path(out).exists() and unfinished.plan() is not None:  # killed between the rename and the cleaning
             return Store(out)
         with StoreWriter(out, workers) as writer:
-            label_sets = getattr(module, "label_sets", lambda paths: module.TASKS)
-            known = property_sets(chosen) or label_sets([file.path for file in files])
+            label_sets = getattr(module, "label_sets", lambda paths, options: module.TASKS)
+            known = property_sets(chosen) or label_sets([file.path for file in files], chosen)
             intake = Intake(module, known, writer, task, level_of_theory)
             with bar(files, progress) as advance:
                 plan = read_files(files, unfinished, pool, limit, advance)

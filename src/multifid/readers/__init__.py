@@ -15,6 +15,7 @@ Beside the two, a reader's module says what prepare writes into the manifest:
     ENDINGS   of the names of files of the format, lower case: which files of a directory are read
     FOLDER    names of files by which a directory is known that is read as one file; absent where there are none
     RELATIVE  what makes structures relatives (they share a split): "formula", "material", ...
+    resolved  function(inputs, files of splits, options) -> the same, where an input says which files are meant and how
     label_sets, lineage   of files that say themselves what their labels are, and where they come from (`stores` only)
     Options   pydantic model of what the user may choose, each field with a description
     holds     function(path): names and examples of values of the first record, for the error where none can be used

@@ -29,4 +29,7 @@ FORMATS: dict[str, Format] = {
     "deepmd": Format(
         "multifid.readers.deepmd", "systems of DeePMD-kit: directories with type.raw and set.000/coord.npy"
     ),
+    "table": Format(
+        "multifid.readers.table", "any parquet, CSV or JSON by a MAPPING.yaml that says what is in its columns"
+    ),
 }

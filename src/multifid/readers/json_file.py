@@ -43,7 +43,7 @@ def first_key(path: Path) -> tuple[str, bytes]:
 
     ValueError names the file where it is no JSON object.
     """
-    chunks = _chunks(path, 0, None, lambda fraction: None)
+    chunks = chunks_of(path, 0, None, lambda fraction: None)
     start = next(chunks, b"")
     chunks.close()
     if match := FIRST_KEY.match(start):
@@ -58,7 +58,7 @@ def json_parts(path: Path, depth: int) -> list[Part]:
     if packing_of(path) is not None:
         return [None]
     size, cuts, at, scan = path.stat().st_size, [0], 0, Scan(depth)
-    for chunk in _chunks(path, 0, None, lambda fraction: None):
+    for chunk in chunks_of(path, 0, None, lambda fraction: None):
         if at + len(chunk) <= cuts[-1] + PART:
             scan.skip(chunk)
         else:
@@ -152,7 +152,7 @@ def _records(path: Path, depth: int, progress: Progress, part: Part) -> Iterator
     """
     start, stop = part or (0, None)
     records = _Records(path, depth, start)
-    chunks = _chunks(path, start, stop, progress)
+    chunks = chunks_of(path, start, stop, progress)
     for chunk in chain(chunks, [b""]):  # at last nothing: what is left has no seam behind it
         records.rest += chunk
         if records.seam is not None:
@@ -198,7 +198,7 @@ def _check_end(path: Path, rest: bytes, chunks: Iterator[bytes], at: int, depth:
         raise ValueError(f"{path}: truncated or not JSON behind byte {at:,}: {error.msg}") from None
 
 
-def _chunks(path: Path, start: int, stop: int | None, progress: Progress) -> Generator[bytes, None, None]:
+def chunks_of(path: Path, start: int, stop: int | None, progress: Progress) -> Generator[bytes, None, None]:
     """The content of a file, unpacked, in chunks of about CHUNK bytes."""
     size = max(path.stat().st_size, 1)
     if (packing := packing_of(path)) is not None:

@@ -94,7 +94,7 @@ def _condition(text: str) -> tuple[str, str, Any]:
     raise ValueError(f"condition {text.strip()!r} is not understood: there are {known}")
 
 
-def label_sets(paths: Sequence[Path]) -> dict[str, LabelSet]:
+def label_sets(paths: Sequence[Path], options: "Options") -> dict[str, LabelSet]:
     """The label sets of all parents. ValueError where one name is two levels of theory."""
     found: dict[str, LabelSet] = {}
     for path in paths:

@@ -22,8 +22,8 @@ import multifid
 from multifid.config import dump_config, load_config, parse_config
 from multifid.forecast.machines import read_machine
 from multifid.parallel.launch import command_of
+from multifid.workflows.tune import begin, search, under_way
 from multifid.workflows.tune import job as jobs
-from multifid.workflows.tune import search
 from multifid.workflows.tune.clocks import Rapl
 from multifid.workflows.tune.job import Files, alive, claim, progress, why_failed
 from multifid.workflows.tune.report import report
@@ -123,6 +123,7 @@ def test_a_search_goes_on_where_it_was_stopped_and_draws_nothing_twice(stores, t
     whole = tune(searched(stores, tmp_path / "whole", trials=6, sampler="random"), console=QUIET)
     for trials in (2, 6):
         part = tune(searched(stores, tmp_path / "part", trials=trials, sampler="random"), console=QUIET)
+    assert part.trials[0]["keys"] == {"train.lr": 1e-3}, "the config's own"
     assert [t["keys"] for t in part.trials] == [t["keys"] for t in whole.trials]
     assert len({c.train.lr for c in started}) == 6 and len(started) == 12
     again = tune(searched(stores, tmp_path / "part", trials=6, sampler="random"), console=QUIET)
@@ -152,11 +153,11 @@ def test_a_trial_whose_search_is_gone_is_marked_and_goes_on_in_its_directory(sto
 @pytest.mark.parametrize("planned", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_no_trial_begins_that_needs_more_memory_than_there_is(stores, tmp_path, played, monkeypatch, planned):
     started = played(lambda c: [1.0])
-    monkeypatch.setattr(search, "this_machine", lambda *_: read_machine("perlmutter"))
+    monkeypatch.setattr(under_way, "this_machine", lambda *_: read_machine("perlmutter"))
     if not planned:
         of = lambda c: SimpleNamespace(bytes=c.model.encoder.hidden << 19)  # noqa: E731
         plan = lambda c, ranks, machine: SimpleNamespace(forecasts={"a": of(c)}, asked="a", chosen="a")  # noqa: E731
-        monkeypatch.setattr(search, "make_plan", plan)
+        monkeypatch.setattr(begin, "make_plan", plan)
     space = {"model.encoder.hidden": [8, 512]}
     given = searched(stores, tmp_path / "s", space=space, trials=6, memory=0.005, sampler="brute_force")
     found = tune(given, console=QUIET)
@@ -357,5 +358,6 @@ def test_the_space_of_a_trial_is_its_encoders_own(stores, tmp_path):
     space = {"model.encoder.name": ["egnn", "schnet"]}
     made = Space(parsed(stores, tmp_path, space=space, encoders={"egnn": {"vectors": [2, 4]}}))
     schnet = made.config({"model.encoder.name": "schnet"}).model.encoder
+    assert made.own(parsed(stores, tmp_path)) is None, "three vectors are not among the choices"
     assert schnet.name == "schnet" and schnet.hidden == 12 and not hasattr(schnet, "vectors")
     assert made.config({"model.encoder.name": "egnn", "model.encoder.vectors": 4}).model.encoder.vectors == 4

@@ -165,6 +165,14 @@ def progress(row: Row, config: Config, tune: TuneConfig) -> int:
     return min(UNITS, int(UNITS * part + 1e-6))
 
 
+def last_second(files: Files) -> float:
+    """Seconds of the budget's clock in the last row of a trial's journal; 0 where there is none."""
+    tail = Tail(files.run / "metrics.jsonl")
+    if tail.path.exists():
+        tail.read()
+    return tail.rows[-1]["seconds"] if tail.rows else 0.0
+
+
 def why_failed(code: int, log: Path) -> str:
     """The reason of a failed trial in one line: its own error, else the last line that it printed."""
     if code < 0:

@@ -127,6 +127,7 @@ class TuneConfig(BaseModel):
         default_factory=dict,
         description="encoder -> its own key, as `vectors` -> its values: searched where that encoder is chosen",
     )
+    own: bool = Field(True, description="the first trial has the config's own values, where the space holds them all")
     objectives: list[Value] = Field(
         ["validation"],
         min_length=1,

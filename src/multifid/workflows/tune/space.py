@@ -43,6 +43,16 @@ class Parameter:
             return IntDistribution(int(lo), int(hi), log=d.logarithmic, step=int(d.step or 1))
         return FloatDistribution(lo, hi, log=d.logarithmic, step=d.step)
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value of the config is one of these."""
+        d = self.dimension
+        if d.choices is not None:
+            return label(value) in [label(c) for c in d.choices]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        (lo, hi), step = d.bounds, d.step or (1 if d.whole else 0)
+        return lo <= value <= hi and (step == 0 or abs((value - lo) / step - round((value - lo) / step)) < 1e-9)
+
     def value(self, given: Any) -> Any:
         """What the config gets for what the study holds."""
         choices = self.dimension.choices
@@ -101,6 +111,20 @@ class Space:
         for section, change in sections.items():
             whole[section] = whole.get(section, {}) | change if isinstance(change, dict) else change
         return parse_config(whole, source)
+
+    def own(self, config: Config) -> dict[str, Any] | None:
+        """The parameters that give the config itself; None where the space does not hold it."""
+        found: dict[str, Any] = {}
+        for p in self.parameters:
+            if p.encoder not in (None, self._own):
+                continue
+            value: Any = config.model_dump(mode="json")
+            for part in p.key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if not p.holds(value):
+                return None
+            found[p.name] = value if p.dimension.choices is None else label(value)
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """For the study, which must be continued with the same space."""

@@ -12,7 +12,8 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
 from multifid.config import Config, differences
-from multifid.workflows.tune.job import Files, alive
+from multifid.workflows.tune.job import Files, alive, last_second
+from multifid.workflows.tune.settings import TuneConfig
 from multifid.workflows.tune.space import Space
 from multifid.workflows.tune.strategies import pruner_of, sampler_of
 
@@ -109,7 +110,7 @@ def _about(config: Config, space: Space) -> dict[str, Any]:
     return whole | {"tune": tune | {"space": space.as_dict()}}
 
 
-def recover(study: Study, trials: Path) -> list[str]:
+def recover(study: Study, trials: Path, tune: TuneConfig) -> list[str]:
     """Trials whose search was ended are marked as failed and queued again, to go on in their directories.
 
     Says what was done, a line each. Under the lock of the search.
@@ -117,8 +118,11 @@ def recover(study: Study, trials: Path) -> list[str]:
     said = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-        if alive(Files(trials, run_of(trial)), began):
+        files = Files(trials, run_of(trial))
+        if alive(files, began):
             continue
+        if tune.budget.processor_seconds is not None:  # at least: what its journal tells
+            study._storage.set_trial_user_attr(trial._trial_id, "processor_seconds", last_second(files))
         study._storage.set_trial_user_attr(trial._trial_id, LOST, "its search was ended")
         study.tell(trial.number, state=TrialState.FAIL)
     everything = study.get_trials(deepcopy=False)

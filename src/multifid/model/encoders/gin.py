@@ -16,9 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from multifid.graphs.edges import over_edges
 from multifid.model.contract import EncoderConfig
-from multifid.model.encoders.scalar import ScalarEncoder
+from multifid.model.encoders.scalar import ScalarEncoder, sum_over_neighbours
 from multifid.model.layers import BASIS_GAIN, MLP, TYPICAL_NEIGHBORS, LayerNorm, Linear, RadialBasis
 
 
@@ -56,15 +55,5 @@ class GINLayer(nn.Module):
 
     def convolved(self, n: Tensor, i: Tensor, j: Tensor, b: Tensor, u: Tensor) -> Tensor:
         """The published layer, without what h is before it."""
-        (m,) = over_edges(
-            edge_message,
-            i,
-            j,
-            n.shape[0],
-            u,
-            width=self.pair.out_features,
-            senders=[n.to(u.dtype)],
-            edges=[b],
-            weights=[self.pair.weight, self.pair.bias],
-        )
+        m = sum_over_neighbours(edge_message, n, i, j, b, u, self.pair.weight, self.pair.bias)
         return self.phi(n + m / TYPICAL_NEIGHBORS)

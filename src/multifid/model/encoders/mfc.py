@@ -20,10 +20,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from multifid.graphs.edges import over_edges
 from multifid.model.contract import EncoderConfig
 from multifid.model.encoders.sage import filtered
-from multifid.model.encoders.scalar import ScalarEncoder
+from multifid.model.encoders.scalar import ScalarEncoder, sum_over_neighbours
 from multifid.model.layers import BASIS_GAIN, SILU_GAIN, TYPICAL_NEIGHBORS, LayerNorm, Linear, RadialBasis, sum_over
 
 
@@ -81,17 +80,7 @@ class MFCLayer(nn.Module):
 
     def convolved(self, n: Tensor, i: Tensor, j: Tensor, b: Tensor, u: Tensor) -> Tensor:
         """The published layer: what the activation is applied to."""
-        (total,) = over_edges(
-            filtered,
-            i,
-            j,
-            n.shape[0],
-            u,
-            width=self.filter.out_features,
-            senders=[n.to(u.dtype)],
-            edges=[b],
-            weights=[self.filter.weight, self.filter.bias],
-        )
+        total = sum_over_neighbours(filtered, n, i, j, b, u, self.filter.weight, self.filter.bias)
         of_all = (self.own(n) + self.others(total / TYPICAL_NEIGHBORS)).view(n.shape[0], self.last + 1, n.shape[1])
         return (self.of_degrees(sum_over(u, i, n.shape[0]))[:, :, None] * of_all).sum(dim=1)
 

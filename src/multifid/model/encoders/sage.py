@@ -16,9 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from multifid.graphs.edges import over_edges
 from multifid.model.contract import EncoderConfig
-from multifid.model.encoders.scalar import ScalarEncoder
+from multifid.model.encoders.scalar import ScalarEncoder, sum_over_neighbours
 from multifid.model.layers import BASIS_GAIN, SILU_GAIN, LayerNorm, Linear, RadialBasis
 from multifid.model.smooth import degree
 
@@ -59,15 +58,5 @@ class SAGELayer(nn.Module):
 
     def convolved(self, n: Tensor, i: Tensor, j: Tensor, b: Tensor, u: Tensor) -> Tensor:
         """The published layer: what the activation is applied to."""
-        (total,) = over_edges(
-            filtered,
-            i,
-            j,
-            n.shape[0],
-            u,
-            width=self.filter.out_features,
-            senders=[n.to(u.dtype)],
-            edges=[b],
-            weights=[self.filter.weight, self.filter.bias],
-        )
+        total = sum_over_neighbours(filtered, n, i, j, b, u, self.filter.weight, self.filter.bias)
         return self.own(n) + self.others(total / degree(u, i, n.shape[0]))

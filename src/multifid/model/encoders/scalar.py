@@ -9,8 +9,9 @@ along edges (`model/branch.py`).
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
+from multifid.graphs.edges import EdgeFunction, over_edges
 from multifid.graphs.graph import Graph
 from multifid.model.contract import Encoder, Features
 from multifid.model.layers import LayerNorm, NodeEmbedding, call, envelope
@@ -42,3 +43,13 @@ class ScalarEncoder(Encoder):
             h = call(layer, self.recompute, h, graph.receivers, graph.senders, b, u)
             of_layers.append(h)
         return Features(self.norm(h), layers=tuple(of_layers[:-1]))
+
+
+def sum_over_neighbours(
+    message: EdgeFunction, x: Tensor, i: Tensor, j: Tensor, b: Tensor, u: Tensor, *weights: Tensor
+) -> Tensor:
+    """(N, K): sums to the receivers i of message(x_j, u, b, weights), which gives ((T, K),); x (N, K)."""
+    (total,) = over_edges(
+        message, i, j, x.shape[0], u, width=x.shape[1], senders=[x.to(u.dtype)], edges=[b], weights=weights
+    )
+    return total

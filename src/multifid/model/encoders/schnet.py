@@ -20,9 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from multifid.graphs.edges import over_edges
 from multifid.model.contract import EncoderConfig
-from multifid.model.encoders.scalar import ScalarEncoder
+from multifid.model.encoders.scalar import ScalarEncoder, sum_over_neighbours
 from multifid.model.layers import SILU_GAIN, TYPICAL_NEIGHBORS, LayerNorm, Linear
 
 
@@ -85,15 +84,6 @@ class SchNetLayer(nn.Module):
 
     def convolved(self, n: Tensor, i: Tensor, j: Tensor, b: Tensor, u: Tensor) -> Tensor:
         """The published layer, without what h is before it."""
-        (m,) = over_edges(
-            edge_message,
-            i,
-            j,
-            n.shape[0],
-            u,
-            width=self.filter.out_features,
-            senders=[self.sender(n).to(u.dtype)],
-            edges=[b],
-            weights=[self.basis.weight, self.basis.bias, self.filter.weight, self.filter.bias],
-        )
+        weights = (self.basis.weight, self.basis.bias, self.filter.weight, self.filter.bias)
+        m = sum_over_neighbours(edge_message, self.sender(n), i, j, b, u, *weights)
         return self.last(ssp(self.first(m / TYPICAL_NEIGHBORS)))

@@ -232,7 +232,7 @@ def memory_model(subject: Subject) -> FittedTable:
         row("P_s + P_h", shared + head),
     ]
     title = "Memory model, GiB"
-    per = subject.footprint.coefficients["activations"]
+    per = subject.footprint.moments.each(subject.size.vector())
     note = f"activations: {per[4] / 1024:.1f} KiB an edge, {(per[2] + per[3]) / 1024:.1f} KiB an atom"
     return _table(title, ("", "numbers", "weights", "gradients", "moments", "average", "sum"), rows, note)
 

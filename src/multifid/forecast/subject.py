@@ -106,6 +106,16 @@ class Subject:
         return edge, (of(replace(many, atoms=2e6, labelled=2e6)) - of(many)) / 1e6
 
     @property
+    def size(self) -> BatchSize:
+        """A mean step of all ranks, as if one task had its structures; those that several tasks label count once."""
+        loads = [self.tasks[unit[0]] for unit in self.together]
+        atoms, edges, triplets = (
+            sum(load.structures * x for load, x in zip(loads, of, strict=True))
+            for of in zip(*((load.atoms, load.edges, load.triplets) for load in loads), strict=True)
+        )
+        return BatchSize(1.0, atoms, atoms, edges, triplets)
+
+    @property
     def structures(self) -> float:
         """Structures that pass through the encoder in a step; those that several tasks label count once."""
         return sum(self.tasks[unit[0]].structures for unit in self.together)

@@ -82,12 +82,10 @@ def with_passes(machine: Machine, subject: Subject, name: str | None) -> Machine
 
     Through a batch of made-up structures, as large as a step of the run or as `PATIENCE` allows.
     """
-    atoms = sum(subject.tasks[unit[0]].structures * subject.tasks[unit[0]].atoms for unit in subject.together)
-    edges = sum(subject.tasks[unit[0]].structures * subject.tasks[unit[0]].edges for unit in subject.together)
-    triplets = sum(subject.tasks[unit[0]].structures * subject.tasks[unit[0]].triplets for unit in subject.together)
-    told = told_passes(machine, subject, BatchSize(1.0, atoms, atoms, edges, triplets))
+    step = subject.size
+    told = told_passes(machine, subject, step)
     part = min(1.0, PATIENCE / (REPEATS + 1) / told)
-    size = BatchSize(1.0, *(float(math.ceil(part * x)) for x in (atoms, atoms, edges, triplets)))
+    size = BatchSize(1.0, *(float(math.ceil(part * x)) for x in (step.atoms, step.atoms, step.edges, step.triplets)))
     if subject.footprint.activations(size) > machine.memory / 4:
         return machine
     passes = trial_passes(subject.model, size, find_device(name, 0), _dtype(subject))

@@ -26,6 +26,9 @@ TILE_VALUES = 3 << 16  # ... and about so many values for each thread: 0.75 MiB 
 # Whether edges are taken in tiles; None: where the device has a cache to stay in, which is a processor.
 IN_TILES: ContextVar[bool | None] = ContextVar("IN_TILES", default=None)
 
+# Asked for the pieces of so many edges with such a width, in place of `tiles`, by who counts what a tile needs.
+CUT: ContextVar[Callable[[int, int], list[slice]] | None] = ContextVar("CUT", default=None)
+
 EdgeFunction = Callable[..., tuple[Tensor, ...]]
 FASTER: dict[EdgeFunction, Callable[..., tuple[Tensor, ...]]] = {}
 
@@ -64,8 +67,15 @@ def has_cache(device: torch.device) -> bool:
 
 def tiles(edges: int, width: int, device: torch.device) -> list[slice]:
     """The edges in pieces of nearly equal size; in one piece where there is no cache to stay in, and at least one."""
+    cut = CUT.get()
+    if cut is not None:
+        return cut(edges, width)
     most = edges_of_tile(width) if has_cache(device) and IN_TILES.get() is not False else edges
-    pieces = max(1, -(-edges // max(most, 1)))
+    return in_pieces(edges, max(1, -(-edges // max(most, 1))))
+
+
+def in_pieces(edges: int, pieces: int) -> list[slice]:
+    """So many of nearly equal size."""
     return [slice(k * edges // pieces, (k + 1) * edges // pieces) for k in range(pieces)]
 
 

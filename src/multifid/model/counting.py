@@ -34,14 +34,28 @@ class Work:
         return Work(self.flops * factor, self.traffic * factor, self.kernels * factor)
 
 
+@dataclass
+class Moment:
+    """An operation that makes storages, or all of a loop over tiles."""
+
+    name: str  # of the operation; of a loop "tiles of" and the rows that one may have
+    live: int  # bytes that live then, at most
+    tile: float = math.inf  # rows of a tile, at most: edges, or triplets
+    rows: int = 0  # that the loop runs over
+
+
 class Count(TorchDispatchMode):
-    """Counts the operations inside `with`; `work` may be exchanged meanwhile. held: not counted as bytes."""
+    """Counts the operations inside `with`; `work` may be exchanged meanwhile. held: not counted as bytes.
+
+    `moments` are the same for every size of a batch, however many tiles a loop runs over, if it runs over `Tiles`.
+    """
 
     def __init__(self, held: list[Tensor] | None = None) -> None:
         super().__init__()
         self.work = Work()
         self.live = 0  # bytes of the storages that were made meanwhile and are still there
-        self.most = 0
+        self.moments: list[Moment] = []
+        self.loops: list[Moment] = []  # that are under way, one within the other
         self.known = weakref.WeakSet(t.untyped_storage() for t in held or [])
 
     @contextmanager
@@ -50,6 +64,11 @@ class Count(TorchDispatchMode):
         before, self.work = self.work, Work()
         yield self.work
         self.work = before
+
+    @property
+    def most(self) -> int:
+        """Bytes that live at the fullest moment."""
+        return max((m.live for m in self.moments), default=0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -63,7 +82,15 @@ class Count(TorchDispatchMode):
             self.work.flops += flops if dense else 0.0
             self.work.traffic += 0.0 if dense else moved
             self.work.kernels += 1.0
+        if fresh:
+            self._note(func.overloadpacket.__name__)
         return out
+
+    def _note(self, name: str) -> None:
+        if self.loops:
+            self.loops[0].live = max(self.loops[0].live, self.live)
+        else:
+            self.moments.append(Moment(name, self.live))
 
     def _is_new(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
@@ -72,13 +99,31 @@ class Count(TorchDispatchMode):
         self.known.add(storage)
         size = storage.nbytes()
         self.live += size
-        self.most = max(self.most, self.live)
 
         def gone() -> None:
             self.live -= size
 
         weakref.finalize(storage, gone)
         return True
+
+
+class Tiles(list[slice]):
+    """Pieces of edges or triplets; a loop over them is one moment of a count. most: rows that a piece may have."""
+
+    def __init__(self, pieces: list[slice], most: int, counter: Count):
+        super().__init__(pieces)
+        self.most, self.counter = most, counter
+
+    def __iter__(self) -> Iterator[slice]:
+        loops = self.counter.loops
+        if not loops:
+            rows = self[-1].stop if self else 0
+            self.counter.moments.append(Moment(f"tiles of {self.most}", self.counter.live, self.most, rows))
+        loops.append(self.counter.moments[-1])
+        try:
+            yield from super().__iter__()
+        finally:
+            loops.pop()
 
 
 def _moved(name: str, given: list[Tensor], made: list[Tensor]) -> int:

@@ -4,8 +4,9 @@ The real modules make trial passes, forward and backward, on tensors without mem
 operation. Nothing here knows what an encoder is made of; one whose operations need values (numbers that are read from
 tensors) makes its passes over a small batch that has some.
 
-All of it is linear in the size of a batch: so much for the step, for every branch, every atom, every atom that a branch
-sees, every edge and every triplet. A batch for each gives the coefficients.
+Work is linear in the size of a batch: so much for the step, for every branch, every atom, every atom that a branch
+sees, every edge and every triplet. A batch for each gives the coefficients. Bytes are linear moment by moment
+(`moments.py`).
 """
 
 from collections.abc import Iterator
@@ -17,20 +18,20 @@ import torch
 from torch import Tensor
 
 from multifid.graphs.batch import Batch, Targets
-from multifid.graphs.edges import edges_of_tile, in_tiles
+from multifid.graphs.edges import CUT, edges_of_tile, in_pieces, in_tiles
 from multifid.graphs.graph import GraphNeeds
-from multifid.model.counting import Count, Work
+from multifid.model.counting import Count, Moment, Tiles, Work
 from multifid.model.encoders import build_encoder
+from multifid.model.moments import Moments, Trial, solved
 from multifid.model.potential import ModelConfig, Potential
 
 PER_STRUCTURE = 16  # atoms of a structure while counting: what structures cost by themselves is next to nothing
-# Tiles of edges in a batch that is counted: from some on, one more is like the one before. What a tile needs for itself
-# matters for bytes only where its derivative is not autograd's, which keeps everything.
-TILES, TILES_OF_AUTOGRAD = 12, 1
+COUNTED_ATOMS = 16 * PER_STRUCTURE  # where edges are taken in tiles; else as many as a batch has
 REAL_ATOMS = 256  # in a trial pass over tensors with memory
 MOST_TASKS = 4  # in a batch that is counted
+MORE_EDGES = 4  # the place of the trial batch with more edges
 
-QUANTITIES = ("activations", *(f"{p}.{q}" for p in ("forward", "backward") for q in ("flops", "traffic", "kernels")))
+QUANTITIES = tuple(f"{p}.{q}" for p in ("forward", "backward") for q in ("flops", "traffic", "kernels"))
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class BatchSize:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Coefficients of everything, in the order of `BatchSize.vector`."""
+    """What a step asks of a device, of batches of every size."""
 
-    coefficients: dict[str, np.ndarray]  # of `QUANTITIES`
+    moments: Moments
+    coefficients: dict[str, np.ndarray]  # of `QUANTITIES`, in the order of `BatchSize.vector`
 
     def activations(self, size: BatchSize) -> float:
         """Bytes beside parameters and gradients at the fullest moment of the step, the batch included."""
-        return float(self.coefficients["activations"] @ size.vector())
+        return self.moments.fullest(size.vector())
 
     def forward(self, size: BatchSize) -> Work:
         return self._work("forward", size)
@@ -88,57 +90,80 @@ def footprint(
     processor: bool = False,
     tasks: int = 2,
 ) -> Footprint:
-    """The footprint of a model with weights of `dtype`, near batches of `atoms` with so many edges each.
+    """The footprint of a model with weights of `dtype`, from trial batches of `atoms` with so many edges each.
 
     triplets_per_edge: None as of atoms that all have as many edges.  processor: of the code that runs on a CPU, where
     edges are taken in tiles; else of that for accelerators.  tasks: in a batch with all of them.
-
-    Bytes at the fullest moment are the largest of several linear functions (the moment shifts with the edges per atom),
-    so edges and triplets should be those of the data. Everything else is linear everywhere. Of a large batch in tiles a
-    smaller one is counted, which says too little for some encoders whose derivatives are autograd's: of 80 tiles 64 to
-    99 % of the bytes were told (`pna` least, `schnet` 70 %), of a dozen all.
     """
     with torch.device("meta"):
         encoder = build_encoder(config.encoder, config.cutoff)
     device = "meta" if _needs_no_values(config, dtype) else "cpu"
     atoms = atoms if device == "meta" else min(atoms, REAL_ATOMS)
-    tile, several = edges_of_tile(encoder.degrees[0]), min(max(tasks, 2), MOST_TASKS)
-
-    def coefficients(e: int, more: int) -> np.ndarray:
-        """Of all quantities, (6, 7), from batches near one of so many edges, and of some more."""
-        # As many atoms as have so many edges, and no more than were asked for, however few edges there are.
-        n = max(1, min(atoms, round(e / max(edges_per_atom, 1 / atoms))))
-        each = max(e / n - 1.0, 0.0) if triplets_per_edge is None else triplets_per_edge
-        base = BatchSize(1, n, n, e, round(e * each) if encoder.needs.triplets else 0)
-        larger = n + max(n // 16, 1)
-        sizes = [
-            base,
-            replace(base, tasks=several),
-            replace(base, tasks=several, labelled=several * n),
-            replace(base, atoms=larger, labelled=larger),
-            replace(base, edges=e + more),
-        ]
-        if encoder.needs.triplets:
-            sizes.append(replace(base, triplets=base.triplets + max(base.triplets // 16, 1)))
-        rows = [count(config, size, dtype, processor, device) for size in sizes]
-        solved = np.linalg.solve(
-            np.stack([size.vector()[: len(sizes)] for size in sizes]), [[row[q] for q in QUANTITIES] for row in rows]
-        )
-        return np.vstack([solved, np.zeros((6 - len(sizes), len(QUANTITIES)))])
-
     edges = int(atoms * edges_per_atom)
-    if processor:
-        edges = min(edges, tile * (TILES_OF_AUTOGRAD if config.branch.forces == "conservative" else TILES))
-    near = coefficients(edges, max(edges // 16, 1))
+    if processor:  # one tile; the operations of a batch are those of its tiles
+        atoms, edges = COUNTED_ATOMS, edges_of_tile(encoder.degrees[0])
+    each = max(edges_per_atom - 1.0, 0.0) if triplets_per_edge is None else triplets_per_edge
+    triplets = round(edges * each) + 1 if encoder.needs.triplets else None  # one, so that there are some
+    sizes = _sizes(atoms, edges, triplets, min(max(tasks, 2), MOST_TASKS))
+    base = sizes[0]
+
+    def counted(size: BatchSize, pieces: int | None) -> Counted:
+        return count(config, size, dtype, processor, device, pieces)
+
+    trials = [counted(size, 1) for size in sizes]
+    seen = [Trial(size.vector(), 1, trial.moments) for size, trial in zip(sizes, trials, strict=True)]
+    # Where a derivative is autograd's, it keeps the values of all tiles: what one needs for itself is of no matter.
+    if processor and config.branch.forces == "direct":
+        more = replace(base, edges=2 * base.edges, triplets=2 * base.triplets)
+        several = ((base, 2), (base, 3), (more, 2))
+        seen += [Trial(size.vector(), pieces, counted(size, pieces).moments) for size, pieces in several]
+    moments = solved(seen)
     if processor:  # a few more edges may be no further operation: sums need whole tiles
-        near[:, 1:] = coefficients(tile, tile)[:, 1:]
-    return Footprint(dict(zip(QUANTITIES, near.T, strict=True)))
+        trials[MORE_EDGES] = counted(sizes[MORE_EDGES], None)
+    vectors = np.stack([size.vector()[: len(sizes)] for size in sizes])
+    rows = np.linalg.solve(vectors, [[trial.work[q] for q in QUANTITIES] for trial in trials])
+    rows = np.vstack([rows, np.zeros((6 - len(sizes), len(QUANTITIES)))])
+    return Footprint(moments, dict(zip(QUANTITIES, rows.T, strict=True)))
+
+
+def _sizes(atoms: int, edges: int, triplets: int | None, several: int) -> list[BatchSize]:
+    """One, and others with more of one thing each; as many as there are things."""
+    base = BatchSize(1, atoms, atoms, edges, triplets or 0)
+    more = atoms + max(atoms // 16, 1)
+    sizes = [
+        base,
+        replace(base, tasks=several),
+        replace(base, tasks=several, labelled=several * atoms),
+        replace(base, atoms=more, labelled=more),
+        replace(base, edges=max(2 * edges, 1)),
+    ]
+    if triplets is not None:
+        sizes.append(replace(base, triplets=2 * triplets))
+    return sizes
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of one forward and one backward pass."""
+
+    moments: list[Moment]  # bytes beside parameters and gradients
+    work: dict[str, float]  # of `QUANTITIES`
+
+    @property
+    def bytes(self) -> int:
+        """At the fullest moment, the batch included."""
+        return max(m.live for m in self.moments)
 
 
 def count(
-    config: ModelConfig, size: BatchSize, dtype: torch.dtype, processor: bool, device: str = "meta"
-) -> dict[str, float]:
-    """All quantities of one forward and one backward pass through a batch of this size."""
+    config: ModelConfig,
+    size: BatchSize,
+    dtype: torch.dtype,
+    processor: bool,
+    device: str = "meta",
+    pieces: int | None = None,
+) -> Counted:
+    """One forward and one backward pass through a batch of this size. pieces: tiles of all loops; None: as they run."""
     tasks = [f"t{k}" for k in range(int(size.tasks))]
     shared = len(tasks) > 1 and size.labelled != size.atoms
     with torch.device(device), _default(dtype), in_tiles(processor):
@@ -147,8 +172,9 @@ def count(
             p.grad = torch.zeros_like(p)
         held = [t for p in potential.parameters() for t in (p, p.grad) if t is not None] + list(potential.buffers())
         batch = blank_batch(tasks, size, dtype, shared, potential.encoder.needs)
-        with Count(held) as counted:
+        with Count(held) as counted, _tiles_of(counted, pieces, processor):
             batch = batch.moved(torch.clone)  # counted as bytes, and not as work
+            counted.moments.clear()  # which are of the passes alone; a batch of more tasks has more tensors
             with counted.apart() as forward:
                 predictions = potential(batch)
                 loss = sum(p.energy.abs().sum() + p.forces.abs().sum() for p in predictions.values())
@@ -156,7 +182,22 @@ def count(
             with counted.apart() as backward:
                 loss.backward()
     works = (forward.flops, forward.traffic, forward.kernels, backward.flops, backward.traffic, backward.kernels)
-    return dict(zip(QUANTITIES, (float(counted.most), *works), strict=True))
+    return Counted(counted.moments, dict(zip(QUANTITIES, works, strict=True)))
+
+
+@contextmanager
+def _tiles_of(counted: Count, pieces: int | None, processor: bool) -> Iterator[None]:
+    """Inside, loops over tiles are seen by who counts, and run over so many."""
+
+    def cut(edges: int, width: int) -> list[slice]:
+        most = edges_of_tile(width) if processor else max(edges, 1)
+        return Tiles(in_pieces(edges, pieces or max(1, -(-edges // most))), most, counted)
+
+    token = CUT.set(cut if processor else None)
+    try:
+        yield
+    finally:
+        CUT.reset(token)
 
 
 def _needs_no_values(config: ModelConfig, dtype: torch.dtype) -> bool:

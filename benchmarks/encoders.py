@@ -1,112 +1,158 @@
-"""All encoders on the same data: errors after the same steps, and after the same seconds of the processor.
+"""All encoders under one protocol: errors after equal steps, after equal seconds of the processor, and costs.
 
-    OMP_NUM_THREADS=1 python benchmarks/encoders.py STORE... [--seconds 300] [--encoders egnn painn] [--out FILE.json]
+    OMP_NUM_THREADS=1 python benchmarks/encoders.py CONFIG.yaml [--seconds 15] [--steps 80] [--seeds 0 1 2]
+        [--encoders egnn painn] [--out FILE.json]
 
-Each encoder is trained once, in a process of its own, on all stores at once, with default keys, the same seed and the
-same learning rate, constant with a moving average of weights. Validations are not counted as seconds. The error is that
-of the last validation within the seconds; that at the same steps is the one at the last step that all have reached.
+CONFIG has the tasks, the objective, the optimizer and the branches; every encoder takes its place with `KEYS`, and all
+other keys as they are preset. Each pair of encoder and seed is trained twice, from the start to the end of its learning
+rate: for a number of steps, and for as many steps as the processor makes in some seconds, by the rate of the first
+training, in which validation does not count. Errors are those of the last weights on the validation splits, on which
+nothing is chosen. Every training is a process of its own that has one core; all that is done is in FILE.json at once,
+and the same command goes on from there.
+
+    rate        structures trained on in a second of the processor, median over the seeds
+    prediction  energies and forces of structures in a second of the processor, best of several passes
+    bytes       that a training step of its mean batch needs beside weights, as `multifid plan` counts them
 """
 
 import argparse
 import json
-import subprocess
-import sys
+import os
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
-EXTRA: dict[str, dict[str, object]] = {"egnn with tensors": {"name": "egnn", "tensors": 8}}
-EVERY = 20  # steps between validations
+import torch
+import yaml
+
+from multifid.config import Config, parse_config
+from multifid.feed.loader import open_sources
+from multifid.model.encoders import ENCODERS
+from multifid.model.footprint import BatchSize, count
+from multifid.model.potential import Potential
+from multifid.parallel.layout import place
+from multifid.training.feed import Feed, make_draws
+from multifid.training.resolve import resolve
+from multifid.training.run import train
+
+KEYS: dict[str, Any] = {"layers": 2, "hidden": 32}
+MORE: dict[str, dict[str, Any]] = {
+    "egnn with tensors": {"name": "egnn", "tensors": 8},
+    "painn with attention": {"name": "painn", "attention": {"heads": 4}},
+}
+PASSES = 7  # of which the best tells the rate of prediction
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stores", type=Path, nargs="+")
-    parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--encoders", nargs="+", help="all without")
-    parser.add_argument("--forces", choices=["direct", "conservative"], default="conservative")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--encoders", nargs="+", default=[*ENCODERS, *MORE])
     parser.add_argument("--out", type=Path, default=Path("encoders.json"))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(train(args)))
-        return
+
+    values = yaml.safe_load(args.config.read_text())
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for name in args.encoders or every():
-        if name not in known:
-            command = [sys.executable, __file__, *map(str, args.stores), "--one", name, "--forces", args.forces]
-            done = subprocess.run([*command, "--seconds", str(args.seconds)], check=True, stdout=subprocess.PIPE)
-            known[name] = json.loads(done.stdout.splitlines()[-1])
+
+    def note(name: str, what: str, function: Any, *inputs: Any) -> dict[str, Any]:
+        """What a function says of an encoder, unless that is known already."""
+        of_encoder = known.setdefault(name, {})
+        if what not in of_encoder:
+            of_encoder[what] = in_a_process(function, values, name, *inputs)
             args.out.write_text(json.dumps(known, indent=1) + "\n")
-    print(table(known))
+            print(name, what, of_encoder[what], flush=True)
+        return of_encoder[what]
+
+    for seed in args.seeds:
+        for name in args.encoders:
+            note(name, "costs", costs)
+            run = note(name, f"{args.steps} steps, seed {seed}", trained, args.steps, seed)
+            steps = round(args.seconds * run["step"] / run["seconds"])
+            note(name, f"{args.seconds:g} seconds, seed {seed}", trained, steps, seed)
 
 
-def every() -> list[str]:
-    from multifid.model.encoders import ENCODERS
+def in_a_process(function: Any, *inputs: Any) -> dict[str, Any]:
+    """What a function returns in a copy of this process, whose time and memory are then its own."""
+    ends = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(ends[1], json.dumps(function(*inputs)).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(ends[1])
+    with os.fdopen(ends[0]) as told:
+        text = told.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise SystemExit(f"{function.__name__}: {inputs[1:]} failed; see above")
+    return json.loads(text)
 
-    return [*ENCODERS, *EXTRA]
+
+def config_of(values: dict[str, Any], name: str, run: str, **of_train: Any) -> Config:
+    """The config with another encoder, validated at the end only, with weights that are kept nowhere else."""
+    encoder = KEYS | {"name": name} | MORE.get(name, {})
+    never = 10**9
+    train = values["train"] | {"epoch_steps": never, "checkpoint_every": never, "log_every": never}
+    changed = {"run": run, "train": train | {"patience": None, "workers": 0} | of_train}
+    model = values["model"] | {"encoder": encoder}
+    return parse_config({k: v for k, v in values.items() if k != "study"} | changed | {"model": model}, name)
 
 
-def train(args: argparse.Namespace) -> dict:
-    """Train one encoder: its parameters, and steps, seconds and errors at every validation."""
-    import multifid
+def trained(values: dict[str, Any], name: str, steps: int, seed: int) -> dict[str, Any]:
+    """Train one encoder: its errors at the end, its steps, and the seconds of training and of the validation."""
+    rows: list[dict[str, Any]] = []
+    told: list[float] = []  # by the clock: when training began, ..., at the end of the last step, after the validation
 
-    used, since, rows = [0.0], [time.process_time()], []
+    def clock() -> float:
+        told.append(time.process_time())
+        return told[-1]
 
-    def note(of_tasks: list[dict]) -> str | bool:
-        """The time since the last call is of training, or of a validation where that is what is told."""
-        now = time.process_time()
-        if of_tasks[0]["split"] != "validation":
-            used[0] += now - since[0]
-        else:
-            errors = {row["task"]: {k: row[k] for k in ("energy_mae", "forces_mae")} for row in of_tasks}
-            rows.append(
-                {
-                    "step": of_tasks[0]["step"],
-                    "seconds": used[0],
-                    "objective": of_tasks[0]["objective"],
-                    "tasks": errors,
-                }
-            )
-        since[0] = time.process_time()
-        return "the seconds are used" if used[0] > args.seconds else False
-
-    encoder = EXTRA.get(args.one, {"name": args.one}) | {"layers": 3, "hidden": 64}
     with tempfile.TemporaryDirectory() as folder:
-        config = {
-            "run": f"{folder}/run",
-            "tasks": {store.name: {"store": str(store.resolve())} for store in args.stores},
-            "model": {"cutoff": 4.5, "encoder": encoder, "branch": {"hidden": [64, 64], "forces": args.forces}},
-            "train": {"lr": 3e-3, "schedule": "constant", "warmup": 20, "ema": 0.98, "batch": 8, "log_every": EVERY},
-        }
-        config["train"] |= {"epoch_steps": EVERY, "steps": 100_000, "patience": None, "workers": 0}
-        result = multifid.train(config, callbacks=[note])
-        about = json.loads((Path(result.run) / "model.safetensors").read_bytes()[8:].split(b"}}", 1)[0].decode() + "}}")
-    parameters = sum(size(v["shape"]) for k, v in about.items() if k.startswith("encoder."))
-    return {"encoder": encoder, "parameters": parameters, "rows": rows}
+        config = config_of(values | {"seed": seed}, name, f"{folder}/run", steps=steps)
+        train(config, clock=clock, callbacks=[rows.extend])
+    rows = [row for row in rows if row["split"] == "validation"]
+    errors = {row["task"]: {key: row[key] for key in ("energy_mae", "forces_mae")} for row in rows}
+    return {
+        "step": rows[-1]["step"],
+        "seconds": told[-2] - told[0],
+        "validation": told[-1] - told[-2],
+        "objective": rows[-1]["objective"],
+        "tasks": errors,
+    }
 
 
-def size(shape: list[int]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
-
-
-def table(known: dict) -> str:
-    """Markdown, best first by the objective after the same seconds."""
-    common = min(of["rows"][-1]["step"] for of in known.values())
-    tasks = list(next(iter(known.values()))["rows"][0]["tasks"])
-    columns = [f"{task}, {what}" for task in tasks for what in ("meV/atom", "meV/angstrom")]
-    heads = ["encoder", "parameters", "steps", "objective", *columns, f"objective at step {common}"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for name, of in sorted(known.items(), key=lambda item: item[1]["rows"][-1]["objective"]):
-        last = of["rows"][-1]
-        errors = [f"{1e3 * last['tasks'][t][k]:.0f}" for t in tasks for k in ("energy_mae", "forces_mae")]
-        then = next(row["objective"] for row in of["rows"] if row["step"] >= common)
-        cells = [name, str(of["parameters"]), str(last["step"]), f"{last['objective']:.3f}", *errors, f"{then:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def costs(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Parameters, bytes of a step, and structures predicted in a second."""
+    config = resolve(config_of(values, name, "run", steps=1), 1)
+    sources = open_sources(config.tasks)
+    feed = Feed(config, sources, make_draws(config, sources), place(list(config.tasks), "replicated", 1))
+    batches = [batch.to(dtype=torch.float32) for step in range(4) for batch in feed.step(step).batches]
+    potential = Potential(config.model, list(config.tasks), {t: t for t in config.tasks}, seed=0).eval()
+    structures, seconds = sum(len(batch.natoms) for batch in batches), []
+    for _ in range(PASSES):
+        started = time.process_time()
+        for batch in batches:
+            potential(batch)
+        seconds.append(time.process_time() - started)
+    atoms = sum(len(b.numbers) for b in batches) / len(batches)
+    edges = sum(b.edges.shape[1] for b in batches) / len(batches)
+    triplets = sum(0 if b.triplets is None else b.triplets.shape[1] for b in batches) / len(batches)
+    size = BatchSize(len(config.tasks), round(atoms), round(atoms), round(edges), round(triplets))
+    return {
+        "parameters": sum(p.numel() for p in potential.encoder.parameters()),
+        "structures_in_a_step": feed.structures,
+        "predicted_in_a_second": structures / min(seconds),
+        "bytes": count(config.model, size, torch.float32, processor=True).bytes,
+        "atoms": atoms,
+        "edges": edges,
+    }
 
 
 if __name__ == "__main__":

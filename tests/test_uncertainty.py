@@ -10,6 +10,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
 from rich.console import Console
 
 import multifid
@@ -18,6 +19,7 @@ from multifid.evaluation.calibrate import quality
 from multifid.evaluation.calibration import binned
 from multifid.graphs.graph import graph_of
 from multifid.model.model_file import export_model
+from multifid.model.potential import under_strain
 from multifid.model.rigid import held, inputs_of
 from multifid.model.rigidity import BranchRigidity, Covariance, Rigidity, TaskConstants
 from multifid.model.rigidity_file import load_rigidity, packed, save_rigidity
@@ -37,7 +39,7 @@ def planted(made, task="a", atoms=MOLECULES):
     vectors = None if found.vectors is None else Covariance(found.vectors.T @ found.vectors)
     energy, scalars = map(Covariance, pair)
     one = BranchRigidity(energy, scalars, vectors, energy.draws(len(energy.sum)))
-    return replace(made, rigidity=Rigidity({}, {task: one}, {task: TaskConstants(2.0, 3.0, 1e-9, 4)}))
+    return replace(made, rigidity=Rigidity({}, {task: one}, {task: TaskConstants(2.0, 3.0, 1e-9, 4, 5.0)}))
 
 
 def test_the_variance_of_a_linear_model_is_that_of_many_refits():
@@ -81,7 +83,10 @@ def test_predictions_are_linear_in_what_is_taken_for_last_features(encoder, read
     np.testing.assert_allclose(forces, said.forces, rtol=0, atol=1e-12)
 
 
-def test_with_all_draws_sampled_forces_have_the_exact_variance_and_predictions_stay():
+@pytest.mark.parametrize("at_once", [1, 4, 100])
+def test_with_all_draws_sampled_forces_and_stresses_have_the_exact_variance_and_predictions_stay(at_once, monkeypatch):
+    """By one backward pass for each draw, for four, for all."""
+    monkeypatch.setattr("multifid.model.rigid._at_once", lambda *_: at_once)
     made = planted(model())
     batch = batch_of(pack_atoms([MOLECULES[1], crystal()]), made.cutoff, "a")
     one = made.rigidity.branches["a"]
@@ -91,10 +96,11 @@ def test_with_all_draws_sampled_forces_have_the_exact_variance_and_predictions_s
             getattr(found.prediction, name), getattr(said, name), rtol=0, atol=1e-12, err_msg=name
         )
 
-    def sums(x):
+    def sums(x, strain=None):
         branch, features = made.potential.branches["a"], []
         hook = made.potential.encoder.register_forward_hook(lambda *seen: features.append(seen[-1]))
-        made.potential.encoder(graph_of(replace(batch, positions=x)))
+        moved = replace(batch, positions=x)
+        made.potential.encoder(graph_of(moved if strain is None else under_strain(moved, strain)))
         hook.remove()
         return branch.last_features(features[0])
 
@@ -102,6 +108,13 @@ def test_with_all_draws_sampled_forces_have_the_exact_variance_and_predictions_s
     exact = one.energy.variance(slopes.permute(1, 2, 0)).mean(dim=1)
     local = one.scalars.variance(sums(batch.positions).detach())
     np.testing.assert_allclose(found.forces, (exact * local).sqrt(), rtol=1e-7)
+
+    def strained(strain):
+        return sums(batch.positions, strain).sum(dim=0)
+
+    slopes = torch.autograd.functional.jacobian(strained, torch.zeros_like(batch.cell))  # (D, S, 3, 3)
+    exact = one.energy.variance(slopes.permute(1, 2, 3, 0))[1].mean() / np.linalg.det(batch.cell[1]) ** 2
+    assert found.stress[1] == pytest.approx(float(exact), rel=1e-7) and found.stress[0].isnan()
 
 
 @pytest.mark.parametrize("forces", ["conservative", "direct"])
@@ -115,6 +128,8 @@ def test_uncertainties_do_not_turn_move_or_depend_on_the_order_of_atoms(forces):
         np.testing.assert_allclose(b.energy_uncertainty, a.energy_uncertainty, rtol=1e-7)
         np.testing.assert_allclose(b.energies_uncertainty, a.energies_uncertainty[order], rtol=1e-7)
         np.testing.assert_allclose(b.forces_uncertainty, a.forces_uncertainty[order], rtol=1e-6)
+        np.testing.assert_allclose(b.stress_uncertainty, a.stress_uncertainty, rtol=1e-6)  # NaN without a volume
+        assert np.isfinite(a.stress_uncertainty[0]) == (forces == "conservative" and atoms.pbc.any())
         assert (a.forces_uncertainty > 0).all() and np.isfinite(a.energy_uncertainty).all()
         plain = made.predict(atoms, "a")
         np.testing.assert_allclose(a.energy, plain.energy, rtol=0, atol=1e-9)
@@ -191,3 +206,17 @@ def test_what_was_not_calibrated_is_refused_with_what_to_run():
         water.calc.get_property("energy_uncertainty", water)
     with pytest.raises(ValueError, match="export it again"):
         calibrate_run(Path(__file__))
+
+
+def test_the_calculator_gives_the_deviation_of_a_stress_where_there_is_one():
+    made, salt, water = planted(model()), crystal(), molecule("H2O")
+    salt.calc = made.calculator("a")
+    said = made.predict(salt, "a", uncertainty=True)
+    assert salt.calc.get_property("stress_uncertainty", salt) == pytest.approx(said.stress_uncertainty[0], rel=1e-9)
+    np.testing.assert_allclose(salt.calc.get_property("forces_uncertainty", salt), said.forces_uncertainty, rtol=1e-9)
+    water.calc = made.calculator("a")
+    with pytest.raises(PropertyNotImplementedError, match="spans none"):
+        water.calc.get_property("stress_uncertainty", water)
+    assert np.isfinite(water.calc.get_property("forces_uncertainty", water)).all()
+    with pytest.raises(PropertyNotImplementedError, match="has no stress"):
+        planted(model("direct")).calculator("a").get_property("stress_uncertainty", salt)

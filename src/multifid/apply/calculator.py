@@ -26,7 +26,8 @@ from multifid.structures.structure import Packed
 
 DTYPES = {"float32": "fp32", "float64": "fp64"}
 AVERAGED = ("energy", "forces", "stress", "energies")
-DOUBTS = ("energy_uncertainty", "energies_uncertainty", "forces_uncertainty")
+DOUBTS = ("energy_uncertainty", "energies_uncertainty", "forces_uncertainty", "stress_uncertainty")
+STRESSES = {"stress", "stress_std", "stress_uncertainty"}
 Results = dict[str, Any]
 
 
@@ -37,8 +38,9 @@ class Calculator(ase.Calculator):
     and `energies_std` the deviations (n - 1). task: which branch answers; may be left out where there is only one.
     dtype: float32 or float64; that of each model where nothing is said. skin: of the neighbour list, angstrom.
 
-    `energy_uncertainty` (eV, of the total), `energies_uncertainty` (N,) and `forces_uncertainty` (N,) eV/angstrom are
-    standard deviations, for one model whose run was calibrated (`multifid calibrate`): `get_property(NAME, atoms)`.
+    `energy_uncertainty` (eV, of the total), `energies_uncertainty` (N,), `forces_uncertainty` (N,) eV/angstrom and
+    `stress_uncertainty` eV/angstrom^3 are standard deviations, for one model whose run was calibrated (`multifid
+    calibrate`): `get_property(NAME, atoms)`.
     `features` (N, H) of the encoder are a property too, for one model. Energies are totals, reference energies of the
     task included; `energies` add up to `energy`. Charge and multiplicity are `atoms.info["charge"]` and
     `atoms.info["spin"]`, used where the task was trained with several. Only conservative forces have a stress, and
@@ -78,7 +80,7 @@ class Calculator(ase.Calculator):
         self.implemented_properties += ["stress"] if self.conservative else []
         if len(self.models) == 1:
             self.implemented_properties += ["features"] if self.models[0].gives_features else []
-            self.implemented_properties += DOUBTS
+            self.implemented_properties += DOUBTS if self.conservative else DOUBTS[:3]
         else:
             self.implemented_properties += [f"{n}_std" for n in AVERAGED if n in self.implemented_properties]
 
@@ -113,7 +115,7 @@ class Calculator(ase.Calculator):
         return [name for name, (a, b) in pairs.items() if not np.array_equal(a, b)]
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
-        if name in ("stress", "stress_std") and not self.conservative:
+        if name in STRESSES and not self.conservative:
             raise ase.PropertyNotImplementedError(
                 "the forces of this model are predicted directly, not as a gradient of its energy, so it has no "
                 "stress; a model with `model.branch.forces: conservative` has one"
@@ -135,8 +137,8 @@ class Calculator(ase.Calculator):
         atoms = self.atoms
         assert atoms is not None, "ASE gives a calculator its atoms"
         self._warn_of_motion(atoms)
-        self._stress_wanted |= bool({"stress", "stress_std"} & set(properties))
-        if "forces_uncertainty" in properties:
+        self._stress_wanted |= bool(STRESSES & set(properties))
+        if {"forces_uncertainty", "stress_uncertainty"} & set(properties):
             self._doubts_wanted = True
         elif set(DOUBTS) & set(properties):
             self._doubts_wanted = self._doubts_wanted or "energy"
@@ -145,7 +147,7 @@ class Calculator(ase.Calculator):
             self.results = self._of_nothing()
             return
         stress = self._stress_wanted and self.conservative and bool(spans_volume(packed.cell)[0])
-        if {"stress", "stress_std"} & set(properties) and not stress:
+        if STRESSES & set(properties) and not stress:
             raise ase.PropertyNotImplementedError(
                 f"stress is an energy per volume, and the cell {atoms.cell.array.tolist()} spans none"
             )
@@ -163,7 +165,8 @@ class Calculator(ase.Calculator):
         if self._doubts_wanted and not features:
             wanted = {"stress": stress, "forces": self._doubts_wanted is True}
             answer, found = next(model.answer_with_doubts(packed, batch, self.task, **wanted))
-            doubts = dict(zip(DOUBTS[: 3 if wanted["forces"] else 2], found, strict=False))
+            names = DOUBTS[:2] if not wanted["forces"] else DOUBTS if stress else DOUBTS[:3]
+            doubts = dict(zip(names, found, strict=False))
         else:
             answer = next(model.answer(packed, batch, self.task, stress=stress, features=features))
         energy, forces, tensor, energies, of_atoms = answer
@@ -183,7 +186,7 @@ class Calculator(ase.Calculator):
         """The results of no atoms at all: nothing costs nothing."""
         results: Results = {"energy": 0.0, "energies": np.zeros(0), "forces": np.zeros((0, 3))}
         if len(self.models) == 1 and self._doubts_wanted:
-            results |= dict(zip(DOUBTS, (0.0, np.zeros(0), np.zeros(0)), strict=True))
+            results |= dict(zip(DOUBTS[:3], (0.0, np.zeros(0), np.zeros(0)), strict=True))
         results = results if len(self.models) == 1 else _committee([results] * len(self.models))
         return results | {"free_energy": 0.0}
 

@@ -41,10 +41,10 @@ def predict(
     out: extended XYZ that ASE reads back: energy (eV, total), forces (eV/angstrom), stress (eV/angstrom^3) where there
     is one, `info["task"]`, and what else a structure had but its labels; `info["undetermined"]` is true where the
     training data do not determine the total energy of a composition. uncertainty: also
-    `info["energy_uncertainty"]` (eV, of the total) and the columns `energies_uncertainty` (eV) and
-    `forces_uncertainty` (eV/angstrom), standard deviations. A task of a property writes that in place of energies,
-    under the task's name: in `info`, of a class with its probabilities beside it, or as a column of atoms. files: see
-    `frames`. skip: leave out what the model refuses, and count it, in place of an error.
+    `info["energy_uncertainty"]` (eV, of the total), `info["stress_uncertainty"]` (eV/angstrom^3) and the columns
+    `energies_uncertainty` (eV) and `forces_uncertainty` (eV/angstrom), standard deviations. A task of a property writes
+    that in place of energies, under the task's name: in `info`, of a class with its probabilities beside it, or as a
+    column of atoms. files: see `frames`. skip: leave out what the model refuses, and count it, in place of an error.
     The same on every rank of a launch by torchrun or srun.
 
     ValueError names the structures that are refused: elements that the task has never seen, atoms that coincide,
@@ -108,6 +108,8 @@ def _predicted(
         doubt: dict[str, Any] = {"undetermined": True} if out.undetermined[k] else {}
         if uncertainty:
             doubt["energy_uncertainty"] = float(out.energy_uncertainty[k])
+            if np.isfinite(out.stress_uncertainty[k]):
+                doubt["stress_uncertainty"] = float(out.stress_uncertainty[k])
         made = labelled(given.atoms, results, task=task, **doubt)
         if uncertainty:
             made.arrays["energies_uncertainty"] = out.energies_uncertainty[k]

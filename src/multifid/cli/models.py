@@ -97,7 +97,7 @@ def calibrate(
     max_edges: Annotated[int | None, typer.Option(min=1, help="of a batch; default: what the memory allows")] = None,
     workers: Annotated[int, typer.Option(min=0, help="threads that prepare batches ahead, on each rank")] = 1,
 ) -> None:
-    """Uncertainties of a run's energies and forces from its own data, into RUN/uncertainty.safetensors."""
+    """Uncertainties of a run's energies, forces and stresses from its own data, into RUN/uncertainty.safetensors."""
     from multifid.workflows.calibrate import calibrate_run
 
     calibrate_run(run, samples=samples, figure=figure, device=device, max_edges=max_edges, workers=workers)

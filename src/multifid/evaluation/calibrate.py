@@ -31,6 +31,7 @@ class Points:
 
     energy: np.ndarray  # (S, 2) eV/atom
     forces: np.ndarray  # (N, 2) eV/angstrom: of a component; the root mean square of the three errors of an atom
+    stress: np.ndarray  # (S, 2) eV/angstrom^3: of a component; the root mean square of the nine errors
     split: str = "test"
 
 
@@ -68,11 +69,17 @@ def points(model: Predictor, source: Source, task: str, rigidity: Rigidity, spli
     """Deviations and errors of one task on (a sample of) one split."""
     constants = rigidity.tasks[task]
     raw = _raw(model, source, task, rigidity.branches[model.potential.branch_of[task]], split, share)
-    energy, forces = (_gathered(x, share) for x in raw)
+    energy, forces, stress = (_gathered(x, share) for x in raw)
     energy[:, 0] = np.sqrt(energy[:, 0]) * (constants.energy or np.nan)
     forces[:, 0] = np.sqrt(np.maximum(forces[:, 0], constants.floor)) * (constants.forces or np.nan)
-    energy, forces = (x[np.isfinite(x).all(axis=1)] for x in (energy, forces))
-    return Points(energy, forces, split)
+    stress[:, 0] = np.sqrt(stress[:, 0]) * (constants.stress or np.nan)
+    energy, forces, stress = (_whole(x) for x in (energy, forces, stress))
+    return Points(energy, forces, stress, split)
+
+
+def _whole(pairs: np.ndarray) -> np.ndarray:
+    """Those of (n, 2) that have both numbers."""
+    return pairs[np.isfinite(pairs).all(axis=1)]
 
 
 def _source(model: Predictor, data: Data) -> Source:
@@ -104,9 +111,9 @@ def _add_covariances(model: Predictor, source: Source, task: str, sums: dict[str
 
 def _constants(model: Predictor, source: Source, task: str, rigidity: BranchRigidity, share: Share) -> TaskConstants:
     """Those that make the root mean square of error / deviation one on the validation split."""
-    energy, forces = (_gathered(x, share) for x in _raw(model, source, task, rigidity, "validation", share))
-    structures = len(energy)
-    energy, forces = (x[np.isfinite(x).all(axis=1)] for x in (energy, forces))
+    raw = [_gathered(x, share) for x in _raw(model, source, task, rigidity, "validation", share)]
+    structures = len(raw[0])
+    energy, forces, stress = (_whole(x) for x in raw)
     if not len(energy) + len(forces):
         raise ValueError(
             f"task {task}: {source.store.path} has no validation structure with an energy or forces, so that nothing "
@@ -114,7 +121,7 @@ def _constants(model: Predictor, source: Source, task: str, rigidity: BranchRigi
         )
     floor = FLOOR * float(forces[:, 0].mean()) if len(forces) else 0.0
     forces[:, 0] = np.maximum(forces[:, 0], floor)
-    return TaskConstants(_constant(energy), _constant(forces), floor, structures)
+    return TaskConstants(_constant(energy), _constant(forces), floor, structures, _constant(stress))
 
 
 def _constant(pairs: np.ndarray) -> float | None:
@@ -125,22 +132,31 @@ def _constant(pairs: np.ndarray) -> float | None:
 
 def _raw(
     model: Predictor, source: Source, task: str, rigidity: BranchRigidity, split: str, share: Share
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Variances before their constant and absolute errors of this process's batches, (S, 2) and (N, 2) each."""
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Variances before their constant and absolute errors of this process's batches: (S, 2), (N, 2) and (S, 2) each.
+
+    Of energies, forces and stresses; NaN where there is no label or no stress.
+    """
     size = source.store.size(split)
     places = np.linspace(0, max(size - 1, 0), min(size, MOST)).astype(np.int64)
     index = source.store.pick(split, places)
-    energies, forces = [], []
+    energies, forces, stresses = [], [], []
     for batch in _batches(model, source, index, share):
-        found = held(model.potential, replace(batch, targets={}), task, rigidity, stress=False)
-        p, targets = model.physical(found.prediction, task), batch.targets[task]
+        targets = batch.targets[task]
+        labelled = model.conservative and targets.stress is not None and bool(targets.stress.isfinite().any())
+        found = held(model.potential, replace(batch, targets={}), task, rigidity, stress=labelled)
+        p = model.physical(found.prediction, task)
         error = (p.energy - targets.energy).abs() / batch.natoms
         energies.append(torch.stack([found.energy, error.double()], dim=1).cpu().numpy())
         nothing = torch.full_like(p.forces, torch.nan)
         label = nothing if targets.forces is None else targets.forces
         error = (p.forces - label).double().square().mean(dim=1).sqrt()
         forces.append(torch.stack([found.forces, error], dim=1).cpu().numpy())
-    return energies, forces
+        error = torch.full_like(found.stress, torch.nan)
+        if labelled and p.stress is not None and targets.stress is not None:
+            error = (p.stress - targets.stress).double().square().mean(dim=(1, 2)).sqrt()
+        stresses.append(torch.stack([found.stress, error], dim=1).cpu().numpy())
+    return energies, forces, stresses
 
 
 def _batches(model: Predictor, source: Source, index: np.ndarray, share: Share) -> Iterator[Batch]:

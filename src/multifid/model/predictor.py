@@ -176,9 +176,10 @@ class Predictor(TaskModel):
         energy = deviation(found.energy, constants.energy).cpu().numpy() * packed.natoms
         atoms = deviation(found.energies, constants.energy).cpu().numpy()
         of_forces = deviation(found.forces, constants.forces, constants.floor).cpu().numpy()
+        of_stress = deviation(found.stress, constants.stress).cpu().numpy()
         for k, (a, answer) in enumerate(zip(packed.offsets[:-1], answers, strict=True)):
             b = a + packed.natoms[k]
-            yield answer, (float(energy[k]), atoms[a:b], of_forces[a:b])
+            yield answer, (float(energy[k]), atoms[a:b], of_forces[a:b], float(of_stress[k]))
 
 
 P = TypeVar("P", bound=Predictor)

@@ -1,7 +1,7 @@
 """One pass that gives predictions and how well they are held: see `rigidity.py` for the equations.
 
-Conservative forces and those of the sampled last layers come from one forward pass. Each layer has a backward pass of
-its own over it: one batched pass for all was measured to take twice as long, for it runs out of the cache.
+Conservative forces and those of the sampled last layers come from one forward pass. For small systems one batched
+backward pass has them all. For large ones, which batched would run out of the cache, each layer has a pass of its own.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from multifid.graphs.batch import Batch
+from multifid.graphs.edges import TILE_VALUES
 from multifid.graphs.graph import Graph, completed, graph_of
 from multifid.model.branch import Branch
 from multifid.model.contract import Features
@@ -26,6 +27,7 @@ class Held:
     energy: Tensor  # (S,) of the energy per atom
     energies: Tensor  # (N,) of each atom alone
     forces: Tensor  # (N,) of a component, averaged over the three
+    stress: Tensor  # (S,) of a component, averaged over the nine; NaN without a volume, or where it was not asked for
 
 
 @dataclass
@@ -55,7 +57,8 @@ def held(
 ) -> Held:
     """Prediction and rigidities of one task; the batch on the potential's device and in its type.
 
-    forces: theirs too, for which conservative ones need a backward pass for each sample; NaN without.
+    forces: theirs too, and that of the stress where there is one, for which conservative forces need a backward pass
+    for each sample; NaN without.
     """
     if potential.config.branch.forces == "direct":
         return _direct(potential, batch, task, rigidity)
@@ -78,6 +81,7 @@ def _direct(potential: Potential, batch: Batch, task: str, rigidity: BranchRigid
         rigidity.energy.variance(_means(phi.double(), batch, task)),
         rigidity.energy.variance(phi),
         rigidity.scalars.variance(psi) * of_vectors,
+        energy.new_full(energy.shape, torch.nan, dtype=torch.float64),
     )
 
 
@@ -94,26 +98,59 @@ def _conservative(
         phi = branch.last_features(features)
     samples = rigidity.samples if forces else rigidity.samples[:0]
     last = torch.cat([branch.last_weights()[None].double(), samples.to(phi.device)]).to(phi.dtype)  # (1 + K, D)
-    wanted = [positions, strain] if stress else [positions]
-    slopes = [_slopes(phi, wanted if k == 0 else wanted[:1], w, k + 1 < len(last)) for k, w in enumerate(last)]
+    slopes = _slopes(phi, [positions, strain] if stress else [positions], last, _at_once(batch, phi))
     phi, local = phi.detach(), rigidity.scalars.variance(phi.detach())
     energies = (phi * last[0]).sum(dim=1)
     energy = sum_over(energies, batch.structure[atoms] - structures.start, structures.stop - structures.start)
-    sigma = stress_of(slopes[0][1][structures], batch.cell[structures]) if stress else None
-    sampled = [x[0][atoms].double().square().mean(dim=1) for x in slopes[1:]]
-    of_forces = torch.stack(sampled).mean(dim=0).mul(local).sqrt() if forces else torch.full_like(local, torch.nan)
+    stresses = [stress_of(x[structures], batch.cell[structures]) for x in slopes[1]] if stress else []  # (S, 3, 3) each
+    of_stress = torch.full_like(energy, torch.nan, dtype=torch.float64)
+    if stress and forces:
+        of_stress = torch.stack(stresses[1:]).double().square().mean(dim=(0, 2, 3))
+    sampled = slopes[0][1:, atoms].double().square().mean(dim=2)  # (K, M)
+    of_forces = sampled.mean(dim=0).mul(local).sqrt() if forces else torch.full_like(local, torch.nan)
     return Held(
-        Prediction(energy, -slopes[0][0][atoms], sigma, energies),
+        Prediction(energy, -slopes[0][0, atoms], stresses[0] if stress else None, energies),
         rigidity.energy.variance(_means(phi.double(), batch, task)),
         rigidity.energy.variance(phi),
         of_forces,
+        of_stress,
     )
 
 
-def _slopes(phi: Tensor, wanted: list[Tensor], last: Tensor, keep: bool) -> tuple[Tensor, ...]:
-    """The derivatives of the energy that a last layer (D,) gives."""
-    of_atoms = last.expand(phi.shape[0], -1)
-    return torch.autograd.grad(phi, wanted, of_atoms, retain_graph=keep, allow_unused=True, materialize_grads=True)
+def _at_once(batch: Batch, phi: Tensor) -> int:
+    """Last layers in a backward pass: so many that what they need for the edges stays in a processor's cache."""
+    return max(1, TILE_VALUES * torch.get_num_threads() // max(1, batch.edges.shape[1] * phi.shape[1]))
+
+
+def _slopes(phi: Tensor, wanted: list[Tensor], last: Tensor, at_once: int) -> list[Tensor]:
+    """(K, ...) derivatives of the energies that last layers (K, D) give with respect to each of `wanted`."""
+    pieces, found = list(last.split(at_once)), []
+    for k, piece in enumerate(pieces):
+        keep = k + 1 < len(pieces)
+        slopes = _batched(phi, wanted, piece) if len(piece) > 1 else None
+        if slopes is None:
+            slopes = [torch.stack(x) for x in zip(*_in_turn(phi, wanted, piece, keep), strict=True)]
+        found.append(slopes)
+    return [torch.cat(x) for x in zip(*found, strict=True)]
+
+
+def _batched(phi: Tensor, wanted: list[Tensor], last: Tensor) -> list[Tensor] | None:
+    """All in one backward pass, which keeps the graph; None where an operation of the encoder has no batched form."""
+    each = last[:, None].expand(-1, phi.shape[0], -1)
+    asked = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    try:
+        return list(torch.autograd.grad(phi, wanted, each, is_grads_batched=True, **asked))
+    except RuntimeError:
+        return None
+
+
+def _in_turn(phi: Tensor, wanted: list[Tensor], last: Tensor, keep: bool) -> list[tuple[Tensor, ...]]:
+    """A backward pass for each."""
+    found = []
+    for k, w in enumerate(last):
+        asked = {"retain_graph": keep or k + 1 < len(last), "allow_unused": True, "materialize_grads": True}
+        found.append(torch.autograd.grad(phi, wanted, w.expand(phi.shape[0], -1), **asked))
+    return found
 
 
 def _branch(potential: Potential, task: str) -> Branch:

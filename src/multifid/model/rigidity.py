@@ -11,7 +11,8 @@ atom i and a one. With one covariance of what training showed, the variance of a
 layers w_k with covariance (C + r I)^-1 are drawn, and the variance is mean_k |dE_k/dx_i|^2 / 3. They are orthogonal
 draws, whose estimate has less noise, and are kept, so that all processors sample the same ones. As few draws are noisy,
 the variance of a force is the geometric mean of theirs and of the atom's own rigidity phi_i^T A^-1 phi_i, A the sum of
-phi_i phi_i^T over all training atoms, which costs nothing.
+phi_i phi_i^T over all training atoms, which costs nothing. The same draws give the variance of a stress, the mean of
+|dE_k/dstrain|^2 / (9 V^2).
 
 Direct forces are linear in the last layer of their own head, F_ix = sum_ch W_ch psi_ih v_icx. Its covariance is taken
 as a product of those of the two factors (Ritter, Botev, Barber 2018), which is exact with one channel:
@@ -89,6 +90,7 @@ class TaskConstants:
     """What was calibrated on the validation split of one task; None where it has no such label.
 
     energy: eV of the error of an energy per atom for each unit of rigidity, alpha_E; forces: likewise, eV/angstrom.
+    stress: likewise, eV/angstrom^3.
     floor: the variance below which that of a force is not trusted: by symmetry the force on an atom and its variance
     can both vanish.
     """
@@ -97,6 +99,7 @@ class TaskConstants:
     forces: float | None
     floor: float
     structures: int  # of the validation split
+    stress: float | None = None
 
 
 @dataclass(frozen=True)

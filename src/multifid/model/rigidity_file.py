@@ -19,7 +19,7 @@ from multifid.model.potential import Potential
 from multifid.model.rigidity import BranchRigidity, Rigidity, TaskConstants
 
 NAME = "uncertainty.safetensors"
-SCHEMA = 1
+SCHEMA = 2  # 1, which knew no stress, is read too
 
 
 def weights_of(potential: Potential, branch: str) -> str:
@@ -58,7 +58,7 @@ def load_rigidity(path: Path) -> Rigidity | None:
     if about is None:
         return None
     said = json.loads(about)
-    if said["schema"] != SCHEMA:
+    if said["schema"] not in (1, SCHEMA):
         raise ValueError(
             f"{file}: uncertainty of schema {said['schema']}; this version reads {SCHEMA}: calibrate again"
         )

@@ -29,7 +29,8 @@ EDGES = 50_000  # of a batch, unless the caller says otherwise
 NEAREST = 1e-3  # angstrom: atoms that are closer lie on each other
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 Answer = tuple[float, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]
-Doubts = tuple[float, np.ndarray, np.ndarray]  # standard deviations: of the energy, of atoms' energies, of forces
+# Standard deviations: of the energy, of atoms' energies, of forces, of the stress.
+Doubts = tuple[float, np.ndarray, np.ndarray, float]
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Output:
         energy_uncertainty: (S,) eV, standard deviation of the total, where uncertainties were asked for.
         energies_uncertainty: (N,) eV, of what each atom adds.
         forces_uncertainty: (N,) eV/angstrom, of a component of the force on each atom, averaged over directions.
+        stress_uncertainty: (S,) eV/angstrom^3, of a component of the stress, averaged over the nine; NaN where there
+            is no stress.
         value: of a task of a property, which has no energy, forces, stress and energies (None): (S,) or (S, 3), of a
             class its name; of atoms (N,) or (N, 3) as forces are. In the unit of the training data.
         probabilities: (S, classes), of a class, in the order of the model's `property_of(task).classes`.
@@ -64,6 +67,7 @@ class Output:
     energy_uncertainty: Any = None
     energies_uncertainty: Any = None
     forces_uncertainty: Any = None
+    stress_uncertainty: Any = None
     value: Any = None
     probabilities: Any = None
 
@@ -291,7 +295,7 @@ class TaskModel(ABC):
         """(energy, forces, stress, energies, features) of each structure of a batch; `doubts` gets theirs."""
         if not len(packed.numbers):
             none = np.zeros((0, 3))
-            doubts += [(0.0, none[:, 0], none[:, 0])] * len(packed.natoms)
+            doubts += [(0.0, none[:, 0], none[:, 0], np.nan)] * len(packed.natoms)
             yield from [(0.0, none, np.zeros((3, 3)), none[:, 0], none)] * len(packed.natoms)
             return
         batch = batch_of(packed, self.cutoff, task)
@@ -311,10 +315,11 @@ class TaskModel(ABC):
         return table[packed.numbers]
 
 
-def _of_each(doubts: list[Doubts], alone: bool) -> tuple[Any, Any, Any]:
-    """Standard deviations of energies, of atoms' energies and of forces, as `Output` holds them."""
-    energy, energies, forces = ([d[k] for d in doubts] for k in range(3))
-    return np.array(energy, np.float64), energies[0] if alone else energies, forces[0] if alone else forces
+def _of_each(doubts: list[Doubts], alone: bool) -> tuple[Any, Any, Any, Any]:
+    """Standard deviations of energies, of atoms' energies, of forces and of stresses, as `Output` holds them."""
+    energy, stress = (np.array([d[k] for d in doubts], np.float64) for k in (0, 3))
+    energies, forces = ([d[k] for d in doubts] for k in (1, 2))
+    return energy, energies[0] if alone else energies, forces[0] if alone else forces, stress
 
 
 def sums_of(values: np.ndarray, packed: Packed) -> np.ndarray:

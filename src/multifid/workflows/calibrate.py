@@ -1,4 +1,4 @@
-"""`multifid calibrate RUN`: uncertainties of a trained run's energies and forces, from its own data.
+"""`multifid calibrate RUN`: uncertainties of a trained run's energies, forces and stresses, from its own data.
 
 On all ranks of a launch. The result, RUN/uncertainty.safetensors, is found by all that use the run, and is part of the
 model files that are exported from it afterwards.
@@ -70,7 +70,7 @@ def table(test: Mapping[str, Points]) -> FittedTable:
     """How uncertainties do on the test splits."""
     rows = []
     for task, found in test.items():
-        for label, pairs in (("energy", found.energy), ("forces", found.forces)):
+        for label, pairs in (("energy", found.energy), ("forces", found.forces), ("stress", found.stress)):
             if len(pairs):
                 q = quality(pairs)
                 error, within = f"{1000 * pairs[:, 1].mean():.3g}", (f"{100 * q[f'within_{k}']:.0f}" for k in (1, 2))
@@ -83,8 +83,8 @@ def table(test: Mapping[str, Points]) -> FittedTable:
         numbers=["number", "MAE", "z", "≤1σ", "≤2σ", "rank"],
         rows=rows,
         notes=[
-            "number: of structures for energies, of atoms for forces. MAE: meV/atom, and meV/Å of an atom. z: root "
-            "mean square of error / deviation σ. ≤1σ, ≤2σ: per cent of the errors (68 and 95 if they were normal). "
-            "rank: correlation of deviations and errors."
+            "number: of structures for energies and stresses, of atoms for forces. MAE: meV/atom, meV/Å of an atom, "
+            "meV/Å³. z: root mean square of error / deviation σ. ≤1σ, ≤2σ: per cent of the errors (68 and 95 if they "
+            "were normal). rank: correlation of deviations and errors."
         ],
     )

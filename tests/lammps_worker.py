@@ -5,7 +5,9 @@ FOLDER has the model files that `test_lammps.folder` makes.
 
 import json
 import os
+import pickle
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -284,14 +286,10 @@ class MLIAPData:
         self.forces[self.mixed] = forces.numpy()
 
 
-def mliap():
-    """The ML-IAP object, pickled and read again, fed over ranks by the pair style's pairs and exchange."""
-    import pickle
-
-    from multifid.apply.lammps import mliap as module
+@contextmanager
+def computed_by(made):
+    """The pair style asks an ML-IAP object in place of its own model: its pairs and exchange feed the object."""
     from multifid.apply.lammps import pair
-
-    made = pickle.loads(pickle.dumps(module.MLIAP(FOLDER / "a.mfid", "a", SYMBOLS, "float64")))
 
     def compute(self, nlocal, nall, types, nown, own, npairs, i, j, r, energies, slopes, forces, deviations):
         data = MLIAPData(self.bridge, nlocal, nall, types, npairs, i, j, r)
@@ -305,6 +303,17 @@ def mliap():
     plain = pair.Style.compute
     pair.Style.compute = compute
     try:
+        yield
+    finally:
+        pair.Style.compute = plain
+
+
+def mliap():
+    """The ML-IAP object, pickled and read again, over ranks."""
+    from multifid.apply.lammps import mliap as module
+
+    made = pickle.loads(pickle.dumps(module.MLIAP(FOLDER / "a.mfid", "a", SYMBOLS, "float64")))
+    with computed_by(made):
         lmp = started(long_box(), setup=["processors * 1 1"])
         said = ""
         try:
@@ -312,8 +321,6 @@ def mliap():
         except ValueError as error:
             said = str(error)
         return measured(lmp) | {"too old": said}
-    finally:
-        pair.Style.compute = plain
 
 
 def external():

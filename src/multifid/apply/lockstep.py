@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS, FIRE, LBFGS
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from multifid.apply.cell_filter import CellFilter
 from multifid.model.task_model import TaskModel
 from multifid.model.undetermined import UndeterminedEnergy
 
@@ -50,13 +50,21 @@ class Settings:
             raise ValueError(f"--optimizer {self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
 
 
+class Known(SinglePointCalculator):  # type: ignore[misc]
+    """What the model has said of a structure as it is: nobody asks between a move and the next answer."""
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """Nothing has changed; to compare would take longer than all else that an optimizer does."""
+        return []
+
+
 class Relaxation:
     """One structure on its way; its positions and cell change in place."""
 
     def __init__(self, atoms: Atoms, results: Results, settings: Settings, trajectory: Path | None = None) -> None:
         self.atoms, self.settings, self.failed = atoms, settings, ""
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        movable = FrechetCellFilter(atoms) if settings.cell and atoms.pbc.all() else atoms
+        atoms.calc = Known(atoms, **results)
+        movable = CellFilter(atoms) if settings.cell and atoms.pbc.all() else atoms
         path = None if trajectory is None else str(trajectory)
         self.optimizer = OPTIMIZERS[settings.optimizer](movable, logfile=None, trajectory=path)
         self.optimizer.fmax = settings.fmax
@@ -77,7 +85,7 @@ class Relaxation:
         if isinstance(results, str):
             self.failed = f"after {self.optimizer.nsteps} steps: {results}"
             return
-        self.atoms.calc = SinglePointCalculator(self.atoms, **results)
+        self.atoms.calc.results = dict(results)
         self._look()
 
     def finish(self) -> Results:

@@ -1,6 +1,9 @@
 """`multifid predict`: files in, one file out that ASE reads back, whole or not there."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import ase.io
 import numpy as np
@@ -121,6 +124,61 @@ def test_a_command_that_was_stopped_goes_on(run, mixed, tmp_path, monkeypatch, d
     assert not left.exists()
     assert predict(run, mixed, tmp_path / "whole.xyz", "a", device="cpu", precision="fp64") == 45
     assert out.read_bytes() == (tmp_path / "whole.xyz").read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+import multifid.apply.predict as at
+really, asked = at._predicted, []
+def killed(*given):
+    asked.append(given)
+    return os.kill(os.getpid(), signal.SIGKILL) if len(asked) == 3 else really(*given)
+at._predicted, at.STRUCTURES = killed, 16
+run, out, *files = sys.argv[1:]
+at.predict(at.Path(run), [at.Path(f) for f in files], at.Path(out), "a", device="cpu", precision="fp64")
+"""
+
+
+@pytest.mark.full
+def test_a_command_that_was_killed_goes_on(run, mixed, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.xyz"
+    done = subprocess.run([sys.executable, "-c", KILLED, run, out, *mixed], timeout=100)
+    assert done.returncode == -signal.SIGKILL and not out.exists()
+    monkeypatch.setattr(multifid.apply.predict, "STRUCTURES", 16)
+    assert predict(run, mixed, out, "a", device="cpu", precision="fp64") == 45
+    assert "32 were there from a command that was stopped" in capsys.readouterr().out
+    assert predict(run, mixed, tmp_path / "whole.xyz", "a", device="cpu", precision="fp64") == 45
+    assert out.read_bytes() == (tmp_path / "whole.xyz").read_bytes()
+
+
+def test_a_relaxation_that_was_stopped_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch, capsys):
+    ase.io.write(tmp_path / "in.xyz", [crystal(), molecule("H2O"), molecule("CO"), slab()])
+    monkeypatch.setattr(multifid.apply.relax, "STRUCTURES", 1)
+    asked, really = [], multifid.apply.relax._relaxed
+
+    def stopped(*given):
+        asked.append(given)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return really(*given)
+
+    def relaxed(name):
+        settings = Settings(fmax=0.01, steps=3, trajectory=tmp_path / f"{name} paths")
+        relax(run, [tmp_path / "in.xyz"], tmp_path / f"{name}.xyz", "a", settings, device="cpu")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(multifid.apply.relax, "_relaxed", stopped)
+        relaxed("stopped")
+    assert not (tmp_path / "stopped.xyz").exists()
+    relaxed("stopped")
+    assert "2 were there from a command that was stopped" in capsys.readouterr().out
+    relaxed("whole")
+    assert (tmp_path / "stopped.xyz").read_bytes() == (tmp_path / "whole.xyz").read_bytes()
+    for k in range(4):
+        path = [ase.io.read(tmp_path / f"{name} paths" / f"{k:06}.traj", ":") for name in ("stopped", "whole")]
+        assert len(path[0]) == len(path[1]) > 1
+        assert all(np.array_equal(a.positions, b.positions) for a, b in zip(*path, strict=True))
+        assert all(np.array_equal(a.get_forces(), b.get_forces()) for a, b in zip(*path, strict=True))
 
 
 def test_what_another_request_left_is_thrown_away_and_that_is_said(run, mixed, tmp_path, capsys):

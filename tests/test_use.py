@@ -6,6 +6,8 @@ from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
+from ase.phonons import Phonons
+from ase.vibrations import Vibrations
 from scipy.spatial.transform import Rotation
 
 from test_calculator import crystal, model
@@ -45,7 +47,7 @@ def test_a_bond_breaks_without_a_step():
 
 
 @pytest.mark.parametrize(("name", "zero"), [("H2O", 6), ("CO", 5), ("CO2", 5)])
-def test_a_molecule_has_six_modes_without_frequency_and_a_linear_one_five(name, zero):
+def test_a_molecule_has_six_modes_without_frequency_and_a_linear_one_five(name, zero, tmp_path):
     atoms = molecule(name)
     atoms.calc = model().calculator("a")
     assert BFGS(atoms, logfile=None).run(fmax=1e-7, steps=1000)
@@ -61,6 +63,36 @@ def test_a_molecule_has_six_modes_without_frequency_and_a_linear_one_five(name, 
     mass = np.repeat(atoms.get_masses(), 3) ** -0.5
     modes = np.sort(np.abs(np.linalg.eigvalsh(mass[:, None] * (hessian + hessian.T) / 2 * mass)))
     assert modes[zero - 1] < 1e-6 < 1e-4 < modes[zero]
+    if name == "H2O":
+        by_ase = Vibrations(atoms, name=str(tmp_path / "modes"), delta=1e-4)
+        by_ase.run()
+        energies = np.sqrt(modes[zero:]) * units._hbar * 1e10 / np.sqrt(units._e * units._amu)
+        np.testing.assert_allclose(by_ase.get_energies().real[zero:], energies, rtol=1e-5)
+
+
+@pytest.mark.full
+def test_phonons_are_those_of_ase_with_three_zero_modes_and_symmetric_matrices(tmp_path):
+    phonopy = pytest.importorskip("phonopy", reason="phonopy is not installed")
+    atoms, points = bulk("NaCl", "rocksalt", 5.4), [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0, 0]]
+    cell = phonopy.structure.atoms.PhonopyAtoms(atoms.symbols, cell=atoms.cell, positions=atoms.positions)
+    ours = phonopy.Phonopy(cell, np.diag([2, 2, 2]), primitive_matrix=np.eye(3), is_symmetry=False)
+    ours.generate_displacements(distance=1e-4, is_plusminus=True)
+    calculator, forces = model().calculator("a"), []
+    for moved in ours.supercells_with_displacements:
+        forces.append(calculator.get_forces(Atoms(moved.symbols, moved.positions, cell=moved.cell, pbc=True)))
+    ours.forces = forces
+    ours.produce_force_constants()
+    springs = ours.force_constants
+    np.testing.assert_allclose(springs, springs.transpose(1, 0, 3, 2), rtol=0, atol=1e-6)
+    ours.run_qpoints(points, with_dynamical_matrices=True)
+    matrices, found = (ours.get_qpoints_dict()[name] for name in ("dynamical_matrices", "frequencies"))  # THz
+    np.testing.assert_allclose(matrices, matrices.conj().transpose(0, 2, 1), rtol=0, atol=1e-8)
+    assert np.sort(np.abs(found[0]))[2] < 0.01 < 0.1 < np.sort(np.abs(found[0]))[3]
+    theirs = Phonons(atoms, calculator, supercell=(2, 2, 2), delta=1e-4, name=str(tmp_path / "phonons"))
+    theirs.run()
+    theirs.read(acoustic=False, symmetrize=0)
+    expected = theirs.band_structure(points, verbose=False) * units._e / units._hplanck * 1e-12
+    np.testing.assert_allclose(np.sort(found)[1:], np.sort(expected)[1:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_trajectory_turns_and_moves_with_its_structure():

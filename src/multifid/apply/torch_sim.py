@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from multifid.model.task_model import TaskModel, batch_of, refuse_coincident
+from multifid.structures.atoms import refuse_flat
 from multifid.structures.cells import spans_volume
 from multifid.structures.structure import Packed
 
@@ -93,7 +94,7 @@ def packed_of(state: Any) -> Packed:
     """The systems of a torch-sim state, or of a dict with its fields, on the host in float64.
 
     A direction is periodic where the state says so and the system has a cell vector there. ValueError names a system
-    whose positions or cell are not finite.
+    whose positions or cell are not finite, or whose cell spans nothing where it is periodic.
     """
 
     def take(name: str, default: Any = None) -> Any:
@@ -111,6 +112,8 @@ def packed_of(state: Any) -> Packed:
     if bad.any():
         raise ValueError(f"system {int(np.flatnonzero(bad)[0])} of the state: positions and cell must be finite")
     pbc = np.broadcast_to(host(take("pbc")).astype(bool), (systems, 3)) & cell.any(axis=2)
+    for k in range(systems):
+        refuse_flat(k, cell[k], pbc[k])
 
     def extra(name: str, default: int, dtype: Any) -> np.ndarray:
         given = take(name)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multifid.graphs.images import Systems, check, complete
+from multifid.graphs.images import Systems, check, complete, refuse_crowded
 
 PACKAGE, OLDEST = "nvalchemi-toolkit-ops", (0, 5)
 MARGIN = 1e-6  # angstrom beyond the cutoff: rounding in a kernel must not lose a pair
@@ -83,6 +83,7 @@ def candidates(systems: Systems, by_images: np.ndarray, cutoff: float, device: t
     check(
         replace(systems, positions=np.where(np.repeat(by_images, systems.natoms)[:, None], systems.positions, 0)), cell
     )
+    refuse_crowded(systems, cell, cutoff)
     cutoff += MARGIN
     reach = cutoff * np.linalg.norm(np.linalg.inv(cell), axis=1)
     ranges = np.where(systems.pbc, np.ceil(reach), 0).astype(np.int64)

@@ -20,6 +20,7 @@ COINCIDENT = 1e-6  # angstrom: closer than this, two atoms are one atom entered 
 SUSPICIOUS = 1e-3  # angstrom: so close that the product of matrices cannot say whether they coincide
 AT_THE_CUTOFF = 1e-9  # square angstrom: rounding must not let an atom see another that does not see it
 LARGEST_EXTENT = 1e4  # angstrom: vesin's lists of cells overflow near 1e5 and take the process down with them
+MOST_NEIGHBOURS = 1e5  # of an atom, about: a list of more takes all memory, and no matter is as dense
 ALL_IMAGES_UP_TO = 1 << 22  # pairs of an atom and an image
 IMAGES_AT_ONCE = 1 << 16  # listed together; a structure that has more of them stands alone
 PAIRS_AT_ONCE = 1 << 15  # distances held at once: they fit into the processor's cache, and no BLAS starts threads
@@ -60,11 +61,12 @@ class Systems:
 def pairs_among_images(systems: Systems, cutoff: float) -> Pairs:
     """All pairs closer than the cutoff; indices count the atoms of `systems`.
 
-    ValueError for coincident atoms, cells without volume in periodic directions, numbers that are not finite, and
-    extents above LARGEST_EXTENT.
+    ValueError for coincident atoms, cells without volume in periodic directions or with next to none, numbers that are
+    not finite, and extents above LARGEST_EXTENT.
     """
     cell = complete(systems)
     check(systems, cell)
+    refuse_crowded(systems, cell, cutoff)
     at = systems.first
     fractional, reach = _fractional(systems, cell, cutoff)
     wraps = np.floor(fractional) * np.repeat(systems.pbc, systems.natoms, axis=0)
@@ -114,6 +116,20 @@ def check(systems: Systems, cell: np.ndarray) -> None:
         raise ValueError(
             f"structure {systems.number + extent.argmax()}: atoms and cell vectors must extend less than "
             f"{LARGEST_EXTENT:g} angstrom, got {extent.max():g}"
+        )
+
+
+def refuse_crowded(systems: Systems, cell: np.ndarray, cutoff: float) -> None:
+    """Refuse a cell so small that the images of its atoms would fill the memory: ValueError names the structure."""
+    spanned = np.abs(np.linalg.det(cell))  # of periodic directions alone: the others are unit vectors
+    seen = systems.natoms * (2 * cutoff) ** systems.pbc.sum(axis=1) / spanned
+    crowded = systems.pbc.any(axis=1) & (seen > MOST_NEIGHBOURS)
+    if crowded.any():
+        s = int(crowded.argmax())
+        raise ValueError(
+            f"structure {systems.number + s}: the cell {systems.cell[s].tolist()} is too small for its "
+            f"{systems.natoms[s]} atoms: each would see about {seen[s]:.1g} others within {cutoff:g} angstrom; "
+            "are its lengths in angstrom?"
         )
 
 

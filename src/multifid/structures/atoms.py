@@ -42,7 +42,11 @@ def _check(k: int, atoms: Any) -> None:
         raise ValueError(
             f"structure {k}: the position of atom {first} is {positions[first].tolist()}, it must be finite"
         )
-    cell, pbc = np.asarray(atoms.cell, np.float64).reshape(3, 3), np.asarray(atoms.pbc, bool)
+    refuse_flat(k, np.asarray(atoms.cell, np.float64).reshape(3, 3), np.asarray(atoms.pbc, bool))
+
+
+def refuse_flat(k: int, cell: np.ndarray, pbc: np.ndarray) -> None:
+    """ValueError where the cell (3, 3) of structure k is not finite, or spans nothing in its periodic directions."""
     if not np.isfinite(cell).all():
         raise ValueError(f"structure {k}: the cell {cell.tolist()} must be finite")
     vectors = cell[pbc]

@@ -95,3 +95,84 @@ def test_vasp_has_a_free_energy_and_a_stress_in_kbar_with_its_own_sign(tmp_path)
     assert frame.numbers.tolist() == [11, 17] and np.allclose(frame.positions[1], 2.0)
     assert np.allclose(labels.forces, [[0.1, 0, 0], [-0.1, 0, 0]])
     assert np.allclose(labels.stress, np.diag([-0.01, 0, 0]), rtol=1e-5)  # 16.02 kbar under pressure
+
+
+# As VASP writes it (two ionic steps); of the parts that no reader looks at, only the heads.
+OUTCAR = """ vasp.6.4.2 20Jul23 (build Oct 12 2023 11:05:21) complex
+
+ POTCAR:    PAW_PBE Na_pv 19Sep2006
+ POTCAR:    PAW_PBE Cl 06Sep2000
+ POTCAR:    PAW_PBE Na_pv 19Sep2006
+   VRHFIN =Na: p6s1
+ POTCAR:    PAW_PBE Cl 06Sep2000
+   VRHFIN =Cl: s2p5
+   k-points           NKPTS =      1   k-points in BZ     NKDIM =      1   number of bands    NBANDS=      8
+   ions per type =               1   1
+   ISPIN  =      1    spin polarized calculation?
+ k-points in reciprocal lattice and weights: Gamma
+   0.00000000  0.00000000  0.00000000       1.000
+
+--------------------------------------- Iteration      1(   1)  ---------------------------------------
+{steps} General timing and accounting informations for this job:
+"""
+STEP = """
+  FORCE on cell =-STRESS in cart. coord.  units (eV):
+  Direction    XX          YY          ZZ          XY          YZ          ZX
+  --------------------------------------------------------------------------------------
+  Total       0.64000     0.32000     0.16000     0.08000     0.04000     0.02000
+  in kB      {stress}
+  external pressure =        9.34 kB  Pullay stress =        0.00 kB
+
+ VOLUME and BASIS-vectors are now :
+  volume of cell :       64.00
+      direct lattice vectors                 reciprocal lattice vectors
+     4.000000000  0.000000000  0.000000000     0.250000000  0.000000000  0.000000000
+     0.000000000  4.000000000  0.000000000     0.000000000  0.250000000  0.000000000
+     0.000000000  0.000000000  4.000000000     0.000000000  0.000000000  0.250000000
+
+ POSITION                                       TOTAL-FORCE (eV/Angst)
+ -----------------------------------------------------------------------------------
+      0.00000      0.00000      0.00000         0.100000     -0.200000      0.300000
+      2.00000      2.00000      {z:.5f}        -0.100000      0.200000     -0.300000
+ -----------------------------------------------------------------------------------
+    total drift:                                0.000001     -0.000002      0.000003
+
+  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)
+  ---------------------------------------------------
+  free  energy   TOTEN  =        {energy:.8f} eV
+
+  energy  without entropy=       -7.30000000  energy(sigma->0) =       -7.40000000
+
+--------------------------------------- Iteration      2(   1)  ---------------------------------------
+"""
+
+
+def test_an_outcar_has_every_ionic_step_with_its_free_energy_and_a_stress_in_kbar(tmp_path):
+    stress = "16.02177    32.04353    48.06530     1.60218     3.20435     4.80653"  # xx yy zz xy yz zx
+    steps = [STEP.format(stress=stress, z=2.0 + 0.1 * i, energy=-7.5 - i) for i in range(2)]
+    path = tmp_path / "OUTCAR"
+    path.write_text(OUTCAR.format(steps="".join(steps)))
+    assert recognise(path) == "ase"
+    first, second = records(path)
+    labels = first.labels["ase"]
+    assert labels.energy == -7.5 and second.labels["ase"].energy == -8.5
+    assert records(path, energy="energy")[0].labels["ase"].energy == -7.4
+    assert first.numbers.tolist() == [11, 17] and np.allclose(second.positions[1], [2, 2, 2.1]) and first.pbc.all()
+    assert np.allclose(first.cell, 4 * np.eye(3)) and np.allclose(labels.forces, [[0.1, -0.2, 0.3], [-0.1, 0.2, -0.3]])
+    expected = [[-0.01, -0.001, -0.003], [-0.001, -0.02, -0.002], [-0.003, -0.002, -0.03]]
+    assert np.allclose(labels.stress, expected, rtol=1e-5)
+
+
+def test_an_outcar_that_was_cut_off_keeps_its_whole_steps_or_is_an_error(tmp_path):
+    whole = OUTCAR.format(steps="".join(STEP.format(stress="1 1 1 0 0 0", z=2.0, energy=-7.5) for _ in range(3)))
+    path = tmp_path / "OUTCAR"
+    for end in range(0, len(whole), 157):
+        path.write_text(whole[:end])
+        try:
+            found = records(path)
+        except ValueError as error:
+            assert "OUTCAR" in str(error)
+        else:
+            assert all(record.labels["ase"].energy == -7.5 for record in found) and len(found) == whole[:end].count(
+                "sigma->0"
+            )

@@ -14,8 +14,11 @@ PANEL = "Data"
 
 @command(PANEL)
 def prepare(
-    format: Annotated[str, typer.Argument(help=f"{' '.join(FORMATS)} (multifid formats FORMAT: its options)")],
-    out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
+    format: Annotated[
+        str,
+        typer.Argument(help=f"{' '.join(FORMATS)} (multifid formats FORMAT: its options), or auto: as the input looks"),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="directory of the new store")] = None,
     inputs: Annotated[
         list[Path] | None, typer.Argument(metavar="[INPUT...]", help="published files, directories or 'patterns'")
     ] = None,
@@ -40,10 +43,29 @@ def prepare(
         list[Path] | None,
         typer.Option(metavar="STORE", help="set aside what is trained on here and tested on in STORE, or vice versa"),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="tell what the first hundred records hold and what is doubtful; write nothing"),
+    ] = False,
 ) -> None:
     """Turn published files into a store; the same command resumes one that was killed."""
     from multifid.workflows.prepare import prepare as run
+    from multifid.workflows.prepare import preview
 
+    if dry_run:
+        preview(
+            format,
+            inputs or [],
+            task=task,
+            train=train or (),
+            validation=validation or (),
+            test=test or (),
+            level_of_theory=level_of_theory,
+            options=options_of(option, property),
+        )
+        return
+    if out is None:
+        raise ValueError("--out STORE: say where the new store shall be (or --dry-run, which writes none)")
     shares = [number(x, "--fractions") for x in fractions.split(",")]
     if len(shares) != 3:
         raise ValueError(f"--fractions {fractions!r} must be three numbers: train,validation,test")

@@ -22,6 +22,7 @@ from multifid.preparation.summary import not_taken, summary
 from multifid.preparation.unfinished import Unfinished
 from multifid.preparation.workers import Workers
 from multifid.readers import folder_marks, reader
+from multifid.readers.first_records import FirstRecords
 from multifid.readers.properties import property_sets
 from multifid.store.fields import TASK_NAME, files_of
 from multifid.store.store import Store
@@ -35,6 +36,7 @@ def prepare(
     *,
     task: str | None = None,
     limit: int | None = None,
+    first: int | None = None,
     files_of_split: dict[str, list[Path]] | None = None,
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
@@ -53,7 +55,8 @@ def prepare(
     """Make one store of one or several files of a published format, and open it.
 
     inputs: files, directories (all files of the format below them) or patterns. task: the name of its label set (by
-    default the format's own). limit: at most so many structures of each file. files_of_split: split -> files that are
+    default the format's own). limit: at most so many structures of each file. first: at most so many
+    records of each, whatever they are. files_of_split: split -> files that are
     this split as a whole, in addition to `inputs`. options: what the reader's `Options` take. trust_units: make
     the store also where its units look wrong (what speaks against them goes into the manifest). drop_duplicates: set
     structures aside (split `unused`) that repeat an earlier one. drop_duplicates_of: stores; set aside what is trained
@@ -64,7 +67,7 @@ def prepare(
     ValueError or OSError for anything that a user can correct, naming it; nothing is left then. What was done when the
     process was killed or interrupted stays, and the same call resumes from it.
     """
-    module = reader(format)
+    module: Any = reader(format) if first is None else FirstRecords(reader(format), first)
     resolve = getattr(module, "resolved", lambda *given: given)
     inputs, files_of_split, options = resolve(inputs, files_of_split or {}, options or {})
     chosen = _options(module, format, options)

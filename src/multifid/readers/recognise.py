@@ -9,6 +9,7 @@ from types import ModuleType
 
 from multifid.readers import folder_marks, reader
 from multifid.readers.formats import FORMATS
+from multifid.readers.table_mapping import MAPPINGS
 from multifid.store.block import Block
 from multifid.structures.structure import Structure
 
@@ -19,10 +20,12 @@ def recognise(path: Path) -> str:
     """The format of a file. ValueError, with how to say it, where none or several of the readers can read it.
 
     A name with an ending of one format alone is of that format; without a known ending, all formats are tried. A
-    directory is known by the files in it.
+    directory is known by the files in it, and YAML is the mapping of a table.
     """
     if path.is_dir():
         return _of_directory(path)
+    if path.suffix.lower() in MAPPINGS:
+        return "table"
     by_name = [name for name in FORMATS if path.name.lower().endswith(reader(name).ENDINGS)]
     if len(by_name) == 1:
         return by_name[0]

@@ -169,7 +169,7 @@ class _Rows:
             flags = np.zeros((self.rows, 3))
             flags[column.counts == 3] = column.of(column.counts == 3).reshape(-1, 3)
             flags[column.counts == 1] = column.of(column.counts == 1)[:, None]
-            self.refuse(~np.isin(flags, (0.0, 1.0)).all(axis=1), "pbc is not three flags")
+            self.refuse(np.asarray(~np.isin(flags, (0.0, 1.0)).all(axis=1)), "pbc is not three flags")
             pbc = flags == 1.0
         else:
             pbc = np.broadcast_to(np.array(self.mapping.pbc, bool), (self.rows, 3)).copy()
@@ -214,7 +214,8 @@ class _Rows:
         if "split" not in self.found:
             return np.full(self.rows, NO_SPLIT, np.uint8)
         names = [None if name is None else name.strip().lower() for name in self.found["split"].text()]
-        known: dict[str | None, int] = {None: NO_SPLIT, **SPLIT_NAMES}
+        known: dict[str | None, int] = {None: NO_SPLIT}
+        known.update(SPLIT_NAMES)
         self.refuse(np.array([name not in known for name in names], bool), "split: none of train, validation, test")
         return np.array([known.get(name, NO_SPLIT) for name in names], np.uint8)
 

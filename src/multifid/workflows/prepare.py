@@ -6,6 +6,8 @@ from typing import Any
 
 from multifid.parallel.launch import launch
 from multifid.preparation.prepare import prepare as prepare_store
+from multifid.preparation.preview import format_of
+from multifid.preparation.preview import preview as preview_files
 from multifid.store.store import Store
 
 Paths = Path | str | Sequence[Path | str]
@@ -34,7 +36,7 @@ def prepare(
     """Turn published files, or files of your own, into a store; the same call goes on with one that was killed.
 
     Args:
-        format: as `multifid formats` lists them: ani1x, mptrj, extxyz, aselmdb, ...
+        format: as `multifid formats` lists them: ani1x, mptrj, extxyz, aselmdb, ...; auto: as the first input looks.
         inputs: files, directories or patterns, one or several; [] where all files are given by split.
         out: directory of the new store, which must not exist.
         task: name of the label set; default: the format's.
@@ -61,7 +63,7 @@ def prepare(
     given = {"train": _listed(train), "validation": _listed(validation), "test": _listed(test)}
     who = launch()
     return prepare_store(
-        format,
+        format_of(format, [path for files in (_listed(inputs), *given.values()) for path in files]),
         _listed(inputs),
         out,
         task=task,
@@ -80,6 +82,38 @@ def prepare(
         progress=not quiet,
         talk=not quiet,
     )
+
+
+def preview(
+    format: str,
+    inputs: Paths,
+    *,
+    task: str | None = None,
+    train: Paths = (),
+    validation: Paths = (),
+    test: Paths = (),
+    level_of_theory: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Print what `prepare` would take from the first hundred records of files, and what is doubtful; write nothing.
+
+    Args:
+        format: as for `prepare`; auto: as the first input looks.
+        inputs: files, directories or patterns, one or several; [] where all files are given by split.
+        task: name of the label set; default: the format's.
+        train: inputs that are all training split.
+        validation: inputs that are all validation split.
+        test: inputs that are all test split.
+        level_of_theory: for the manifest, where it is not the format's.
+        options: of the format.
+
+    Raises:
+        ValueError: for what a user can mend, naming file and place, and where nothing could be used.
+    """
+    given = {"train": _listed(train), "validation": _listed(validation), "test": _listed(test)}
+    found = format_of(format, [path for files in (_listed(inputs), *given.values()) for path in files])
+    divided = {split: files for split, files in given.items() if files}
+    preview_files(found, _listed(inputs), divided, dict(options or {}), task=task, level_of_theory=level_of_theory)
 
 
 def _listed(paths: Paths) -> list[Path]:

@@ -5,6 +5,7 @@ Trials that are played (`Played`) stand in for runs where the search itself is i
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from multifid.workflows.tune.job import Files, alive, claim, progress, why_faile
 from multifid.workflows.tune.report import report
 from multifid.workflows.tune.search import open_search, tune
 from multifid.workflows.tune.space import Space
-from multifid.workflows.tune.storage import LOST, load_study, storage_of
+from multifid.workflows.tune.storage import load_study, storage_of
 from test_train import config_of
 
 QUIET = Console(quiet=True)
@@ -305,9 +306,7 @@ def write_config(stores, folder, **section):
 
 @pytest.mark.full
 def test_killed_anywhere_a_real_search_goes_on_and_reports(stores, tmp_path):
-    command = write_config(
-        stores, tmp_path, trials=4, budget={"steps": 60}, space={"train.lr": LR, "train.clip": [1.0, -1.0, 10.0][::2]}
-    )
+    command = write_config(stores, tmp_path, trials=4, budget={"steps": 60})
     first = subprocess.Popen(command)
     journal = tmp_path / "s" / "trials" / "0001" / "metrics.jsonl"
     until = time.monotonic() + 250
@@ -330,19 +329,30 @@ def test_killed_anywhere_a_real_search_goes_on_and_reports(stores, tmp_path):
 
 
 @pytest.mark.full
-def test_two_searches_share_one_study_and_a_crash_is_one_trials(stores, tmp_path):
-    space = {"train.lr": LR, "train.device": ["cpu", "cuda:7"]}
-    command = write_config(stores, tmp_path, trials=6, space=space, sampler="brute_force", at_once=2)
-    command = write_config(stores, tmp_path, trials=6, space=space, sampler="random", at_once=2, ranks=1)
-    both = [subprocess.Popen(command) for _ in range(2)]
-    assert [p.wait(timeout=280) for p in both] == [0, 0]
-    config = load_config(tmp_path / "s" / "config.yaml")
-    study = load_study(config, tmp_path / "s")
-    assert len(study.trials) == 6 and len({t.params["train.lr"] for t in study.trials}) == 6
-    assert all(t.state.is_finished() and LOST not in t.user_attrs for t in study.trials)
-    for trial in study.trials:
-        failed = trial.params["train.device"] != "cpu"
-        assert (trial.state.name == "FAIL") == failed and (not failed or "cuda" in trial.user_attrs["reason"])
+def test_searches_at_once_share_one_study_and_make_as_many_trials_as_asked(stores, tmp_path, played):
+    played(lambda c: [c.train.lr])
+    given = searched(stores, tmp_path / "s", trials=14, sampler="random")
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=tune, args=(given,), kwargs={"console": QUIET}) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(200)
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    study = load_study(load_config(tmp_path / "s" / "config.yaml"), tmp_path / "s")
+    assert len(study.trials) == 14 and len({t.params["train.lr"] for t in study.trials}) == 14
+    assert {t.state.name for t in study.trials} == {"COMPLETE"}
+    owners = {json.loads(p.read_text())["pid"] for p in (tmp_path / "s" / "trials").glob("*.alive")}
+    assert len(owners) > 1
+
+
+@pytest.mark.full
+def test_a_crash_is_one_trials_and_is_recorded_with_its_reason(stores, tmp_path):
+    space = {"train.device": ["cpu", "cuda:7"]}
+    found = tune(searched(stores, tmp_path / "s", space=space, sampler="brute_force", at_once=2), console=QUIET)
+    states = {t["keys"]["train.device"]: (t["state"], t["reason"]) for t in found.trials}
+    assert states["cpu"] == ("complete", "complete")
+    assert states["cuda:7"][0] == "failed" and "cuda" in states["cuda:7"][1]
 
 
 @pytest.mark.full

@@ -109,16 +109,17 @@ def _axis_of(values: list[Any], name: str, distribution: Any) -> dict[str, Any]:
     short = name.rpartition(".")[2] if not name.endswith(".name") else name.split(".")[-2]
     if isinstance(distribution, optuna.distributions.CategoricalDistribution):
         choices = list(distribution.choices)
-        ticks = [str(c)[:LABEL] for c in choices]
+        names = [str(c)[:LABEL] for c in choices]
         places = list(range(len(choices)))
-        return {"label": short, "values": [choices.index(v) for v in values], "tickvals": places, "ticktext": ticks}
+        return {"label": short, "values": [choices.index(v) for v in values], "tickvals": places, "ticktext": names}
     numbers = [float(v) for v in values]
     if not distribution.log:
-        return {"label": short, "values": numbers}
+        ticks = sorted(set(numbers)) if isinstance(distribution, optuna.distributions.IntDistribution) else None
+        return {"label": short, "values": numbers} | ({} if ticks is None else {"tickvals": ticks})
     lo, hi = math.log10(min(numbers)), math.log10(max(numbers))
     marks = [lo + (hi - lo) * n / 4 for n in range(5)]
-    ticks = [f"{10**m:.3g}" for m in marks]
-    return {"label": short, "values": [math.log10(n) for n in numbers], "tickvals": marks, "ticktext": ticks}
+    texts = [f"{10**m:.3g}" for m in marks]
+    return {"label": short, "values": [math.log10(n) for n in numbers], "tickvals": marks, "ticktext": texts}
 
 
 def front(study: "Study", tune: TuneConfig) -> str | None:

@@ -67,7 +67,8 @@ def note(job: Job, ending: dict[str, Any]) -> None:
     before = job.trial.user_attrs.get("processor_seconds", 0.0)
     job.trial.set_user_attr("processor_seconds", before + job.used)
     job.trial.set_user_attr("steps", ending["steps"])
-    job.trial.set_user_attr("reason", ending["reason"])
+    reason = "fell behind other trials" if job.pruned and not ending["complete"] else ending["reason"]
+    job.trial.set_user_attr("reason", reason)
 
 
 def fail(search: Search, job: Job, reason: str) -> None:

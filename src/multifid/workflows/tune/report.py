@@ -59,16 +59,19 @@ def _page(folder: Path, config: Config, tune: TuneConfig) -> str:
     trials = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
     charted = Charted()
     several = len(tune.objectives) > 1
-    figures = []
+    figures: list[tuple[str, str | None, bool]] = []  # title, figure, whether it takes the whole width
     if several:
-        figures.append(("Pareto front: no other trial is better in all objectives", charts.front(study, tune)))
+        figures.append(("Pareto front: no other trial is better in all objectives", charts.front(study, tune), True))
     for k, objective in enumerate(tune.objectives):
         name = SHOWN[objective]
-        figures.append((f"History of the {name}", charts.history(study, k, objective)))
-        figures.append((f"Importance of keys for the {name} (PED-ANOVA)", charts.importance(study, k)))
-        figures.append((f"All trials that ended: keys and {name}", charts.parallel(study, k, objective)))
+        figures.append((f"History of the {name}", charts.history(study, k, objective), False))
+        figures.append((f"Importance of keys for the {name} (PED-ANOVA)", charts.importance(study, k), False))
     if not several:
-        figures.append(("Validation values on the way; pruned trials end early", charts.curves(study)))
+        figures.append(("Validation values on the way; pruned trials end early", charts.curves(study), False))
+    figures += [
+        (f"All trials that ended: keys and {SHOWN[o]}", charts.parallel(study, k, o), True)
+        for k, o in enumerate(tune.objectives)
+    ]
     best = folder / "best.yaml"
     return filled(
         "multifid.workflows.tune",
@@ -77,7 +80,7 @@ def _page(folder: Path, config: Config, tune: TuneConfig) -> str:
             "version": version(),
             "facts": _facts(tune, trials, config.seed),
             "objectives": [SHOWN[o] for o in tune.objectives],
-            "charts": [(title, charted.add(figure)) for title, figure in figures],
+            "charts": [(title, charted.add(figure), wide) for title, figure, wide in figures],
             "trials": _rows(study, tune, trials),
             "best": best.read_text(encoding="utf-8") if best.exists() else None,
             "command": f"multifid train {best}",

@@ -24,6 +24,7 @@ from multifid.structures.elements import NUMBERS, chemical_neighbours
 from multifid.workflows.export import export
 from multifid.workflows.finetune import refit_references
 from multifid.workflows.finetune.curve import learning_curve
+from multifid.workflows.finetune.robustness import of_scan
 from multifid.workflows.finetune.subsets import sizes_of
 from multifid.workflows.report import gather
 from multifid.workflows.report.page import _milli, _old_tasks
@@ -198,6 +199,21 @@ def test_distilled_branches_are_trained_on_what_the_start_model_says(parent, fig
     assert not any(about[t].get("stale") for t in about)
     with pytest.raises(ValueError, match="was made for another model"):
         tuned(run, fig, tmp_path / "other", data="other", distil=str(labels.path), **how)
+
+
+def test_dimers_whose_energy_falls_are_found_and_other_files_are_compared(parent, fig, tmp_path):
+    far = np.linspace(1.4, 0.7, 26)
+    assert of_scan("C-O", far, 1 / far).falls_below is None
+    hole = of_scan("C-O", far, np.where(far < 1.0, 1.0 - (1.0 - far), 1 / far))
+    assert hole.falls_below == pytest.approx(1.008) and hole.depth == pytest.approx(1 / 1.008 - 0.7)
+    assert of_scan("C-O", far, np.where(far < 0.8, np.nan, 1 / far)).depth == np.inf
+    write_molecules(tmp_path / "hot.xyz", 6, 1.0, 7.0, seed=10)
+    how = {"check": [tmp_path / "hot.xyz"], "trust_units": True, "cache": tmp_path / "cache"}
+    run = tuned(parent, fig, tmp_path / "run", **how).run
+    held = json.loads((run / "robustness.json").read_text())
+    assert [d["pair"] for d in held["dimers"]["fig"]["after"]] == ["H-H", "H-C", "H-O", "C-C", "C-O", "O-O"]
+    assert [row["model"] for row in held["checks"]] == ["before", "after"]
+    assert all(row["forces_mae"] > 0 and row["structures"] == 6 for row in held["checks"])
 
 
 def test_training_on_keeps_the_old_branches_without_the_start_model(parent, fig, tmp_path):
@@ -376,3 +392,35 @@ def structures(packed):
     ends = np.cumsum(packed.natoms)[:-1]
     pairs = zip(np.split(packed.numbers, ends), np.split(packed.positions, ends), strict=True)
     return [Atoms(numbers, positions) for numbers, positions in pairs]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory) -> dict[str, str]:
+    """Eight sources of other depths and sizes: task -> store."""
+    folder, found = tmp_path_factory.mktemp("eight"), {}
+    for k in range(8):
+        file, name = folder / f"new{k}.xyz", f"new{k}"
+        write_molecules(file, 12 + 4 * k, 0.5 + 0.25 * k, float(k), seed=20 + k)
+        prepare("extxyz", [file], folder / name, task=name, trust_units=True, progress=False, talk=False)
+        found[name] = f"{name}={folder / name}"
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("placement", ["split", "replicated"])
+@pytest.mark.parametrize("moves", ["branch", "all"])
+def test_eight_new_branches_on_two_ranks_equal_one_process(pool, parent, eight, tmp_path, moves, placement):
+    keys = (f"finetune.moves={moves}", "train.lr=1e-2", "train.precision=fp64", "train.batch=4", "train.patience=null")
+    one = multifid.finetune(parent, list(eight.values()), tmp_path / "one", [*SHORT, *keys], quiet=True).run
+    values = load_config(one).model_dump(mode="json")
+    values |= {"run": str(tmp_path / "two"), "parallel": {"placement": placement}}
+    assert pool.run(2, "whole_run", values) == [0, 0]
+    a, b = (load_file(run / "last.safetensors") for run in (one, tmp_path / "two"))
+    old = load_file(parent / "model.safetensors")
+    assert set(a) == set(b) and len({n.split(".")[1] for n in a if n.startswith("branches.")}) == 10
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=1e-10, atol=1e-10), name
+    for name in (n for n in old if n.startswith("encoder.")):
+        assert torch.equal(a[name].float(), old[name]) == (moves == "branch") or moves == "all", name
+    held = load_config(tmp_path / "two").parallel.placement
+    assert held == placement or {tuple(ranks) for ranks in held.values()} == {(0,), (1,)}

@@ -66,6 +66,10 @@ def finetune(
         str | None,
         typer.Option(metavar="new|PATH", help="old tasks are kept by what the model predicts of these structures"),
     ] = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[FORMAT:]PATH", help="labelled data unlike the new ones: errors before and after"),
+    ] = None,
     references: Annotated[
         bool, typer.Option("--references", help="only fit reference energies to the data, in seconds; no training")
     ] = False,
@@ -125,9 +129,9 @@ def finetune(
         "signals": True,
     }
     if sizes is None:
-        complete = run(model, asked, out, overrides, distil=distil, **how).complete
-    elif distil is not None:
-        raise ValueError("--distil is for one run: a learning curve (--sizes) takes --replay")
+        complete = run(model, asked, out, overrides, distil=distil, check=check or (), **how).complete
+    elif distil is not None or check:
+        raise ValueError("--distil and --check are for one run: a learning curve (--sizes) takes --replay and --test")
     elif len(asked) > 1:
         raise ValueError(f"--sizes takes one dataset, not {len(asked)}: {', '.join(asked)}")
     else:

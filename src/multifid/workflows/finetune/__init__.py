@@ -19,12 +19,14 @@ from multifid.feed.loader import open_sources
 from multifid.model.saved import load_description
 from multifid.parallel import groups
 from multifid.parallel.launch import cache_directory
+from multifid.preparation.cache import ONLY_TEST
 from multifid.store.store import Store
 from multifid.training.callbacks import Callback
 from multifid.training.run import train as train_run
 from multifid.workflows.finetune.asked import Fractions, targets
 from multifid.workflows.finetune.begin import SCRATCH, begun
 from multifid.workflows.finetune.refit import refit_at_the_end, refit_only
+from multifid.workflows.finetune.robustness import checked
 from multifid.workflows.train import Result
 
 __all__ = ["SCRATCH", "finetune", "refit_references"]
@@ -39,6 +41,7 @@ def finetune(
     start: str | None = None,
     replay: Sequence[str] = (),
     distil: str | Path | None = None,
+    check: Sequence[Path | str] = (),
     new_elements: bool = True,
     fractions: Fractions = (0.8, 0.1, 0.1),
     options: Mapping[str, Any] | None = None,
@@ -68,6 +71,8 @@ def finetune(
             the model file, or the stores that the run was trained on.
         distil: keep the other old tasks by what the model predicts of structures: "new" (those of the new data), a
             store, or a file that ASE reads.
+        check: labelled data unlike the new ones, as of a higher temperature; errors before and after are printed at the
+            end, beside those of the scans of dimers, and kept in OUT/robustness.json.
         new_elements: accept elements that the model does not know; they begin as the mean of their chemical neighbours.
         fractions: of files, for train, validation and test, by relatives.
         options: of files, how they are read, as in `prepare`.
@@ -92,11 +97,13 @@ def finetune(
     train, parallel = early.get("train") or {}, early.get("parallel") or {}
     with groups.world(train.get("device"), parallel.get("silence", 600.0)) as world:
         values: dict[str, Any] = {}
+        where = Path(cache) if cache is not None else cache_directory()
         with world.together():
+            if world.first:  # before anything is trained
+                others = targets([str(c) for c in check], ONLY_TEST, dict(options or {}), trust_units, where, console)
             if world.first and (run / "config.yaml").exists():
                 values = _held(run, path, texts, list(overrides))
             elif world.first:
-                where = Path(cache) if cache is not None else cache_directory()
                 asked = targets(texts, fractions, dict(options or {}), trust_units, where, console)
                 on = None if distil is None else str(distil)
                 values = begun(path, asked, run, list(overrides), start, list(replay), new_elements, console, on, where)
@@ -107,6 +114,7 @@ def finetune(
                 refit_at_the_end(run, config, [t for t in config.tasks if t in _new(config)], console)
                 _say_what_is_kept(run, path, console)
                 _old_tasks(run, path, console)
+                checked(run, path, config, others, console)
     return Result(**vars(ending))
 
 

@@ -1,0 +1,127 @@
+"""Whether a fine-tuned potential broke outside its new data, before and after: dimers at short distances, other files.
+
+Two atoms that approach each other must repel: from the sum of their covalent radii down to half of it the energy must
+rise at every step. Where it falls, a trajectory that comes near collapses. Other files are labelled structures unlike
+the new data, as of a higher temperature (`--check`). Old tasks are measured on their own (`old_tasks.json`).
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.data import covalent_radii
+from rich.console import Console
+
+from multifid.config import Config
+from multifid.evaluation.evaluate import Data, evaluate_run
+from multifid.evaluation.fitted import FittedTable
+from multifid.evaluation.metrics import Row
+from multifid.evaluation.table import quantities, rich_table
+from multifid.model.predictor import Predictor, load
+from multifid.store.store import Store
+from multifid.structures.elements import SYMBOLS
+from multifid.workflows.finetune.asked import Target
+
+ROBUSTNESS = "robustness.json"
+PARTS = np.linspace(1.0, 0.5, 26)  # of the sum of covalent radii, from far to near
+NOISE = 1e-6  # eV: less is rounding
+COMMONEST = 20  # elements of the new data whose pairs are scanned
+SHOWN = 20  # pairs in the table
+
+
+@dataclass(frozen=True)
+class Dimer:
+    """What a branch says of two atoms that approach each other."""
+
+    pair: str  # as "C-O"
+    falls_below: float | None  # angstrom: the largest distance below which the energy falls; None: it rises throughout
+    depth: float  # eV: how far it falls below the highest value passed on the way
+
+    @property
+    def text(self) -> str:
+        return "rises" if self.falls_below is None else f"falls below {self.falls_below:.2f} A, by {self.depth:.2g} eV"
+
+
+def dimers(model: Predictor, task: str, elements: Sequence[int]) -> list[Dimer]:
+    """Every pair of the elements that a task knows, in vacuum, scanned over `PARTS`."""
+    known = {int(z) for z in model.description["tasks"][task]["references"]}
+    pairs = list(combinations_with_replacement(sorted(set(elements) & known), 2))
+    lengths = np.array([covalent_radii[a] + covalent_radii[b] for a, b in pairs])
+    structures = [
+        Atoms([a, b], [[0.0, 0.0, 0.0], [part * length, 0.0, 0.0]])
+        for (a, b), length in zip(pairs, lengths, strict=True)
+        for part in PARTS
+    ]
+    if not structures:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of compositions and branches: differences of energy at one composition count
+        energy = np.asarray(model.predict(structures, task, stress=False).energy)
+    return [
+        of_scan(f"{SYMBOLS[a]}-{SYMBOLS[b]}", PARTS * length, scan)
+        for (a, b), length, scan in zip(pairs, lengths, energy.reshape(len(pairs), -1), strict=True)
+    ]
+
+
+def of_scan(pair: str, distances: np.ndarray, energies: np.ndarray) -> Dimer:
+    """distances (n,) angstrom, falling; energies (n,) eV. A value that is not finite counts as a fall without bound."""
+    if not np.isfinite(energies).all():
+        return Dimer(pair, float(distances[np.argmin(np.isfinite(energies))]), float("inf"))
+    falls = np.flatnonzero(np.diff(energies) < -NOISE)
+    depth = float((np.maximum.accumulate(energies) - energies).max())
+    return Dimer(pair, float(distances[falls[0]]), depth) if len(falls) else Dimer(pair, None, 0.0)
+
+
+def checked(run: Path, start: Path, config: Config, checks: Sequence[Target], console: Console) -> None:
+    """Print what became of dimers and of other files, before and after, and keep it in RUN/robustness.json."""
+    assert config.finetune is not None
+    before, after = load(start, precision="fp64"), load(run, precision="fp64")
+    scans: dict[str, dict[str, list[Dimer] | None]] = {}
+    rows: list[Row] = []
+    for task, branch in config.finetune.branches.items():
+        if task not in config.tasks or "property" in after.description["tasks"][task]:
+            continue
+        atoms = Store(config.tasks[task].store).elements
+        elements = sorted(atoms, key=lambda z: -atoms[z])[:COMMONEST]
+        old = next((t for t, about in before.description["tasks"].items() if about["branch"] == branch), None)
+        scans[task] = {
+            "before": None if old is None else dimers(before, old, elements),
+            "after": dimers(after, task, elements),
+        }
+        console.print(table(task, scans[task]["before"], scans[task]["after"] or []))
+        for check in checks:
+            data = [Data(f"{check.name} (check)", check.store, check.label_set)]
+            if branch is not None:
+                rows += evaluate_run(start, data, "all", branch, name="before")
+            rows += evaluate_run(run, data, "all", task, name="after" if len(scans) == 1 else f"after, {task}")
+    for quantity in quantities(rows):
+        console.print(rich_table(rows, quantity))
+    said = {
+        task: {when: None if found is None else [_plain(d) for d in found] for when, found in both.items()}
+        for task, both in scans.items()
+    }
+    part = run / f".{ROBUSTNESS}.part"
+    part.write_text(json.dumps({"dimers": said, "checks": rows}, indent=1, default=str), encoding="utf-8")
+    os.replace(part, run / ROBUSTNESS)
+
+
+def table(task: str, before: list[Dimer] | None, after: list[Dimer]) -> FittedTable:
+    """Pairs whose energy falls, before or after; the title says of how many."""
+    held = {d.pair: d for d in before or []}
+    shown = [d for d in after if d.falls_below is not None or (d.pair in held and held[d.pair].falls_below is not None)]
+    bad = sum(d.falls_below is not None for d in after)
+    was = "" if before is None else f" (before: {sum(d.falls_below is not None for d in before)})"
+    rows = [(d.pair, held[d.pair].text if d.pair in held else "", d.text) for d in shown[:SHOWN]]
+    title = f"{task}: the energy of {bad} of {len(after)} pairs of atoms falls as they approach{was}"
+    return FittedTable(title, ("pair",), ("before", "after"), rows or [("all", "", "rises")])
+
+
+def _plain(dimer: Dimer) -> dict[str, object]:
+    values = asdict(dimer)
+    return values | {"depth": None if not np.isfinite(dimer.depth) else dimer.depth}

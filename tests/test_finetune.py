@@ -21,6 +21,7 @@ from multifid.model.undetermined import StaleBranch
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
 from multifid.structures.elements import NUMBERS, chemical_neighbours
+from multifid.workflows.derive import subset
 from multifid.workflows.export import export
 from multifid.workflows.finetune import refit_references
 from multifid.workflows.finetune.curve import learning_curve
@@ -318,12 +319,8 @@ def test_subsets_of_one_seed_are_nested(stores, tmp_path):
     parent_store = Store(stores["apple"])
     found = {}
     for size, seed in ((5, 0), (11, 0), (5, 1)):
-        options = {"train": size, "validation": 3, "test": 0, "seed": seed}
-        place = tmp_path / f"{size}-{seed}"
-        prepare(
-            "store", [parent_store.path], place, options=options, keep_splits=True, trust_units=True, progress=False
-        )
-        found[size, seed] = Store(place)
+        sizes = {"train": size, "validation": 3, "test": 0}
+        found[size, seed] = subset(parent_store.path, tmp_path / f"{size}-{seed}", sizes=sizes, seed=seed)
     assert [found[k].size("train") for k in found] == [5, 11, 5]
     assert all((s.size("validation"), s.size("test")) == (3, 0) for s in found.values())
     train = {k: ids(store, "train") for k, store in found.items()}

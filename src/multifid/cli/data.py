@@ -149,15 +149,20 @@ def subset(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="a prepared store")],
     out: Annotated[Path, typer.Option("--out", help="directory of the new store")],
     where: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="a condition; all must hold: 'atoms <= 50', 'elements in H,C,N,O', 'elements has Fe', 'forces < 20', "
             "'energy_per_atom > -10', also charge, spin and energy"
         ),
-    ],
+    ] = None,
+    train: Annotated[int | None, typer.Option(min=0, help="at most so many of the train split, at random")] = None,
+    validation: Annotated[int | None, typer.Option(min=0, help="the same of validation")] = None,
+    test: Annotated[int | None, typer.Option(min=0, help="the same of test")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="which ones; those of fewer are among those of more")] = 0,
     workers: Annotated[int, typer.Option(help="processes; the store is the same for all")] = 1,
 ) -> None:
-    """A store of the structures that satisfy conditions; it knows its parent."""
+    """A store of the structures that satisfy conditions, or of some of each split; it knows its parent."""
     from multifid.workflows.derive import subset as run
 
-    run(store, out, where, workers)
+    sizes = {name: n for name, n in (("train", train), ("validation", validation), ("test", test)) if n is not None}
+    run(store, out, where or [], workers, sizes, seed)

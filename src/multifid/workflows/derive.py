@@ -1,6 +1,6 @@
 """`multifid merge` and `multifid subset`: stores from stores, which know their parents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from multifid.preparation.prepare import prepare
@@ -18,10 +18,14 @@ def merge(stores: Sequence[Path], out: Path, workers: int = 1) -> Store | None:
     return prepare("store", stores, out, workers=workers, trust_units=True, keep_splits=True)
 
 
-def subset(store: Path, out: Path, where: Sequence[str], workers: int = 1) -> Store | None:
-    """A store of the structures that satisfy all conditions (see `readers.stores`). ValueError where none does."""
-    if not where:
-        raise ValueError("subset needs a condition: --where 'atoms <= 50'")
-    return prepare(
-        "store", [store], out, options={"where": "; ".join(where)}, workers=workers, trust_units=True, keep_splits=True
-    )
+def subset(
+    store: Path, out: Path, where: Sequence[str] = (), workers: int = 1, sizes: Mapping[str, int] = {}, seed: int = 0
+) -> Store | None:
+    """A store of the structures that satisfy all conditions (see `readers.stores`). ValueError where none does.
+
+    sizes: split -> at most so many of its structures, drawn by the seed; those of fewer are among those of more.
+    """
+    if not where and not sizes:
+        raise ValueError("subset needs a condition, --where 'atoms <= 50', or a size, --train 100")
+    options = {"where": "; ".join(where), **sizes, "seed": seed}
+    return prepare("store", [store], out, options=options, workers=workers, trust_units=True, keep_splits=True)

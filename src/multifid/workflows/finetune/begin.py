@@ -46,7 +46,12 @@ def begun(
     if distil is not None:
         old |= distilled(model, distil, asked, set(old), cache, console)
     train_sizes = [target.store.size("train") for target in asked]
-    chosen = preset(min(train_sizes))
+    given: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(given, override)
+    sharded = (given.get("parallel") or {}).get("shard_encoder", False)
+    asked_train = given.get("train") or {}
+    chosen = preset(min(train_sizes), asked_train.get("optimizer") or ("adamw" if sharded else None))
     energies = [target for target in asked if target.property is None]
     origin = {target.name: nearest(model, target, start, console) for target in energies}
     tasks: dict[str, Any] = {t.name: {"store": str(t.store.path), "labels": t.label_set} for t in asked}
@@ -63,13 +68,10 @@ def begun(
         "train": chosen["train"],
         "finetune": {**chosen["finetune"], "branches": branches},
     }
-    given: dict[str, Any] = {}
     for override in overrides:
-        apply_override(given, override)
         apply_override(values, override)
     if values["finetune"].get("moves") == "lora":
         chosen_maps(model.potential.encoder, values["finetune"].get("maps") or "")
-    asked_train = given.get("train") or {}
     if "steps" not in asked_train and ("minutes" in asked_train or "epochs" in asked_train):
         values["train"]["steps"] = None  # the length is given otherwise
     values["finetune"]["references"] = {t: {str(z): e for z, e in r.items()} for t, r in references.items()}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from multifid.evaluation.figures import blank
 from multifid.evaluation.fitted import FittedTable
@@ -80,11 +80,18 @@ def _curves(axes: Axes, rows: Sequence[Row], data: str, kind: str) -> dict[str, 
         axes.text(0.5, 0.5, "no labels", ha="center", va="center", transform=axes.transAxes, color="0.5")
         axes.set(xticks=[], yticks=[])
         return handles
-    axes.set(xscale="log", yscale="log")
+    shown = [
+        e.mean for how in HOW for n in sizes if (e := estimate(rows, how, data, n, kind)) is not None and e.mean > 0
+    ]
+    low, high = (min(shown) / 1.4, 1.4 * max(shown)) if shown else (1.0, 10.0)
+    axes.set(xscale="log", yscale="log", ylim=(low, high))
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+    )
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else ""))
     axes.grid(True, which="both", color="0.92")
     return handles

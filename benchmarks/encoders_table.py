@@ -64,7 +64,7 @@ def overview(known: Known, names: list[str], steps: str, seconds: str) -> str:
     for name in names:
         costs = known[name]["costs"]
         runs = [of_runs(known, name, budget, "objective") for budget in (steps, seconds)]
-        made = mean(of_runs(known, name, seconds, "step"))
+        made, took = (mean(of_runs(known, name, seconds, key)) for key in ("step", "seconds"))
         rows.append(
             [
                 f"`{name}`",
@@ -76,23 +76,25 @@ def overview(known: Known, names: list[str], steps: str, seconds: str) -> str:
                 told(runs[0], 2),
                 told(runs[1], 2),
                 f"{made:.0f}",
+                f"{took:.0f}",
             ]
         )
-    return markdown([*heads, f"after {seconds}", "steps in that time"], rows)
+    return markdown([*heads, f"after {seconds}", "steps of it", "seconds taken"], rows)
 
 
 def errors(known: Known, names: list[str], *budgets: str) -> str:
     tasks = sorted(next(run["tasks"] for key, run in known[names[0]].items() if "seed" in key))
     parts = []
     for budget in budgets:
-        for key, unit in (("energy_mae", "meV/atom"), ("forces_mae", "meV/angstrom")):
-            rows = [
-                [f"`{name}`", *(told(of_runs(known, name, budget, "tasks", t, key), 0, 1e3) for t in tasks)]
-                for name in names
-                if of_runs(known, name, budget, "objective")
-            ]
-            title = f"{'Energies' if key == 'energy_mae' else 'Forces'} after {budget}, {unit}:"
-            parts += [title, markdown(["encoder", *tasks], rows)]
+        rows = []
+        for name in names:
+            if of_runs(known, name, budget, "objective"):
+                keys = [(t, key) for t in tasks for key in ("energy_mae", "forces_mae")]
+                cells = [told(of_runs(known, name, budget, "tasks", *key), 0, 1e3) for key in keys]
+                both = zip(cells[::2], cells[1::2], strict=True)
+                rows.append([f"`{name}`", *(" / ".join(pair) for pair in both)])
+        title = f"Errors after {budget}: energy in meV/atom / forces in meV/angstrom, mean absolute."
+        parts += [title, markdown(["encoder", *tasks], rows)]
     return "\n\n".join(parts)
 
 

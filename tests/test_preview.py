@@ -12,6 +12,8 @@ from multifid.preparation.preview import preview
 from multifid.readers import deepmd
 from multifid.readers.contract import Skip
 from multifid.readers.first_records import FirstRecords
+from multifid.readers.formats import FORMATS
+from multifid.readers.published import PUBLISHED
 from test_hostile import frames
 
 
@@ -58,3 +60,12 @@ def test_a_reader_of_blocks_ends_after_so_many_records(tmp_path):
     few = FirstRecords(deepmd, 7)
     (block,) = few.read(tmp_path, few.Options(), lambda far: None)
     assert len(block) == 7 and block.sources[-1] == "set.000/6" and not isinstance(block, Skip)
+
+
+def test_get_prints_where_a_dataset_is_and_only_formats_that_are_read():
+    assert {one.prepare.split()[0] for one in PUBLISHED.values()} <= set(FORMATS)
+    found = CliRunner().invoke(app, ["get", "spice"])
+    for text in ("zenodo.10975225", "licence   CC0", "Sci. Data 10, 11 (2023)", "prepare spice SPICE-2.0.1.hdf5 --out"):
+        assert text in found.output
+    assert all(f"{name}: " in CliRunner().invoke(app, ["get"]).output for name in PUBLISHED)
+    assert "there are ani1x" in str(CliRunner().invoke(app, ["get", "spicy"]).exception)

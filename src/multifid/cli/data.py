@@ -8,6 +8,7 @@ import typer
 from multifid.cli.arguments import Properties, Stores, number, options_of
 from multifid.cli.program import command
 from multifid.readers.formats import FORMATS
+from multifid.readers.published import PUBLISHED
 
 PANEL = "Data"
 
@@ -87,6 +88,18 @@ def prepare(
         drop_duplicates=drop_duplicates,
         drop_duplicates_of=drop_duplicates_of or (),
     )
+
+
+@command(PANEL)
+def get(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[DATASET...]", help=f"{' '.join(PUBLISHED)}; none: a list")
+    ] = None,
+) -> None:
+    """Where published datasets are, their size, licence and what to cite; nothing is downloaded."""
+    from multifid.workflows.get import get as run
+
+    run(names or [])
 
 
 @command(PANEL)

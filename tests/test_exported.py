@@ -5,6 +5,7 @@ compiles.
 """
 
 import ast
+import dataclasses
 import json
 import subprocess
 import sys
@@ -23,9 +24,12 @@ from multifid.apply.model import Exported, load
 from multifid.apply.torch_sim import TorchSimModel
 from multifid.model import aot, package
 from multifid.model.aot import export_package
-from multifid.model.fixed import Fixed, Written, inputs_for, tensors_of
+from multifid.model.attention import AttentionConfig
+from multifid.model.encoders import ENCODERS
+from multifid.model.fixed import Fixed, Written, inputs_for, tensors_of, write_down
 from multifid.model.model_file import load_model, write_model_file
 from multifid.model.package import KEY, instructions, read_about, refuse_elsewhere
+from multifid.model.potential import Potential
 from multifid.model.saved import describe
 from multifid.model.task_model import batch_of
 from multifid.structures.atoms import pack_atoms
@@ -253,7 +257,7 @@ PRODUCT = [
 ]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("encoder", "forces", "dtype"), PRODUCT)
 def test_compiled_code_computes_what_the_model_computes(encoder, forces, dtype, tmp_path):
     trained = model(forces, encoder=encoder, dtype=PRECISIONS[dtype])
@@ -294,7 +298,27 @@ def test_compiled_code_computes_what_the_model_computes(encoder, forces, dtype, 
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.parametrize("encoder", [*ENCODERS, "egnn with attention"])
+def test_every_encoder_is_written_down_for_any_sizes(encoder):
+    """The list of operations that is compiled: of many structures, one, one atom, two alone, nothing."""
+    trained = model(encoder=encoder.split()[0])
+    if "attention" in encoder:
+        config = trained.potential.config
+        attentive = config.encoder.model_copy(update={"attention": AttentionConfig(heads=2)})
+        potential = Potential(config.model_copy(update={"encoder": attentive}), ["a"], {"a": "a"}, seed=0)
+        trained = dataclasses.replace(trained, potential=potential)
+    function = Fixed(trained, "a")
+    batches = aot.examples(trained, "a", function)
+    written = write_down(function, batches[0])
+    assert len(batches[-1].numbers) == 0
+    for batch in batches:
+        tensors = tensors_of(batch, [x.name for x in inputs_for(function.needs)])
+        for found, expected in zip(written.operations(*tensors), function(*tensors), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_a_compiled_calculator_serves_all_weights_of_an_architecture(tmp_path):
     atoms = structures()["crystal"]
     for seed, task in ((3, "a"), (4, "b")):

@@ -187,6 +187,7 @@ def test_the_farthest_points_cover_all_clusters():
     assert len(farthest(points, 1000)) == len(set(farthest(points, 1000))) == 100
 
 
+@pytest.mark.full
 def test_distilled_branches_are_trained_on_what_the_start_model_says(parent, fig, tmp_path):
     how = {"cache": tmp_path / "cache"}
     run = tuned(parent, fig, tmp_path / "run", "train.lr=1e-4", distil="new", **how).run
@@ -202,12 +203,16 @@ def test_distilled_branches_are_trained_on_what_the_start_model_says(parent, fig
         tuned(run, fig, tmp_path / "other", data="other", distil=str(labels.path), **how)
 
 
-def test_dimers_whose_energy_falls_are_found_and_other_files_are_compared(parent, fig, tmp_path):
+def test_dimers_whose_energy_falls_are_found():
     far = np.linspace(1.4, 0.7, 26)
     assert of_scan("C-O", far, 1 / far).falls_below is None
     hole = of_scan("C-O", far, np.where(far < 1.0, 1.0 - (1.0 - far), 1 / far))
     assert hole.falls_below == pytest.approx(1.008) and hole.depth == pytest.approx(1 / 1.008 - 0.7)
     assert of_scan("C-O", far, np.where(far < 0.8, np.nan, 1 / far)).depth == np.inf
+
+
+@pytest.mark.full
+def test_dimers_and_other_files_are_compared_before_and_after(parent, fig, tmp_path):
     write_molecules(tmp_path / "hot.xyz", 6, 1.0, 7.0, seed=10)
     how = {"check": [tmp_path / "hot.xyz"], "trust_units": True, "cache": tmp_path / "cache"}
     run = tuned(parent, fig, tmp_path / "run", **how).run

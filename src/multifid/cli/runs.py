@@ -137,7 +137,12 @@ def finetune(
     else:
         from multifid.workflows.finetune.curve import learning_curve
 
-        curve = {"sizes": sizes.split(","), "repeat": repeat, "tests": test or (), "scratch": scratch or ()}
+        curve: dict[str, Any] = {
+            "sizes": sizes.split(","),
+            "repeat": repeat,
+            "tests": test or (),
+            "scratch": scratch or (),
+        }
         complete = learning_curve(model, asked[0], out, overrides, **curve, **how) is not None
     if not complete:
         raise typer.Exit(STOPPED)

@@ -70,6 +70,8 @@ class Played:
         return [] if self.looks > len(self.rows) else [self.rows[self.looks - 1]]
 
     def ending(self):
+        if self.pruned and self.trial.number % 2:
+            raise ValueError("its process was ended by SIGTERM")  # told to stop before it was ready
         last = self.rows[-1][0]
         return {"steps": last["step"], "best_step": last["step"], "complete": not self.pruned, "reason": "played"}
 
@@ -183,7 +185,10 @@ def test_asha_stops_trials_that_fall_behind(stores, tmp_path, played):
     played(lambda c: [1 + c.train.lr] * 4)
     found = tune(searched(stores, tmp_path / "s", trials=12, pruner="asha", sampler="random"), console=QUIET)
     pruned = [t for t in found.trials if t["state"] == "pruned"]
-    assert pruned and all(t["steps"] == 8 for t in found.trials if t["state"] == "complete")
+    assert len({t["number"] % 2 for t in pruned}) == 2 and {t["state"] for t in found.trials} == {"complete", "pruned"}
+    assert {t["reason"] for t in pruned} == {"fell behind other trials"} and all(
+        t["steps"] == 8 for t in found.trials if t["state"] == "complete"
+    )
     best = min(found.trials, key=lambda t: t["keys"]["train.lr"])
     assert best["state"] == "complete" and best["number"] == found.number
 

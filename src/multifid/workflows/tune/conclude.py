@@ -43,8 +43,10 @@ def conclude(search: Search, job: Job) -> None:
         if search.stop:
             give_up(search, job)
             return
-        fail(search, job, str(error))
-        return
+        if not job.pruned:
+            fail(search, job, str(error))
+            return
+        ending = {"steps": max(job.step, 0), "complete": False}  # stopped before it was ready to save anything
     if not ending["complete"] and not job.pruned:
         give_up(search, job)
         return
@@ -67,7 +69,7 @@ def note(job: Job, ending: dict[str, Any]) -> None:
     before = job.trial.user_attrs.get("processor_seconds", 0.0)
     job.trial.set_user_attr("processor_seconds", before + job.used)
     job.trial.set_user_attr("steps", ending["steps"])
-    reason = "fell behind other trials" if job.pruned and not ending["complete"] else ending["reason"]
+    reason = ending["reason"] if ending["complete"] else "fell behind other trials"
     job.trial.set_user_attr("reason", reason)
 
 

@@ -87,3 +87,24 @@ def test_dynamics_of_several_systems_conserve_their_energies_and_a_relaxation_lo
     fire = torch_sim.frechet_cell_fire
     relaxed = torch_sim.optimize(system=state_of([crystal(), skewed()]), model=asked, optimizer=fire, max_steps=15)
     assert (asked(relaxed)["energy"] < asked(state_of([crystal(), skewed()]))["energy"]).all()
+
+
+@pytest.mark.full
+def test_batches_cut_by_torch_sim_keep_the_order_and_cells_count_for_convergence():
+    from torch_sim.autobatching import InFlightAutoBatcher
+
+    asked = TorchSimModel(model(), "a")
+    given = [bulk("NaCl", "rocksalt", 5.4, cubic=True).repeat((1 + k % 2, 1, 1)) for k in range(6)]
+    for seed, atoms in enumerate(given):
+        atoms.rattle(0.05, seed=seed)
+    few = InFlightAutoBatcher(model=asked, memory_scales_with="n_atoms", max_memory_scaler=40)
+    done = torch_sim.generate_force_convergence_fn(force_tol=0.02, include_cell_forces=True)
+    how = {"optimizer": torch_sim.frechet_cell_fire, "convergence_fn": done, "max_steps": 300}
+    for batcher in (False, few):
+        state = torch_sim.optimize(system=state_of(given), model=asked, autobatcher=batcher, **how)
+        answer = asked(state)
+        assert answer["forces"].norm(dim=1).max() < 0.021
+        on_cell = answer["stress"] * torch.linalg.det(state.cell).abs()[:, None, None]
+        assert (on_cell.abs().amax(dim=(1, 2)) / state.n_atoms_per_system).max() < 0.021
+        assert state.n_atoms_per_system.tolist() == [len(atoms) for atoms in given]
+        assert (answer["energy"] < asked(state_of(given))["energy"]).all()

@@ -33,18 +33,18 @@ class CellFilter(FrechetCellFilter):  # type: ignore[misc]
         moved = np.linalg.solve(self.deform_grad(), self.atoms.positions.T).T
         return np.concatenate([moved, self._logarithm() * self.exp_cell_factor])
 
-    def set_positions(self, positions: np.ndarray, **asked: Any) -> None:
+    def set_positions(self, positions: Any, **kwargs: Any) -> None:
         """Constraints of the atoms, fixed symmetry among them, have the last word on positions and cell."""
         log = positions[-3:] / self.exp_cell_factor
         transposed = expm(log).T
         self.atoms.set_cell(self.orig_cell @ transposed, scale_atoms=True)
-        self.atoms.set_positions(positions[:-3] @ transposed, **asked)
+        self.atoms.set_positions(positions[:-3] @ transposed, **kwargs)
         self._cell, self._log = self.orig_cell @ transposed, log
 
-    def get_forces(self, **asked: Any) -> np.ndarray:
+    def get_forces(self, **kwargs: Any) -> np.ndarray:
         """(N + 3, 3) eV/angstrom: minus the slopes of the energy along `get_positions`."""
         if self._results is None or self._results is not self.atoms.calc.results:
-            self._forces = self._slopes(**asked)
+            self._forces = self._slopes(**kwargs)
             self._results = self.atoms.calc.results
         return self._forces.copy()
 

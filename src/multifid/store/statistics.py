@@ -14,6 +14,7 @@ from multifid.store.fields import MAX_ATOMS
 from multifid.store.references import References, count_elements
 from multifid.store.store import Store
 from multifid.structures.elements import MAX_Z
+from multifid.structures.properties import OF_ATOMS
 from multifid.structures.structure import SPLITS, Packed, PackedLabels
 
 CHUNK = 500_000  # atoms read at once: about 40 MB with two tasks
@@ -67,6 +68,9 @@ class TaskStatistics:
     forces: Range = field(default_factory=Range)  # eV/angstrom, by component
     force: Range = field(default_factory=Range)  # eV/angstrom, length of the vector on an atom
     stress: Range = field(default_factory=Range)  # eV/angstrom^3, by component
+    property: str | None = None  # its kind, where the labels are one
+    value: Range = field(default_factory=Range)  # of the property, by component
+    scale: float = 1.0
     unreferenced: int = 0  # structures with an energy and with an element that has no reference energy
 
 
@@ -101,7 +105,12 @@ def statistics(store: Store, chunk: int = CHUNK) -> StoreStatistics:
         atoms=store.atoms,
         splits={split: len(store.index(split)) for split in SPLITS},
         tasks={
-            task: TaskStatistics(about[task]["level_of_theory"], References.from_manifest(about[task]))
+            task: TaskStatistics(
+                about[task]["level_of_theory"],
+                References.from_manifest(about[task]),
+                property=store.property_kind(task),
+                scale=about[task]["scale"],
+            )
             for task in about
         },
     )
@@ -151,6 +160,13 @@ def _add_geometry(out: StoreStatistics, packed: Packed) -> None:
 
 
 def _add_labels(out: TaskStatistics, labels: PackedLabels, packed: Packed) -> None:
+    if labels.kind is not None:
+        if labels.value is not None:
+            known = ~np.isnan(labels.value.reshape(len(labels.value), -1)).all(axis=1)
+            known = np.logical_or.reduceat(known, packed.offsets[:-1]) if labels.kind in OF_ATOMS else known
+            out.labels[labels.kind] = out.labels.get(labels.kind, 0) + int(known.sum())
+            out.value.add(labels.value)
+        return
     aligned = out.references.align(labels.energy, packed.numbers, packed.natoms)
     has_energy = ~np.isnan(labels.energy)
     out.labels["energy"] += int(has_energy.sum())

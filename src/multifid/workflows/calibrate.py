@@ -49,7 +49,10 @@ def calibrate_run(
         with world.together():
             model = Predictor(*load_model(run), world.device)  # whatever was calibrated before
             config = load_config(run / "config.yaml")
-            tasks = {t: c for t, c in config.tasks.items() if t in model.description["tasks"]}
+            there = [t for t in config.tasks if t in model.description["tasks"]]
+            tasks = {t: config.tasks[t] for t in there if model.property_of(t) is None}
+            if not tasks:
+                raise ValueError(f"{run} has properties only ({', '.join(there)}): uncertainties are of energies")
             data = [Data(t, s.store, name) for s in open_sources(tasks) for t, name in s.tasks.items()]
         structures = sum(d.store.size("train") + d.store.size("validation") + d.store.size("test") for d in data)
         with progress(world, "calibrate", structures, Console(stderr=True)) as advance:

@@ -37,7 +37,15 @@ def stats(stores: Sequence[Path], figure: Path | None = None, console: Console |
 
 def tables(stores: Sequence[StoreStatistics]) -> list[FittedTable]:
     """Several narrow tables in place of one wide one."""
-    tasks = [(s, name) for s in stores for name in s.tasks]
+    tasks = [(s, name) for s in stores for name in s.tasks if s.tasks[name].property is None]
+    properties = [(s, name) for s in stores for name in s.tasks if s.tasks[name].property is not None]
+    of_energies = _of_energies(tasks) if tasks else []
+    own = _table(
+        "Properties, in the units of their data (scale: of what is learnt, in the train split)",
+        ("store", "task", "kind"),
+        ("labels", "minimum", "mean", "maximum", "scale"),
+        (_property(*t) for t in properties),
+    )
     return [
         _table("Stores", ("store",), ("structures", *SPLITS, "atoms"), map(_holdings, stores)),
         _table(
@@ -53,6 +61,14 @@ def tables(stores: Sequence[StoreStatistics]) -> list[FittedTable]:
             map(_geometry, stores),
         ),
         _table("Elements", ("store",), ("elements",), map(_elements, stores), last="which"),
+        *of_energies,
+        *([own] if properties else []),
+    ]
+
+
+def _of_energies(tasks: Sequence[tuple[StoreStatistics, str]]) -> list[FittedTable]:
+    """Labels, ranges and references of label sets with energies, forces or stress."""
+    return [
         _table("Labels", ("store", "task"), ("energy", "forces", "stress"), (_labels(*t) for t in tasks), "theory"),
         _table(
             "Ranges (energies without the reference energies)",
@@ -68,6 +84,13 @@ def tables(stores: Sequence[StoreStatistics]) -> list[FittedTable]:
             last="determined only together",
         ),
     ]
+
+
+def _property(s: StoreStatistics, name: str) -> list[str]:
+    task = s.tasks[name]
+    v, kind = task.value, str(task.property)
+    span = [f"{x:.5g}" for x in (v.minimum, v.mean, v.maximum)] if v.count else ["–"] * 3
+    return [s.name, name, kind, _count(task.labels.get(kind, 0)), *span, f"{task.scale:.4g}"]
 
 
 def _table(

@@ -20,7 +20,12 @@ from multifid.training.record import Row
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24  # points of a curve
 QUIET = 300.0  # seconds without a new line after which the run is called silent
-KINDS = (("energy_mae", "energy, meV/atom"), ("forces_mae", "forces, meV/Å"), ("stress_mae", "stress, meV/Å³"))
+KINDS = (
+    ("energy_mae", "energy, meV/atom"),
+    ("forces_mae", "forces, meV/Å"),
+    ("stress_mae", "stress, meV/Å³"),
+    ("property_mae", "property"),
+)
 
 
 @dataclass
@@ -130,7 +135,10 @@ def _errors(rows: list[Row]) -> Table:
         cells = [task]
         for key, _ in kinds:
             last = own[-1].get(key)
-            cells += [_number(None if last is None else 1000 * last), curve([row.get(key) for row in own])]
+            cells += [
+                _number(None if last is None else last if key == "property_mae" else 1000 * last),
+                curve([row.get(key) for row in own]),
+            ]
         table.add_row(*cells)
     return table
 

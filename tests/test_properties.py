@@ -1,5 +1,6 @@
 """Properties beside energies: read, learnt as tasks, measured, predicted, the same on any number of ranks."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from multifid.evaluation.properties import classification, roc_auc
 from multifid.model.potential import ModelConfig, Potential
 from multifid.model.predictor import Predictor
 from multifid.preparation.prepare import prepare
+from multifid.preparation.split import folded
 from multifid.store.store import Store
 
 PLANTED = ("count:extensive", "meanz:intensive", "dipole=mu:vector", "kind:class:none,some", "q:atom", "v:atom_vector")
@@ -196,6 +198,19 @@ def test_a_table_beside_files_is_the_same_store(data, tmp_path):
     assert store.source_id(3) == "3.xyz"
 
 
+def test_each_structure_is_tested_in_one_fold_and_never_beside_its_relatives():
+    relative = np.random.default_rng(1).integers(0, 40, 300).astype(np.uint64)
+    tested = np.zeros(300, int)
+    for k in range(5):
+        split = folded(relative, np.zeros(300, int), "formula", (k, 5), (0.8, 0.1, 0.1), seed=0).split
+        tested += split == 2
+        assert 30 < (split == 2).sum() < 90 and all((split == code).any() for code in range(3))
+        assert all(len(set(split[relative == r].tolist())) == 1 for r in set(relative.tolist()))
+    assert (tested == 1).all()
+    with pytest.raises(ValueError, match="fold 5 of 5"):
+        folded(relative, np.zeros(300, int), "formula", (5, 5), (0.8, 0.1, 0.1), seed=0)
+
+
 def test_what_cannot_be_read_is_named_with_what_is_there(data, tmp_path):
     def refused(words, *properties, file="planted.xyz", format="extxyz", **options):
         with pytest.raises(ValueError, match=words):
@@ -242,6 +257,16 @@ def test_a_property_begins_on_a_trained_encoder_beside_what_is_replayed(run, dat
     refused("has a task 'q' already", "q=width:intensive")
     refused(r"task same: every labelled structure .* is of one class \(1\)", "same:class")
     refused("width is a property .intensive.", "width:intensive", start="q")
+
+
+@pytest.mark.full
+def test_folds_are_runs_whose_errors_are_kept(run, data, tmp_path):
+    from multifid.workflows.finetune.folds import cross_validate
+
+    how = {"options": {"properties": ["z=meanz:intensive"]}, "cache": tmp_path / "cache", "quiet": True}
+    rows = cross_validate(run, data / "planted.xyz", tmp_path / "run", SHORT, folds=3, **how)
+    assert [row["fold"] for row in rows] == [0, 1, 2] and sum(row["structures"] for row in rows) == 108
+    assert len(json.loads((tmp_path / "run" / "folds.json").read_text())["rows"]) == 3
 
 
 @pytest.mark.full

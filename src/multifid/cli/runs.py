@@ -87,6 +87,10 @@ def finetune(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="with --sizes: a key of the config for runs from scratch alone"),
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="cross-validation: N runs, one part of the data tested in each"),
+    ] = None,
     no_new_elements: Annotated[
         bool, typer.Option("--no-new-elements", help="refuse elements that the model has never seen")
     ] = False,
@@ -111,8 +115,10 @@ def finetune(
     if sizes is None and (repeat != 1 or test or scratch):
         raise ValueError("--repeat, --test and --scratch are for learning curves: say --sizes too")
     if references:
-        if len(asked) != 1 or overrides or replay or distil or sizes is not None:
-            raise ValueError("--references takes one dataset, no keys of the config, no --replay, --distil or --sizes")
+        if len(asked) != 1 or overrides or replay or distil or sizes is not None or folds is not None:
+            raise ValueError(
+                "--references takes one dataset, no keys of the config, no --replay, --distil, --sizes or --folds"
+            )
         refit_references(model, asked[0], out, start=start, options=options, trust_units=trust_units, cache=cache)
         return
     shares = [number(x, "--fractions") for x in fractions.split(",")]
@@ -128,7 +134,14 @@ def finetune(
         "cache": cache,
         "signals": True,
     }
-    if sizes is None:
+    if folds is not None:
+        if sizes is not None:
+            raise ValueError("--folds and --sizes are two ways to test: give one of them")
+        from multifid.workflows.finetune.folds import cross_validate
+
+        more = {"distil": distil, "check": check or ()}
+        complete = cross_validate(model, asked, out, overrides, folds=folds, **more, **how) is not None
+    elif sizes is None:
         complete = run(model, asked, out, overrides, distil=distil, check=check or (), **how).complete
     elif distil is not None or check:
         raise ValueError("--distil and --check are for one run: a learning curve (--sizes) takes --replay and --test")

@@ -45,6 +45,7 @@ class Files:
     options: dict[str, Any]
     trust_units: bool = False
     fractions: tuple[float, float, float] = ONLY_TEST  # of train, validation and test
+    fold: tuple[int, int] | None = None  # (k, n): test is the k-th of n parts
     keep_splits: bool = False  # in place of fractions
 
 
@@ -56,6 +57,7 @@ def place_of(files: Files, cache: Path) -> Path:
     inputs = find_inputs(named, of_splits, module.ENDINGS, folder_marks(module))
     asked = [__version__, SCHEMA, files.format, options, files.trust_units]
     asked += [] if files.fractions == ONLY_TEST else [list(files.fractions)]
+    asked += [] if files.fold is None else [list(files.fold)]
     asked += ["keep_splits"] if files.keep_splits else []
     companions: Callable[[Path, Any], list[Path]] = getattr(module, "companions", lambda path, options: [])
     paths = [p for file in inputs for p in (file.path, *companions(file.path, module.Options(**options)))]
@@ -108,6 +110,7 @@ def main() -> None:
             options=asked["options"],
             trust_units=asked["trust_units"],
             keep_splits=asked["keep_splits"],
+            fold=None if asked["fold"] is None else (asked["fold"][0], asked["fold"][1]),
             progress=asked["progress"],
             talk=False,
         )

@@ -8,7 +8,7 @@ import numpy as np
 from multifid.preparation.inputs import Input
 from multifid.preparation.intake import Intake
 from multifid.preparation.properties import survey_property
-from multifid.preparation.split import Divided, NothingLeft, divide, fitted, set_unseen_aside
+from multifid.preparation.split import Divided, NothingLeft, divide, fitted, folded, set_unseen_aside
 from multifid.preparation.survey import sample_edges, survey_task
 from multifid.preparation.workers import Call, Workers
 from multifid.quality.check import check_fields, geometries
@@ -31,6 +31,7 @@ class Rule:
     seed: int
     drop_duplicates: bool = False  # set those aside that repeat an earlier one
     kept: bool = False  # as the records say, whatever is empty then
+    fold: tuple[int, int] | None = None  # (k, n): test is the k-th of n parts
     others: list[Store] = field(default_factory=list)  # and those that are trained on here and tested on there
 
 
@@ -135,7 +136,11 @@ def _divide(
     aside: dict[str, int] = {}
 
     def divided_by(within: bool) -> tuple[Divided, list[int]]:
-        divided = Divided(fields["split"][:], "as in the parents") if rule.kept else divide(*columns, within)
+        if rule.fold is not None:
+            kind, relative = intake.module.RELATIVE, fields["relative"][:]
+            divided = folded(relative, file, kind, rule.fold, rule.fractions, rule.seed)
+        else:
+            divided = Divided(fields["split"][:], "as in the parents") if rule.kept else divide(*columns, within)
         if rule.drop_duplicates or rule.others:
             filled = set(divided.split.tolist())
             aside["duplicates"] = set_aside(divided.split, geometries(fields), rule.drop_duplicates, rule.others)

@@ -104,6 +104,36 @@ def divide(
     return Divided(split, "; ".join(rules))
 
 
+def folded(
+    relative: np.ndarray,
+    file: np.ndarray,
+    kind: str,
+    fold: tuple[int, int],
+    fractions: tuple[float, float, float],
+    seed: int,
+) -> Divided:
+    """Cross-validation: of n parts of equal size, by relatives, one is test; the rest is train and validation.
+
+    fold: (k, n), the k-th of n, from 0. The rest is divided as `fractions` says of train and validation. Published
+    splits do not count. ValueError for another fold, or where a split would be empty.
+    """
+    k, n = fold
+    _check_fractions(fractions)
+    if not (n >= 2 and 0 <= k < n) or not fractions[TRAIN] or not fractions[VALIDATION]:
+        raise ValueError(
+            f"fold {k} of {n}: there are at least 2, numbered from 0, and train and validation in the rest"
+        )
+    parts, how = _divide_pool(relative, file, np.full(n, 1.0 / n), seed)
+    split = np.full(len(relative), TEST, np.uint8)
+    rest = parts != k
+    weights = np.array(fractions[:2])
+    split[rest] = _divide_pool(relative[rest], file[rest], weights / weights.sum(), seed + 1)[0]
+    for code, name in enumerate(DIVIDED):
+        if not (split == code).any():
+            raise ValueError(f"fold {k} of {n}: the {name} split would be empty: give more structures, or fewer folds")
+    return Divided(split, f"fold {k} of {n}, {how}{f' {kind}' if how in ('by', BLOCKS) else ''}")
+
+
 def fitted(split: np.ndarray) -> tuple[int, np.ndarray]:
     """The split that references, scale and edges are fitted to, and which structures are in it, (structures,) bool.
 

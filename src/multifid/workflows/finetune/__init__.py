@@ -23,7 +23,7 @@ from multifid.preparation.cache import ONLY_TEST
 from multifid.store.store import Store
 from multifid.training.callbacks import Callback
 from multifid.training.run import train as train_run
-from multifid.workflows.finetune.asked import Fractions, targets
+from multifid.workflows.finetune.asked import Fold, Fractions, targets
 from multifid.workflows.finetune.begin import SCRATCH, begun
 from multifid.workflows.finetune.refit import refit_at_the_end, refit_only
 from multifid.workflows.finetune.robustness import checked
@@ -44,6 +44,7 @@ def finetune(
     check: Sequence[Path | str] = (),
     new_elements: bool = True,
     fractions: Fractions = (0.8, 0.1, 0.1),
+    fold: Fold | None = None,
     options: Mapping[str, Any] | None = None,
     trust_units: bool = False,
     cache: Path | str | None = None,
@@ -75,6 +76,8 @@ def finetune(
             end, beside those of the scans of dimers, and kept in OUT/robustness.json.
         new_elements: accept elements that the model does not know; they begin as the mean of their chemical neighbours.
         fractions: of files, for train, validation and test, by relatives.
+        fold: (k, n), from 0: divide all data, stores too, into n parts of equal size by relatives, of which the k-th is
+            test; the rest is train and validation, as `fractions` says.
         options: of files, how they are read, as in `prepare`.
         trust_units: of files, as in `prepare`.
         cache: where files become stores; default: ~/.cache/multifid.
@@ -104,7 +107,7 @@ def finetune(
             if world.first and (run / "config.yaml").exists():
                 values = _held(run, path, texts, list(overrides))
             elif world.first:
-                asked = targets(texts, fractions, dict(options or {}), trust_units, where, console)
+                asked = targets(texts, fractions, dict(options or {}), trust_units, where, console, fold)
                 on = None if distil is None else str(distil)
                 values = begun(path, asked, run, list(overrides), start, list(replay), new_elements, console, on, where)
         config = parse_config(world.share(values), str(run))

@@ -15,6 +15,7 @@ from multifid.structures.properties import Property
 from multifid.workflows.asked import ANYTHING, parse
 
 Fractions = tuple[float, float, float]
+Fold = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ def targets(
     trust_units: bool,
     cache: Path,
     console: Console,
+    fold: Fold | None = None,
 ) -> list[Target]:
     """The new tasks of all `[TASK=][FORMAT:]PATH`; files are prepared first, split by relatives as by `prepare`.
 
-    ValueError or OSError as `prepare`, or where two tasks have one name.
+    fold: (k, n), files and stores are divided anew, test being the k-th of n parts. ValueError or OSError as `prepare`,
+    or where two tasks have one name.
     """
-    found = [t for text in texts for t in _of(text, fractions, options, trust_units, cache, console)]
+    found = [t for text in texts for t in _of(text, fractions, options, trust_units, cache, console, fold)]
     names = [target.name for target in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two datasets are called {', '.join(twice)}: say NAME=PATH for one of them")
@@ -52,16 +55,24 @@ def targets(
 
 
 def _of(
-    text: str, fractions: Fractions, options: dict[str, Any], trust_units: bool, cache: Path, console: Console
+    text: str,
+    fractions: Fractions,
+    options: dict[str, Any],
+    trust_units: bool,
+    cache: Path,
+    console: Console,
+    fold: Fold | None,
 ) -> list[Target]:
     one = parse(text, "")
+    if one.format is None and fold is not None:
+        one, options, trust_units = replace(one, format="store"), {}, True  # as it was accepted when it was prepared
     if one.format is None:
         return [Target(d.name, d.store, d.label_set) for d in label_sets(Store(one.path), one.name)]
     unknown = [key for key in options if key not in reader(one.format).Options.model_fields]
     if unknown:
         known = ", ".join(reader(one.format).Options.model_fields) or "none"
         raise ValueError(f"--option {unknown[0]}: {one.format} has {known}")
-    files = Files(one.path, one.format, options, trust_units, fractions)
+    files = Files(one.path, one.format, options, trust_units, fractions, fold=fold)
     place = place_of(files, cache)
     store, before = cached(files, place, progress=not console.quiet)
     sizes = ", ".join(f"{store.size(split)} {split}" for split in ("train", "validation", "test"))

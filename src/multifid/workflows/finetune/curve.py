@@ -123,6 +123,8 @@ def learning_curve(
                 if more:
                     names = ", ".join(one.name for one in (target, *more))
                     raise ValueError(f"--sizes is for one task, and the data have {names}: one command for each")
+                if target.property is not None:
+                    raise ValueError(f"--sizes is for energies and forces, and {target.name} is a property")
                 refuse(load_description(Path(model)), target, new_elements)
                 numbers = sizes_of(sizes, target.store)
                 told = [target.name, str(target.store.path), target.label_set, numbers]

@@ -14,7 +14,7 @@ from multifid.store.store import Store
 from multifid.training.build import build
 from multifid.training.counts import Counts, Known, announced
 from multifid.training.feed import Feed, make_draws
-from multifid.training.loss import KINDS, label_counts
+from multifid.training.loss import COLUMNS, label_counts
 from multifid.training.step import Totals
 from test_parallel import assert_equal_to_one_process, assert_same_run, through, values_of
 
@@ -86,7 +86,7 @@ def test_what_is_known_by_arithmetic_is_what_the_batches_hold(partial, max_edges
             np.testing.assert_array_equal(known, ranks[0].known.counts)
             np.testing.assert_array_equal(known[~np.isnan(known)], held[~np.isnan(known)])
             assert rank.known.rounds == max(len(other.batches) for other in ranks)
-    unknown = {(t, k) for i, t in enumerate(config.tasks) for j, k in enumerate(KINDS) if np.isnan(known[i, j])}
+    unknown = {(t, k) for i, t in enumerate(config.tasks) for j, k in enumerate(COLUMNS) if np.isnan(known[i, j])}
     assert unknown - {("elder", "forces")} == {("berry", "energy"), ("cherry", "forces")}
 
 

@@ -11,12 +11,15 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
 
 import multifid
 from multifid.apply.predict import predict
+from multifid.evaluation import calibrate as calibration
 from multifid.evaluation.calibrate import quality
 from multifid.evaluation.calibration import binned
+from multifid.evaluation.evaluate import Data, Share
 from multifid.graphs.graph import graph_of
 from multifid.model.model_file import export_model
 from multifid.model.potential import under_strain
@@ -24,6 +27,8 @@ from multifid.model.rigid import held, inputs_of
 from multifid.model.rigidity import BranchRigidity, Covariance, Rigidity, TaskConstants
 from multifid.model.rigidity_file import load_rigidity, packed, save_rigidity
 from multifid.model.task_model import batch_of
+from multifid.preparation.prepare import prepare
+from multifid.store.store import Store
 from multifid.structures.atoms import pack_atoms
 from multifid.workflows.calibrate import calibrate_run
 from test_calculator import crystal, model
@@ -220,3 +225,27 @@ def test_the_calculator_gives_the_deviation_of_a_stress_where_there_is_one():
     assert np.isfinite(water.calc.get_property("forces_uncertainty", water)).all()
     with pytest.raises(PropertyNotImplementedError, match="has no stress"):
         planted(model("direct")).calculator("a").get_property("stress_uncertainty", salt)
+
+
+@pytest.mark.full
+def test_deviations_of_stresses_have_the_size_of_their_errors_on_the_validation_split(tmp_path):
+    made, frames = planted(model()), []
+    for k in range(5):
+        atoms = crystal()
+        atoms.rattle(0.1, seed=k)
+        out = made.predict(atoms, "a")
+        apart = SinglePointCalculator(
+            atoms, energy=out.energy[0], forces=out.forces, stress=out.stress + 0.02 * np.eye(3)
+        )
+        atoms.calc = apart
+        frames.append(atoms)
+    ase.io.write(tmp_path / "s.xyz", frames)
+    prepare("extxyz", [tmp_path / "s.xyz"], tmp_path / "s", fractions=(0, 1, 0), trust_units=True, progress=False)
+    store = Store(tmp_path / "s")
+    source = calibration._source(made, Data("a", store, store.tasks[0]))
+    one = made.rigidity.branches["a"]
+    constants = calibration._constants(made, source, "a", one, Share())
+    known = replace(made.rigidity, tasks={"a": constants})
+    found = calibration.points(made, source, "a", known, "validation", Share()).stress
+    np.testing.assert_allclose(found[:, 1], 0.02 / 3**0.5, rtol=1e-3)
+    assert len(found) == 5 and quality(found)["z"] == pytest.approx(1)

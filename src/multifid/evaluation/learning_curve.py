@@ -1,6 +1,7 @@
 """Errors against the number of structures that were trained on: fine-tuned and from scratch, as table and figure."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -54,7 +55,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     kinds = [kind for kind in KINDS if any(r.get(f"{kind}_mae") is not None for r in rows)]
     drawn = blank(3.4 * len(datasets) + 0.6, 3.0 * len(kinds) + 0.8)
     panels = drawn.subplots(len(kinds), len(datasets), squeeze=False)
-    handles = {}
+    handles: dict[str, Any] = {}
     for k, kind in enumerate(kinds):
         for axes, data in zip(panels[k], datasets, strict=True):
             handles |= _curves(axes, rows, data, kind)
@@ -67,8 +68,8 @@ def figure(rows: Sequence[Row]) -> Figure:
     return drawn
 
 
-def _curves(axes: Axes, rows: Sequence[Row], data: str, kind: str) -> dict[str, object]:
-    handles: dict[str, object] = {}
+def _curves(axes: Axes, rows: Sequence[Row], data: str, kind: str) -> dict[str, Any]:
+    handles: dict[str, Any] = {}
     sizes = sorted({r["size"] for r in rows})
     for how, marker in zip(HOW, "os", strict=True):
         found = [(n, e) for n in sizes if (e := estimate(rows, how, data, n, kind)) is not None]

@@ -40,6 +40,7 @@ from multifid.training.run import train
 KEYS: dict[str, Any] = {"layers": 2, "hidden": 32}
 MORE: dict[str, dict[str, Any]] = {
     "egnn with tensors": {"name": "egnn", "tensors": 8},
+    "gotennet of degree 1": {"name": "gotennet", "degrees": 1},
     "painn with attention": {"name": "painn", "attention": {"heads": 4}},
 }
 PASSES = 7  # of which the best tells the rate of prediction

@@ -145,6 +145,7 @@ def test_arrays_that_do_not_fit_together_are_errors_that_name_the_file(tmp_path)
         blocks(tmp_path / "d")
 
 
+@pytest.mark.full
 def test_damage_is_an_error_that_names_the_system_or_a_store(tmp_path):
     path = water(tmp_path / "sys", 24)
     random = np.random.default_rng(3)

@@ -15,6 +15,7 @@ from multifid.readers.table_mapping import load_mapping
 from multifid.store.store import Store
 
 HARTREE, BOHR, KBAR = 27.211386245988, 0.529177210903, 1 / 1602.176634
+FULL = pytest.mark.full
 WATER = np.array([[0, 0, 0], [0, 0.76, 0.59], [0, -0.76, 0.59]])
 MOLECULES = {
     "numbers": "z", "positions": "xyz", "charge": 0, "group": "mol", "split": "part", "id": "name",
@@ -69,7 +70,9 @@ def records(path: Path, content: dict, part=None) -> list:
     return list(table.read(path, table.Options(mapping=content), lambda far: None, part))
 
 
-@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl.gz", "t.json"])
+@pytest.mark.parametrize(
+    "name", ["t.parquet", *(pytest.param(f"t.{x}", marks=FULL) for x in ("csv", "jsonl.gz", "json"))]
+)
 def test_one_content_is_the_same_store_from_any_kind_of_file(name, tmp_path, monkeypatch):
     monkeypatch.setattr(table_files, "PART", 5)
     monkeypatch.setattr(table_files, "BATCH", 4)
@@ -191,7 +194,7 @@ def test_a_column_of_another_type_is_an_error_and_a_table_needs_a_mapping(tmp_pa
     assert made.structures == 12 and load_mapping(tmp_path / "mapping.yaml").files == ()
 
 
-@pytest.mark.parametrize("name", ["t.parquet", "t.json", "t.csv"])
+@pytest.mark.parametrize("name", [pytest.param("t.parquet", marks=FULL), "t.json", "t.csv"])
 def test_damaged_tables_are_errors_that_name_the_file_or_counted_skips(name, tmp_path):
     path, random = write(tmp_path / name, molecules(24)), np.random.default_rng(2)
     whole, options = path.read_bytes(), table.Options(mapping=MOLECULES)

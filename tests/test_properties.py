@@ -103,6 +103,7 @@ def test_what_was_planted_is_found(run):
     assert rows["count"]["property_mae"] < 0.2 and rows["count"]["r2"] > 0.95
 
 
+@pytest.mark.full
 def test_metrics_are_those_of_the_predictions(run, data, tmp_path):
     """Rows of evaluate beside the same numbers from what predict writes; a file of a task is read as that task."""
     from multifid.apply.predict import predict
@@ -227,6 +228,7 @@ def test_what_cannot_be_read_is_named_with_what_is_there(data, tmp_path):
     refused("leave out energy_key", "q:atom", energy_key="count")
 
 
+@pytest.mark.full
 def test_a_property_begins_on_a_trained_encoder_beside_what_is_replayed(run, data, tmp_path):
     """A new task, an old one replayed, old branches kept; names that are taken and one class alone are errors."""
     frames = planted(tmp_path / "new.xyz", 40, seed=3)

@@ -368,7 +368,7 @@ def test_a_curve_is_made_of_ordinary_runs_and_goes_on(parent, fig, tmp_path, siz
     assert (tmp_path / "run" / "curve.png").exists()
     before = (one / "last.safetensors").read_bytes(), (one / "model.json").read_bytes()
     again = learning_curve(parent, f"fig={fig.path}", tmp_path / "run", SHORT, quiet=True, **how)
-    assert (one / "last.safetensors").read_bytes(), (one / "model.json").read_bytes() == before
+    assert ((one / "last.safetensors").read_bytes(), (one / "model.json").read_bytes()) == before
     assert again == rows == json.loads((tmp_path / "run" / "curve.json").read_text())["rows"]
 
 

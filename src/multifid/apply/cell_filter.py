@@ -33,12 +33,12 @@ class CellFilter(FrechetCellFilter):  # type: ignore[misc]
         moved = np.linalg.solve(self.deform_grad(), self.atoms.positions.T).T
         return np.concatenate([moved, self._logarithm() * self.exp_cell_factor])
 
-    def set_positions(self, positions: Any, **kwargs: Any) -> None:
+    def set_positions(self, new: Any, **kwargs: Any) -> None:  # type: ignore[override]  # two names in ASE
         """Constraints of the atoms, fixed symmetry among them, have the last word on positions and cell."""
-        log = positions[-3:] / self.exp_cell_factor
+        log = new[-3:] / self.exp_cell_factor
         transposed = expm(log).T
         self.atoms.set_cell(self.orig_cell @ transposed, scale_atoms=True)
-        self.atoms.set_positions(positions[:-3] @ transposed, **kwargs)
+        self.atoms.set_positions(new[:-3] @ transposed, **kwargs)
         self._cell, self._log = self.orig_cell @ transposed, log
 
     def get_forces(self, **kwargs: Any) -> np.ndarray:

@@ -139,7 +139,7 @@ def finetune(
             raise ValueError("--folds and --sizes are two ways to test: give one of them")
         from multifid.workflows.finetune.folds import cross_validate
 
-        more = {"distil": distil, "check": check or ()}
+        more: dict[str, Any] = {"distil": distil, "check": check or ()}
         complete = cross_validate(model, asked, out, overrides, folds=folds, **more, **how) is not None
     elif sizes is None:
         complete = run(model, asked, out, overrides, distil=distil, check=check or (), **how).complete

@@ -81,7 +81,8 @@ def of_scan(pair: str, distances: np.ndarray, energies: np.ndarray) -> Dimer:
 def checked(run: Path, start: Path, config: Config, checks: Sequence[Target], console: Console) -> None:
     """Print what became of dimers and of other files, before and after, and keep it in RUN/robustness.json."""
     assert config.finetune is not None
-    before, after = load(start, precision="fp64"), load(run, precision="fp64")
+    before: Predictor = load(start, precision="fp64")
+    after: Predictor = load(run, precision="fp64")
     scans: dict[str, dict[str, list[Dimer] | None]] = {}
     rows: list[Row] = []
     for task, branch in config.finetune.branches.items():

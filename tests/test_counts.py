@@ -128,14 +128,14 @@ def test_counts_that_travel_leave_before_the_step_ahead_of_theirs_is_made():
 
 
 def test_a_step_with_complete_labels_sums_nothing_before_its_backward_pass(pool, five, partial):
-    """All collectives of three steps: the encoder's gradients, and a report of 3 x 18 sums, a norm and a stop flag."""
+    """All collectives of three steps: the encoder's gradients, and a report of 3 x 23 sums, a norm and a stop flag."""
     noise = ("bookkeeping", "communication", "optimizer")
     for log in pool.run(3, "collectives_of", values_of(five, 3, placement="split")):
         log = [event for event in log if event not in noise]
-        assert log == 3 * ["step", "forward", "backward", log[3], "sum 56"] and log[3].startswith("sum ")
+        assert log == 3 * ["step", "forward", "backward", log[3], "sum 71"] and log[3].startswith("sum ")
     for log in pool.run(3, "collectives_of", values_of(partial, 3, placement="split")):
         log = [event for event in log if event not in noise]
-        step = ["step", "forward", "backward", next(e for e in log if e.startswith("sum ") and e != "sum 2"), "sum 56"]
+        step = ["step", "forward", "backward", next(e for e in log if e.startswith("sum ") and e != "sum 2"), "sum 71"]
         assert log == ["sum 2", "sum 2", *step, "sum 2", *step, *step], (
             "two counts are not known, and leave a step ahead"
         )

@@ -207,7 +207,7 @@ def test_what_is_not_finite_in_a_checkpoint_comes_back(stores, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"objective": {"energy": 0.0, "forces": 0.0}}, "all 0, so there is nothing to learn"),
+        ({"objective": {"energy": 0.0, "forces": 0.0, "property": 0.0}}, "all 0, so there is nothing to learn"),
         (
             {"train": {"batch": 1e-9}},
             "train.batch: 1e-09 is the mean number of structures per task and step, at least 1",

@@ -227,7 +227,7 @@ def test_loss_sums_and_errors_are_float64_whatever_the_precision(stores, tmp_pat
     batch = trainer.ready(feed.step(0)[0][0])
     assert laid_out(batch, trainer.number) is batch and batch.positions.dtype == torch.float32
     sums = trainer._sums(batch, Totals([t.name for t in trainer.tasks], trainer.device))
-    assert sums.dtype == torch.float64 and sums.shape == (3, 3)
+    assert sums.dtype == torch.float64 and sums.shape == (3, 4)
 
 
 def test_tf32_is_set_for_the_runs_that_ask_for_it_only(stores, tmp_path):

@@ -14,16 +14,19 @@ import sys
 from pathlib import Path
 from textwrap import indent
 
+import numpy as np
 import pytest
 import yaml
+from ase.io import read, write
 
+from conftest import write_molecules
 from multifid.preparation.prepare import prepare
 from test_hostile import FORMATS, write_ani1x
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL_FILES = ("index", "install", "published", "clusters", "python")  # pages that do without the published samples
-BLOCK = re.compile(r"```(sh|python)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```(sh|bash|shell|python)\n(.*?)```", re.DOTALL)
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -48,6 +51,9 @@ SHORTER = {
     r"(benchmarks/placements\.py .*)": r"\1 --tables tables.md --figure figure.png",
     r"^(multifid relax .*)--fmax \S+": r"\1--fmax 1000",
     r"(benchmarks/accuracy\.py .*)": r"\1 --seeds 0",
+    r"--sizes 20,50,100,all --repeat 3": "--sizes 8,all",
+    r"benchmarks/tuning\.py .*": "benchmarks/tuning.py --help",
+    r"^(multifid finetune (?!.*train\.steps).*)": r"\1 train.steps=2 train.epoch_steps=2",
 }
 
 
@@ -58,6 +64,7 @@ def steps(page: Path) -> list[tuple[str, str]]:
         if language == "python":
             found.append(("python", block))
             continue
+        assert language == "sh", f"{page.name}: commands stand in blocks of sh, not of {language}"
         lines = block.replace("\\\n", " ").splitlines()
         typed = [text for line in lines if (text := line.partition("  #")[0].strip()) and not text.startswith("#")]
         found += [("sh", text) for text in typed]
@@ -78,12 +85,15 @@ def shortened(command: str) -> str:
 def small(values: dict) -> dict:
     """A config of the same tasks and kind, a second long."""
     model, train = values["model"], values["train"]
-    model["encoder"] |= {"hidden": 8, "layers": 1}
-    model["branch"] |= {"hidden": [8]}
+    model["encoder"] = model.get("encoder", {}) | {"hidden": 8, "layers": 1}
+    model["branch"] = model.get("branch", {}) | {"hidden": [8]}
     train |= {"steps": 2, "epoch_steps": 2, "log_every": 1}
+    train.pop("minutes", None)
     for task in values["tasks"].values():
         if "per_step" in task:
             task["per_step"] = 2
+    if "tune" in values:
+        values["tune"] |= {"trials": 2, "budget": {"steps": 2}}
     if "study" in values:
         values["study"] |= {"seeds": [0], "processes": 1}
     return values
@@ -106,10 +116,10 @@ def folder(tmp_path_factory) -> Path:
         "train": {"batch": 2},
     }
     (folder / "CONFIG.yaml").write_text(yaml.safe_dump(small(mine)))
-    for name, (file, write) in FORMATS.items():
+    for name, (file, written) in FORMATS.items():
         if name in ("qm7x", "transition1x", "mptrj", "alexandria"):
             (folder / name).mkdir()
-            write(folder / name / file)
+            written(folder / name / file)
             prepare(name, [folder / name / file], folder / "data" / name, trust_units=True, progress=False)
     (folder / "demo").mkdir()
     (folder / "demo" / "stores").symlink_to(folder / "data")
@@ -189,6 +199,20 @@ def published(prepared) -> Path:
     return prepared
 
 
+@pytest.fixture(scope="session")
+def chemist(published) -> Path:
+    """The folder with a trained model, and with a reader's own files: energies, forces, gaps and charges."""
+    run(published, "multifid train CONFIG.yaml run=runs/demo")
+    for name, count in (("mine", 40), ("scan", 8), ("test", 12), ("gaps", 40), ("new", 5)):
+        write_molecules(published / f"{name}.xyz", count, 1.0, 0.0, seed=count)
+        frames = read(published / f"{name}.xyz", ":")
+        for atoms in frames:
+            atoms.info["gap"] = float(atoms.positions[:, 0].std())
+            atoms.set_array("q", 0.1 * np.cos(atoms.numbers))
+        write(published / f"{name}.xyz", frames)
+    return published
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.xdist_group("pages")
@@ -196,7 +220,8 @@ def published(prepared) -> Path:
     "page", [page for page in PAGES[1:] if page.stem not in ("tutorial", "use", "lammps")], ids=lambda page: page.stem
 )
 def test_commands_and_python_of_the_docs_run(page, request):
-    folder = request.getfixturevalue("prepared" if page.stem in SMALL_FILES else "published")
+    own = {"finetuning": "chemist"} | dict.fromkeys(SMALL_FILES, "prepared")
+    folder = request.getfixturevalue(own.get(page.stem, "published"))
     run_page(folder, page, passed=lambda command: (folder / command.rpartition("--out ")[2]).exists())
 
 

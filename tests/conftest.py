@@ -97,7 +97,7 @@ LONG = re.compile(
             r"test_prepare.py::test_memory_does_not_grow",
             r"test_cli.py::test_(a_users_error_is_one_message|train_and_evaluate_as_in_the_readme)",
             r"test_commands.py::test_commands_and_python_of_the_readme_run",
-            r"test_lammps.py::test_(an_error_on_one_rank|a_wrong_task_and)",
+            r"test_lammps.py::test_(two_ranks_give|an_error_on_one_rank|a_wrong_task_and)",
             r"test_compile.py::test_generated_code_reads",
             r"test_soap.py::test_a_run_that_goes_on_from_a_checkpoint",
             r"test_plan.py::test_the_largest_batch",

@@ -130,8 +130,8 @@ def _default(option: Any) -> str:
 
 
 def _cell(text: str | None) -> str:
-    """Text without what would end a cell of a table."""
-    return (text or "").replace(" | ", ", ").replace("|", " or ")
+    """Text without what would end a cell of a table, or would be a link ([a][b])."""
+    return (text or "").replace(" | ", ", ").replace("|", " or ").replace("][", "]\\[")
 
 
 def test_every_command_is_documented_with_its_options():

@@ -99,7 +99,7 @@ def runs(pool, ranks: int, all_values: list[dict]) -> list[list[dict]]:
 
 def sizes(stores: dict, hidden: int, heads: list[int]) -> tuple[int, int]:
     """Bytes of the encoder and of a branch, from modules without memory."""
-    encoder, branch = parameters(parse_config(values_of(stores, Path("unused"), hidden, heads), "test"))
+    encoder, branch = parameters(parse_config(values_of(stores, Path("unused"), hidden, heads), "test").model)
     return 4 * encoder, 4 * branch
 
 

@@ -93,7 +93,7 @@ def test_the_memory_of_a_rank_counts_pieces_and_what_is_gathered(five):
     big = {"name": "egnn", "layers": 8, "hidden": 512}
     values = sharded(values_of(five, 3), big, memory=64.0)
     config = parse_config(values, "test")
-    state = bytes_per_parameter(config) / 8
+    state = bytes_per_parameter(config.train) / 8
     one, many = encoder_bytes(config, 1), encoder_bytes(config, 64)
     assert one / 64 < many < one / 64 + one / state, "four of eight layers are gathered for a while"
     values["model"]["branch"] = {"hidden": [6], "forces": "conservative"}

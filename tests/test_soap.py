@@ -250,6 +250,7 @@ def test_the_limit_of_memory_knows_what_is_kept(stores, tmp_path):
         held = [moments(optimizer, p) for p in parameters.values()]
         return sum(t.numel() for tensors in held for name, t in tensors.items() if not name.startswith("exp_avg"))
 
-    assert kept_beside(config) == (beside_moments(encoder), beside_moments(branch)) and min(kept_beside(config)) > 0
+    kept = kept_beside(config.model, config.train)
+    assert kept == (beside_moments(encoder), beside_moments(branch)) and min(kept) > 0
     assert encoder_bytes(config, 1) - encoder_bytes(plain, 1) == 4 * beside_moments(encoder)
-    assert kept_beside(plain) == (0, 0)
+    assert kept_beside(plain.model, plain.train) == (0, 0)

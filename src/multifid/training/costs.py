@@ -13,10 +13,12 @@ from multifid.feed.loader import Source, edge_costs
 from multifid.feed.order import Draw
 from multifid.model.branch import Branch
 from multifid.model.encoders import build_encoder
+from multifid.model.potential import ModelConfig
 from multifid.parallel.layout import GIB, Load, Memory
 from multifid.parallel.shard import elements, layers_of
 from multifid.training.finetune import moves_of_encoder
 from multifid.training.optimizer import beside_moments
+from multifid.training.settings import TrainConfig
 
 SAMPLE = 1000  # structures of a train split whose edges are estimated
 # Multiplications, in the unit above, that could be made while one parameter is summed over ranks and updated. AdamW,
@@ -28,8 +30,8 @@ UPDATE = 300.0
 
 def loads(config: Config, sources: list[Source], draws: list[Draw]) -> dict[str, Load]:
     """The load of every task in a mean step."""
-    encoder, branch = parameters(config)
-    held = branch * bytes_per_parameter(config) + kept_beside(config)[1] * _bytes_of_number(config)
+    encoder, branch = parameters(config.model)
+    held = bytes_of_branch(config.model, config.train)
     out = {}
     for source, draw in zip(sources, draws, strict=True):
         edges = mean_edges(source, config.model.cutoff)
@@ -55,10 +57,9 @@ def memory(config: Config, ranks: int = 1) -> Memory | None:
     """The limit of a rank, and what it holds besides branches of its own."""
     if config.parallel.memory is None:
         return None
-    _, branch = parameters(config)
     everywhere = encoder_bytes(config, ranks)
     if config.branches == "shared":
-        everywhere += branch * bytes_per_parameter(config) + kept_beside(config)[1] * _bytes_of_number(config)
+        everywhere += bytes_of_branch(config.model, config.train)
     return Memory(limit=int(config.parallel.memory * GIB), encoder=everywhere)
 
 
@@ -71,7 +72,7 @@ def encoder_bytes(config: Config, ranks: int) -> int:
     """
     with torch.device("meta"):
         encoder = build_encoder(config.model.encoder, config.model.cutoff)
-    copies, number = bytes_per_parameter(config), _bytes_of_number(config)
+    copies, number = bytes_per_parameter(config.train), bytes_of_number(config.train)
     if ranks == 1 or not config.parallel.shard_encoder:
         if config.finetune is not None:
             moves_of_encoder(encoder, config.finetune, 0)
@@ -93,30 +94,34 @@ def gathered(encoder: nn.Module, conservative: bool, micro_batches: bool) -> int
     return 2 * (whole - sum(layers)) + 4 * max(layers) + (whole if micro_batches else 0)
 
 
-def parameters(config: Config) -> tuple[int, int]:
+def bytes_of_branch(model: ModelConfig, train: TrainConfig) -> int:
+    """Of a branch on a rank that trains it: all copies of it."""
+    return parameters(model)[1] * bytes_per_parameter(train) + kept_beside(model, train)[1] * bytes_of_number(train)
+
+
+def parameters(model: ModelConfig) -> tuple[int, int]:
     """Parameters of the encoder and of a branch, counted on modules without memory."""
-    encoder, branch = _modules(config)
+    encoder, branch = _modules(model)
     return sum(p.numel() for p in encoder.parameters()), sum(p.numel() for p in branch.parameters())
 
 
-def kept_beside(config: Config) -> tuple[int, int]:
+def kept_beside(model: ModelConfig, train: TrainConfig) -> tuple[int, int]:
     """Numbers that the optimizer keeps of the encoder and of a branch besides two moments."""
-    encoder, branch = (beside_moments(config.train.optimizer, dict(m.named_parameters())) for m in _modules(config))
+    encoder, branch = (beside_moments(train.optimizer, dict(m.named_parameters())) for m in _modules(model))
     return encoder, branch
 
 
-def _modules(config: Config) -> tuple[nn.Module, nn.Module]:
+def _modules(model: ModelConfig) -> tuple[nn.Module, nn.Module]:
     """Encoder and branch without memory."""
     with torch.device("meta"):
-        encoder = build_encoder(config.model.encoder, config.model.cutoff)
-        return encoder, Branch(encoder, config.model.branch, config.model.cutoff)
+        encoder = build_encoder(model.encoder, model.cutoff)
+        return encoder, Branch(encoder, model.branch, model.cutoff)
 
 
-def bytes_per_parameter(config: Config) -> int:
+def bytes_per_parameter(train: TrainConfig) -> int:
     """Weight, gradient, two moments, and the average."""
-    copies = 4 + (config.train.ema is not None)
-    return copies * _bytes_of_number(config)
+    return (4 + (train.ema is not None)) * bytes_of_number(train)
 
 
-def _bytes_of_number(config: Config) -> int:
-    return 8 if config.train.precision == "fp64" else 4
+def bytes_of_number(train: TrainConfig) -> int:
+    return 8 if train.precision == "fp64" else 4

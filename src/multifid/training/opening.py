@@ -69,7 +69,7 @@ def _model(model: ModelConfig) -> str:
 
 
 def _parameters(config: Config) -> str:
-    encoder, branch = parameters(config)
+    encoder, branch = parameters(config.model)
     number = len(set(config.branch_of().values()))
     branches = f"{number} branch{'es' if number > 1 else ''}"
     return f"encoder {encoder:,}; each branch {branch:,}; in all, with {branches}, {encoder + number * branch:,}"

@@ -8,11 +8,10 @@ again with the same command ends with the same bits; on another number of ranks,
 ranks go through these lines; rank 0 talks, keeps the journal and commits what all have written.
 """
 
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from multifid.config import Config
-from multifid.feed.loader import Source, ahead, open_sources, trained_values
+from multifid.feed.loader import ahead, open_sources
 from multifid.model.inherit import inherited
 from multifid.model.saved import describe, save_description
 from multifid.parallel import groups
 from multifid.parallel.devices import use
 from multifid.parallel.launch import OtherRankFailed
+from multifid.training.about import about_tasks
 from multifid.training.boards import find_boards, open_boards
 from multifid.training.build import build, settings_of_torch_kept, started
 from multifid.training.callbacks import Callback, Callbacks
@@ -48,6 +48,7 @@ from multifid.training.opening import heading, opening
 from multifid.training.pace import Pace
 from multifid.training.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
 from multifid.training.resolve import needs_trial, open_run, placement_of, with_properties, write_config
+from multifid.training.signals import stop_on_signals
 from multifid.training.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
 from multifid.training.step import ENCODER, Norms, Totals, Trainer
 from multifid.training.tensor_file import consolidate
@@ -109,7 +110,7 @@ def train(
             atlast.callback(close, run)
             if world.first:
                 run.recorders.append(Callbacks(callbacks, stop))
-            with stop_on_signals(stop) if signals else nullcontext():
+            with stop_on_signals(stop, A_SIGNAL) if signals else nullcontext():
                 keep_beginning(run)
                 loop(run, stop)
             return finish(run, stop)
@@ -297,7 +298,7 @@ def end_epoch(run: Run, began: float) -> bool:
 def save(run: Run, better: bool) -> None:
     """A checkpoint of everything at the end of a step, and model.safetensors from its files if it is the best."""
     run.saver.wait()  # its copies are dropped before new ones are made
-    description = describe_model(run)
+    description = describe_run(run)
 
     def write_best(folder: Path) -> None:
         write_model(run, folder, "model.safetensors", description)
@@ -348,7 +349,7 @@ def finish(run: Run, stop: list[str]) -> Ending:
 def write_last(run: Run) -> None:
     """Write the last model beside the best one and say where both are. On rank 0."""
     position = run.position
-    write_model(run, folder_of(run.folder, position.step), "last.safetensors", describe_model(run))
+    write_model(run, folder_of(run.folder, position.step), "last.safetensors", describe_run(run))
     why = "stopped early" if position.ended else "complete"
     run.log.print(
         escape(
@@ -387,48 +388,14 @@ def moment(run: Run, split: str) -> Moment:
     return run.said
 
 
-def describe_model(run: Run) -> dict[str, Any]:
-    """The content of model.json: what the model is, and what its branches know."""
+def describe_run(run: Run) -> dict[str, Any]:
+    """The content of model.json."""
     config, position = run.config, run.position
-    scales = {t.name: t.scale for t in run.trainer.tasks}
-    tasks = {}
-    for source in run.feed.sources:
-        for task in source.tasks:
-            tasks[task] = about_task(source, task, scales[task])
     trained = {
         "steps": position.step,
         "epochs": position.step / run.feed.epoch_steps,
         "seed": config.seed,
         "best": finite(position.best),
     }
-    return describe(config.model, config.branch_of(), dict(sorted(tasks.items())), trained)
-
-
-def about_task(source: Source, task: str, scale: float) -> dict[str, Any]:
-    """What a branch knows of its task, as model.json has it."""
-    about = source.about(task)
-    return {
-        "elements": source.elements(task),
-        "references": {str(z): e for z, e in source.references[task].energies.items()},
-        "undetermined": about["undetermined"],
-        "null_space": about.get("null_space"),  # None: the store is of a version that did not keep it
-        "charges": trained_values(source.store, "charge"),
-        "spins": trained_values(source.store, "spin"),
-        "scale": scale,
-        "level_of_theory": about["level_of_theory"],
-        "structures": source.store.manifest["splits"]["train"],
-        "labels": about["labels"],
-        **({"property": about["property"]} if "property" in about else {}),
-    }
-
-
-@contextmanager
-def stop_on_signals(stop: list[str]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C are reasons to stop; the loop looks at the list between steps."""
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {s: signal.signal(s, lambda number, frame: stop.append(A_SIGNAL)) for s in signals}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    tasks = about_tasks(run.feed.sources, {t.name: t.scale for t in run.trainer.tasks})
+    return describe(config.model, config.branch_of(), tasks, trained)

@@ -18,8 +18,8 @@ from multifid.model.predictor import Predictor
 from multifid.model.saved import load_potential, save_description
 from multifid.store.references import References
 from multifid.store.store import Store
+from multifid.training.about import about_task
 from multifid.training.finetune import FinetuneConfig, with_references
-from multifid.training.run import about_task
 from multifid.workflows.finetune.asked import Target
 from multifid.workflows.finetune.begin import SCRATCH, nearest, refuse
 

@@ -8,9 +8,8 @@ Any number of jobs may run the same command at once: they share the study throug
 """
 
 import contextlib
-import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from rich.console import Console
 from multifid.config import Config, as_config, dump_config
 from multifid.feed.loader import open_sources
 from multifid.parallel.launch import launch
+from multifid.training.signals import stop_on_signals
 from multifid.workflows.tune.clocks import clock_of
 from multifid.workflows.tune.outcome import Found, found_of, write_results
 from multifid.workflows.tune.space import Space
@@ -56,7 +56,7 @@ def tune(
     """
     console = console or Console(stderr=True, quiet=quiet)
     search = open_search(as_config(config), console)
-    with _stop_on_signals(search.stop) if signals else contextlib.nullcontext():
+    with stop_on_signals(search.stop, "stopped by a signal") if signals else contextlib.nullcontext():
         run_trials(search)
     return finish(search)
 
@@ -148,14 +148,3 @@ def report_if_possible(found: Found) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-@contextlib.contextmanager
-def _stop_on_signals(stop: list[str]) -> Iterator[None]:
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {s: signal.signal(s, lambda number, frame: stop.append("stopped by a signal")) for s in signals}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

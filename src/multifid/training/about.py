@@ -1,0 +1,30 @@
+"""What a branch knows of its task, as model.json has it: elements, references, scale, and what its labels are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from multifid.feed.loader import Source, trained_values
+
+
+def about_tasks(sources: list[Source], scales: Mapping[str, float]) -> dict[str, Any]:
+    """Of every task of the sources, by name."""
+    tasks = {task: about_task(source, task, scales[task]) for source in sources for task in source.tasks}
+    return dict(sorted(tasks.items()))
+
+
+def about_task(source: Source, task: str, scale: float) -> dict[str, Any]:
+    """Of one task.  scale: eV, by which its energies and forces were divided in training."""
+    about = source.about(task)
+    return {
+        "elements": source.elements(task),
+        "references": {str(z): e for z, e in source.references[task].energies.items()},
+        "undetermined": about["undetermined"],
+        "null_space": about.get("null_space"),  # None: the store is of a version that did not keep it
+        "charges": trained_values(source.store, "charge"),
+        "spins": trained_values(source.store, "spin"),
+        "scale": scale,
+        "level_of_theory": about["level_of_theory"],
+        "structures": source.store.manifest["splits"]["train"],
+        "labels": about["labels"],
+        **({"property": about["property"]} if "property" in about else {}),
+    }

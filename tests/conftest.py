@@ -15,7 +15,7 @@ os.environ["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{Path
 import numpy as np
 import pytest
 
-from multifid.evaluation.evaluate import Data, label_sets
+from multifid.evaluation.data import Data, label_sets
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
 

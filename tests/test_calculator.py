@@ -15,7 +15,8 @@ from ase.md.verlet import VelocityVerlet
 
 import multifid
 from multifid.apply.model import Model
-from multifid.evaluation.evaluate import Data, evaluate
+from multifid.evaluation.data import Data
+from multifid.evaluation.evaluate import evaluate
 from multifid.feed.loader import trained_values
 from multifid.graphs.neighbors import neighbor_list
 from multifid.graphs.skin import SkinList

@@ -25,7 +25,8 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from lammps_models import crystal, model_file
 from multifid.apply.model import Exported, Model, load
-from multifid.evaluation.evaluate import Data, evaluate
+from multifid.evaluation.data import Data
+from multifid.evaluation.evaluate import evaluate
 from multifid.model.aot import export_package
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import data_of, write_molecules
 from multifid.config import parse_config
+from multifid.evaluation import batches
 from multifid.evaluation import evaluate as asking
 from multifid.evaluation.baselines import no_better, with_references
-from multifid.evaluation.evaluate import Share, evaluate_run
+from multifid.evaluation.data import Share
+from multifid.evaluation.evaluate import evaluate_run
 from multifid.evaluation.failures import Failures
 from multifid.evaluation.rows import add_rows, read_rows
 from multifid.evaluation.table import markdown
@@ -269,9 +271,9 @@ def test_the_budget_of_edges_follows_width_and_memory(stores, tmp_path):
     wide = small.model_copy(update={"encoder": small.encoder.model_copy(update={"hidden": 866, "layers": 4})})
     budgets = []
     for model in (small, wide):
-        budgets.append(asking.edge_budget(Predictor(Potential(model, ["a"], {"a": "a"}, 0), {}), Share()))
-    assert budgets[0] == asking.EDGES and budgets[1] == asking.MEMORY // (asking.KEPT * 866 * 4 * 4)
-    assert asking.edge_budget(None, replace(Share(), max_edges=5)) == 5
+        budgets.append(batches.edge_budget(Predictor(Potential(model, ["a"], {"a": "a"}, 0), {}), Share()))
+    assert budgets[0] == batches.EDGES and budgets[1] == batches.MEMORY // (batches.KEPT * 866 * 4 * 4)
+    assert batches.edge_budget(None, replace(Share(), max_edges=5)) == 5
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,9 @@ from multifid.model.encoders import ENCODERS
 from multifid.model.fixed import Fixed, Written, inputs_for, tensors_of, write_down
 from multifid.model.model_file import load_model, write_model_file
 from multifid.model.package import KEY, instructions, read_about, refuse_elsewhere
+from multifid.model.pieces import batch_of
 from multifid.model.potential import Potential
 from multifid.model.saved import describe
-from multifid.model.task_model import batch_of
 from multifid.structures.atoms import pack_atoms
 from multifid.workflows.export import Compilation, export
 from test_calculator import model, structures

@@ -19,14 +19,14 @@ from multifid.apply.predict import predict
 from multifid.evaluation import calibrate as calibration
 from multifid.evaluation.calibrate import quality
 from multifid.evaluation.calibration import binned
-from multifid.evaluation.evaluate import Data, Share
+from multifid.evaluation.data import Data, Share
 from multifid.graphs.graph import graph_of
 from multifid.model.model_file import export_model
+from multifid.model.pieces import batch_of
 from multifid.model.potential import under_strain
 from multifid.model.rigid import held, inputs_of
 from multifid.model.rigidity import BranchRigidity, Covariance, Rigidity, TaskConstants
 from multifid.model.rigidity_file import load_rigidity, packed, save_rigidity
-from multifid.model.task_model import batch_of
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
 from multifid.structures.atoms import pack_atoms

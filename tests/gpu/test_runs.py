@@ -9,7 +9,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from multifid.config import parse_config
-from multifid.evaluation.evaluate import Data, Share, evaluate_run
+from multifid.evaluation.data import Data, Share
+from multifid.evaluation.evaluate import evaluate_run
 from multifid.graphs.candidates import missing
 from multifid.store.store import Store
 from multifid.training.journal import read_journal

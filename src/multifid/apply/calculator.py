@@ -18,8 +18,9 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from multifid.apply.model import Models, opened
 from multifid.graphs.skin import SKIN, SkinList
+from multifid.model.pieces import NEAREST, batch_with
 from multifid.model.predictor import Predictor
-from multifid.model.task_model import NEAREST, TaskModel, batch_with
+from multifid.model.task_model import TaskModel
 from multifid.structures.atoms import pack_atoms
 from multifid.structures.cells import spans_volume
 from multifid.structures.structure import Packed

@@ -27,9 +27,9 @@ from multifid.graphs.batch import Batch
 from multifid.model import aot
 from multifid.model.fixed import Fixed
 from multifid.model.model_file import with_tasks
+from multifid.model.output import Answer
 from multifid.model.package import Package, instructions
 from multifid.model.predictor import Predictor
-from multifid.model.task_model import Answer
 from multifid.parallel.launch import cache_directory
 from multifid.structures.structure import Packed
 

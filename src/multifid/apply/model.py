@@ -18,10 +18,11 @@ from multifid.graphs.batch import Batch
 from multifid.graphs.skin import SKIN
 from multifid.model import predictor
 from multifid.model.fixed import tensors_of
+from multifid.model.output import Answer, each_of, sums_of
 from multifid.model.package import Package, is_package
 from multifid.model.predictor import Predictor
 from multifid.model.saved import Description
-from multifid.model.task_model import PRECISIONS, Answer, TaskModel, each_of, sums_of
+from multifid.model.task_model import PRECISIONS, TaskModel
 from multifid.structures.cells import spans_volume
 from multifid.structures.structure import Packed
 

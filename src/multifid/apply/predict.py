@@ -14,8 +14,10 @@ from multifid.apply.frames import Given
 from multifid.apply.model import load
 from multifid.apply.output import Done, labelled, refuse_out, write_all
 from multifid.apply.parts import contents
+from multifid.model.output import Output
+from multifid.model.pieces import EDGES
 from multifid.model.predictor import Predictor
-from multifid.model.task_model import EDGES, Output, TaskModel
+from multifid.model.task_model import TaskModel
 from multifid.model.undetermined import UndeterminedEnergy
 from multifid.parallel import groups
 

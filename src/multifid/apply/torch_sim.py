@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multifid.model.task_model import TaskModel, batch_of, refuse_coincident
+from multifid.model.pieces import batch_of, refuse_coincident
+from multifid.model.task_model import TaskModel
 from multifid.structures.atoms import refuse_flat
 from multifid.structures.cells import spans_volume
 from multifid.structures.structure import Packed

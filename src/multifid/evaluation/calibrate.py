@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multifid.evaluation.evaluate import AT_ONCE, Data, Share, edge_budget
+from multifid.evaluation.batches import edge_budget
+from multifid.evaluation.data import AT_ONCE, Data, Share
 from multifid.feed.loader import Source, ahead, collate, cut, edge_costs
 from multifid.graphs.batch import Batch
 from multifid.graphs.graph import completed

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from multifid.evaluation.evaluate import EDGES
+from multifid.evaluation.batches import EDGES
 from multifid.evaluation.fitted import FittedTable
 from multifid.feed.loader import Source, collate, cut, edge_costs
 from multifid.model.predictor import Predictor

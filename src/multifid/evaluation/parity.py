@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from multifid.evaluation.evaluate import Share
+from multifid.evaluation.data import Share
 from multifid.evaluation.figures import Parity
 from multifid.graphs.batch import Batch
 from multifid.model.potential import Prediction

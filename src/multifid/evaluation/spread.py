@@ -8,8 +8,8 @@ the features, and no structure is held.
 import numpy as np
 
 from multifid.feed.loader import cut
+from multifid.model.pieces import EDGES, batch_of
 from multifid.model.predictor import Predictor
-from multifid.model.task_model import EDGES, batch_of
 from multifid.store.store import Store
 
 CANDIDATES = 50_000  # of a larger split so many are looked at, spread evenly

@@ -29,8 +29,8 @@ from multifid.model.fixed import Fixed, Input, Written, inputs_for, tensors_of, 
 from multifid.model.inductor import options
 from multifid.model.model_file import checksum, with_tasks
 from multifid.model.package import FORMAT, INSTRUCTIONS, KEY, SCHEMA, Package, instructions
+from multifid.model.pieces import batch_of
 from multifid.model.predictor import Predictor
-from multifid.model.task_model import batch_of
 from multifid.structures.structure import Packed
 
 FLAGS = {"baseline": ("x86-64", 1), "avx2": ("x86-64-v3", 256), "avx512": ("x86-64-v4", 512)}  # -march, bits

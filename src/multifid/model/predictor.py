@@ -20,25 +20,14 @@ from multifid.graphs.batch import Batch
 from multifid.graphs.graph import completed
 from multifid.model.electrons import batch_as_trained
 from multifid.model.model_file import load_model
+from multifid.model.output import Answer, Doubts, Output, each_of, sums_of
+from multifid.model.pieces import EDGES, NEAREST, batch_of, batch_with, refuse_coincident
 from multifid.model.potential import Potential, Prediction
 from multifid.model.rigid import held
 from multifid.model.rigidity import BranchRigidity, Rigidity, TaskConstants, deviation
 from multifid.model.rigidity_file import fitting, load_rigidity
 from multifid.model.saved import Description
-from multifid.model.task_model import (
-    EDGES,
-    NEAREST,
-    PRECISIONS,
-    Answer,
-    Doubts,
-    Output,
-    TaskModel,
-    batch_of,
-    batch_with,
-    each_of,
-    refuse_coincident,
-    sums_of,
-)
+from multifid.model.task_model import PRECISIONS, TaskModel
 from multifid.structures.elements import MAX_Z
 from multifid.structures.properties import subtracted
 from multifid.structures.structure import Packed

@@ -9,67 +9,22 @@ is wrong by thousands of eV.
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 
-from multifid.graphs.batch import Batch, edge_vectors
-from multifid.graphs.neighbors import neighbor_list
-from multifid.graphs.origin import near_origin
+from multifid.graphs.batch import Batch
 from multifid.model.electrons import as_trained
+from multifid.model.output import Answer, Doubts, Output, doubts_of_each
+from multifid.model.pieces import EDGES, batch_of, between, cut_structures, refuse_coincident
 from multifid.model.undetermined import StaleBranch, UndeterminedEnergy, stale, undetermined, warning
 from multifid.structures.atoms import pack_atoms
 from multifid.structures.elements import MAX_Z, SYMBOLS
 from multifid.structures.properties import OF_ATOMS, Property, shape_of
 from multifid.structures.structure import Packed
 
-EDGES = 50_000  # of a batch, unless the caller says otherwise
-NEAREST = 1e-3  # angstrom: atoms that are closer lie on each other
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
-Answer = tuple[float, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]
-# Standard deviations: of the energy, of atoms' energies, of forces, of the stress.
-Doubts = tuple[float, np.ndarray, np.ndarray, float]
-
-
-@dataclass
-class Output:
-    """Predictions for S structures, in their order; numpy arrays in float64.
-
-    For a single structure forces, stress, energies and features are its arrays; for a list they are lists of arrays.
-
-    Attributes:
-        energy: (S,) eV, totals: reference energies included.
-        forces: (N, 3) eV/angstrom.
-        stress: (3, 3) eV/angstrom^3, positive under tension; None for direct forces or unasked, NaN without a volume.
-        energies: (N,) eV, what each atom adds to the total.
-        features: (N, H), the encoder's scalars, where they were asked for.
-        task: which one answered.
-        undetermined: (S,) bool, the training data do not determine the total energy of this composition.
-        energy_uncertainty: (S,) eV, standard deviation of the total, where uncertainties were asked for.
-        energies_uncertainty: (N,) eV, of what each atom adds.
-        forces_uncertainty: (N,) eV/angstrom, of a component of the force on each atom, averaged over directions.
-        stress_uncertainty: (S,) eV/angstrom^3, of a component of the stress, averaged over the nine; NaN where there
-            is no stress.
-        value: of a task of a property, which has no energy, forces, stress and energies (None): (S,) or (S, 3), of a
-            class its name; of atoms (N,) or (N, 3) as forces are. In the unit of the training data.
-        probabilities: (S, classes), of a class, in the order of the model's `property_of(task).classes`.
-    """
-
-    energy: Any
-    forces: Any
-    stress: Any
-    energies: Any
-    features: Any = None
-    task: str = ""
-    undetermined: Any = None
-    energy_uncertainty: Any = None
-    energies_uncertainty: Any = None
-    forces_uncertainty: Any = None
-    stress_uncertainty: Any = None
-    value: Any = None
-    probabilities: Any = None
 
 
 class TaskModel(ABC):
@@ -194,7 +149,7 @@ class TaskModel(ABC):
         doubts: list[Doubts] = []
         parts = [
             part
-            for first, last in _pieces(packed, model.cutoff, max_edges)
+            for first, last in cut_structures(packed, model.cutoff, max_edges)
             for part in model._of(between(packed, first, last), name, first, with_stress, features, uncertainty, doubts)
         ]
         energy = np.array([p[0] for p in parts], np.float64)
@@ -208,13 +163,13 @@ class TaskModel(ABC):
             of_atoms if features else None,
             name,
             model.undetermined(packed, name),
-            *(_of_each(doubts, alone) if uncertainty else ()),
+            *(doubts_of_each(doubts, alone) if uncertainty else ()),
         )
 
     def _output(self, held: Property, packed: Packed, task: str, alone: bool, max_edges: int) -> Output:
         """The answer of a task of a property."""
         found = []
-        for first, last in _pieces(packed, self.cutoff, max_edges):
+        for first, last in cut_structures(packed, self.cutoff, max_edges):
             part = between(packed, first, last)
             if len(part.numbers):
                 batch = batch_of(part, self.cutoff, task)
@@ -313,93 +268,3 @@ class TaskModel(ABC):
         table, known = np.zeros(MAX_Z + 1), self._references(task)
         table[list(known)] = list(known.values())
         return table[packed.numbers]
-
-
-def _of_each(doubts: list[Doubts], alone: bool) -> tuple[Any, Any, Any, Any]:
-    """Standard deviations of energies, of atoms' energies, of forces and of stresses, as `Output` holds them."""
-    energy, stress = (np.array([d[k] for d in doubts], np.float64) for k in (0, 3))
-    energies, forces = ([d[k] for d in doubts] for k in (1, 2))
-    return energy, energies[0] if alone else energies, forces[0] if alone else forces, stress
-
-
-def sums_of(values: np.ndarray, packed: Packed) -> np.ndarray:
-    """(N,) -> (S,): the sum over each structure's atoms."""
-    return np.array([values[a:b].sum() for a, b in zip(packed.offsets[:-1], packed.offsets[1:], strict=True)])
-
-
-def each_of(
-    packed: Packed,
-    energy: np.ndarray,
-    forces: np.ndarray,
-    stress: np.ndarray | None,
-    energies: np.ndarray,
-    features: np.ndarray | None,
-) -> Iterator[Answer]:
-    """Results of a batch, (S,), (N, 3), (S, 3, 3), (N,), (N, H), structure by structure."""
-    for k, (a, b) in enumerate(zip(packed.offsets[:-1], packed.offsets[1:], strict=True)):
-        yield (
-            float(energy[k]),
-            forces[a:b],
-            None if stress is None else stress[k],
-            energies[a:b],
-            None if features is None else features[a:b],
-        )
-
-
-def batch_of(packed: Packed, cutoff: float, task: str) -> Batch:
-    """Packed structures with their edges as one batch, all of them asked of one task; float64, on the host."""
-    home = near_origin(packed)
-    return batch_with(home, *neighbor_list(home, cutoff), task)
-
-
-def batch_with(packed: Packed, edges: np.ndarray, shifts: np.ndarray, task: str) -> Batch:
-    """The same for edges (2, E) and shifts (E, 3) that are at hand."""
-    place = (slice(0, len(packed.natoms)), slice(0, len(packed.numbers)))
-    return Batch.from_packed(
-        packed, torch.from_numpy(edges.astype(np.int64)), torch.from_numpy(shifts.astype(np.float64)), {task: place}
-    )
-
-
-def refuse_coincident(batch: Batch, first: int) -> None:
-    """ValueError where two atoms, or an atom and its own image, lie on each other; `first`: number of the first one."""
-    lengths = torch.linalg.vector_norm(edge_vectors(batch), dim=1)
-    if not len(lengths) or float(lengths.min()) >= NEAREST:
-        return
-    edge = int(lengths.argmin())
-    i, j = batch.edges[:, edge].tolist()
-    structure = int(batch.structure[i])
-    start = int(batch.natoms[:structure].sum())
-    raise ValueError(
-        f"structure {first + structure}: atoms {i - start} and {j - start} are {lengths[edge]:.2g} angstrom apart"
-    )
-
-
-def between(packed: Packed, first: int, last: int) -> Packed:
-    """Consecutive structures."""
-    structures, atoms = slice(first, last), slice(int(packed.offsets[first]), int(packed.offsets[last]))
-    return Packed(
-        packed.numbers[atoms],
-        packed.positions[atoms],
-        packed.natoms[structures],
-        packed.cell[structures],
-        packed.pbc[structures],
-        packed.charge[structures],
-        packed.spin[structures],
-    )
-
-
-def _pieces(packed: Packed, cutoff: float, max_edges: int) -> Iterator[tuple[int, int]]:
-    """Consecutive structures, in pieces of about at most so many edges, estimated from densities."""
-    volume = np.abs(np.linalg.det(packed.cell))
-    periodic = packed.pbc.any(axis=1) & (volume > 0)
-    density = np.where(periodic, packed.natoms / np.where(periodic, volume, 1.0), 0.1)
-    each = np.maximum(packed.natoms * density * 4 / 3 * np.pi * cutoff**3, 1.0)
-    each = np.where(periodic, each, np.minimum(each, packed.natoms * np.maximum(packed.natoms - 1, 1)))
-    first, total = 0, 0.0
-    for k, cost in enumerate(each.tolist()):
-        if k > first and total + cost > max_edges:
-            yield first, k
-            first, total = k, 0.0
-        total += cost
-    if first < len(each):
-        yield first, len(each)

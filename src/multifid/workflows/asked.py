@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from multifid.evaluation.evaluate import Data, label_sets
+from multifid.evaluation.data import Data, label_sets
 from multifid.parallel.groups import World
 from multifid.preparation.cache import Files, cached, place_of
 from multifid.readers import reader

@@ -13,7 +13,7 @@ from rich.markup import escape
 from multifid.config import load_config
 from multifid.evaluation.calibrate import Calibrated, Points, calibrate, quality
 from multifid.evaluation.calibration import reliability
-from multifid.evaluation.evaluate import Data, Share
+from multifid.evaluation.data import Data, Share
 from multifid.evaluation.figures import save
 from multifid.evaluation.fitted import FittedTable
 from multifid.feed.loader import open_sources

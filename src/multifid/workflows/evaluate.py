@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from multifid.evaluation.baselines import no_better, with_references
-from multifid.evaluation.evaluate import Data, Share, evaluate_model, evaluate_run, size_of
+from multifid.evaluation.data import Data, Share, size_of
+from multifid.evaluation.evaluate import evaluate_model, evaluate_run
 from multifid.evaluation.matrix import Row, quantities
 from multifid.evaluation.properties import no_better_than_known, property_rows, property_table
 from multifid.evaluation.rows import write_rows

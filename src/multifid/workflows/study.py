@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 
 from multifid.config import Config, StudyConfig, differences, dump_config, load_config, parse_config
-from multifid.evaluation.evaluate import Data, Share, evaluate, references_row
+from multifid.evaluation.data import Data, Share
+from multifid.evaluation.evaluate import evaluate, references_row
 from multifid.evaluation.figures import Parity, convergence, error_matrix, parity, save
 from multifid.evaluation.matrix import BASELINE, TWO_LEVEL, Row, own_model, quantities
 from multifid.evaluation.parity import ParityCollector

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 
 from multifid.config import Config, apply_override, load_config, parse_config
-from multifid.evaluation.evaluate import evaluate_run, label_sets
+from multifid.evaluation.data import label_sets
+from multifid.evaluation.evaluate import evaluate_run
 from multifid.evaluation.properties import property_rows, property_table
 from multifid.evaluation.rows import OLD_TASKS, write_rows
 from multifid.evaluation.table import quantities, rich_table

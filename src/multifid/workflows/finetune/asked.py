@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from multifid.evaluation.evaluate import label_sets
+from multifid.evaluation.data import label_sets
 from multifid.preparation.cache import Files, cached, place_of
 from multifid.readers import reader
 from multifid.store.fields import TASK_NAME

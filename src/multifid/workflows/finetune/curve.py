@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from multifid.config import apply_override, load_config, parse_config
-from multifid.evaluation.evaluate import Data, Share, evaluate
+from multifid.evaluation.data import Data, Share
+from multifid.evaluation.evaluate import evaluate
 from multifid.evaluation.figures import save
 from multifid.evaluation.learning_curve import FINETUNED, HOW, figure, tables
 from multifid.evaluation.matrix import Row

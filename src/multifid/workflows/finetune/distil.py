@@ -17,8 +17,8 @@ from rich.console import Console
 
 from multifid.feed.loader import cut
 from multifid.model.model_file import fingerprint
+from multifid.model.pieces import EDGES, batch_of, between
 from multifid.model.predictor import Predictor
-from multifid.model.task_model import EDGES, batch_of, between
 from multifid.model.undetermined import UndeterminedEnergy
 from multifid.preparation.selected import write_selected
 from multifid.store.block import Block, relative_hash

@@ -19,7 +19,8 @@ from ase.data import covalent_radii
 from rich.console import Console
 
 from multifid.config import Config
-from multifid.evaluation.evaluate import Data, evaluate_run
+from multifid.evaluation.data import Data
+from multifid.evaluation.evaluate import evaluate_run
 from multifid.evaluation.fitted import FittedTable
 from multifid.evaluation.metrics import Row
 from multifid.evaluation.table import quantities, rich_table

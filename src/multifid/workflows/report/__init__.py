@@ -14,7 +14,7 @@ from rich.console import Console
 import multifid
 from multifid.config import Config, dump_config, load_config
 from multifid.evaluation.calibrate import Points, points
-from multifid.evaluation.evaluate import Share
+from multifid.evaluation.data import Share
 from multifid.evaluation.matrix import TWO_LEVEL
 from multifid.evaluation.matrix import Row as Errors
 from multifid.evaluation.rows import OLD_TASKS, read_rows

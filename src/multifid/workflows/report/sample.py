@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from multifid.evaluation.evaluate import Data, evaluate
+from multifid.evaluation.data import Data
+from multifid.evaluation.evaluate import evaluate
 from multifid.feed.loader import Source
 from multifid.graphs.batch import Batch
 from multifid.model.potential import Prediction

@@ -28,7 +28,8 @@ from multifid.structures.structure import Packed
 DTYPES = {"float32": "fp32", "float64": "fp64"}
 AVERAGED = ("energy", "forces", "stress", "energies")
 DOUBTS = ("energy_uncertainty", "energies_uncertainty", "forces_uncertainty", "stress_uncertainty")
-STRESSES = {"stress", "stress_std", "stress_uncertainty"}
+DISAGREEMENTS = ("energy_disagreement", "energies_disagreement", "forces_disagreement", "stress_disagreement")
+STRESSES = {"stress", "stress_std", "stress_uncertainty", "stress_disagreement"}
 Results = dict[str, Any]
 
 
@@ -41,7 +42,8 @@ class Calculator(ase.Calculator):
 
     `energy_uncertainty` (eV, of the total), `energies_uncertainty` (N,), `forces_uncertainty` (N,) eV/angstrom and
     `stress_uncertainty` eV/angstrom^3 are standard deviations, for one model whose run was calibrated (`multifid
-    calibrate`): `get_property(NAME, atoms)`.
+    calibrate`): `get_property(NAME, atoms)`. `energy_disagreement` and the like, of the same shapes, are standard
+    deviations over the branches of all tasks that know the structure, for one model with several.
     `features` (N, H) of the encoder are a property too, for one model. Energies are totals, reference energies of the
     task included; `energies` add up to `energy`. Charge and multiplicity are `atoms.info["charge"]` and
     `atoms.info["spin"]`, used where the task was trained with several. Only conservative forces have a stress, and
@@ -81,7 +83,8 @@ class Calculator(ase.Calculator):
         self.implemented_properties += ["stress"] if self.conservative else []
         if len(self.models) == 1:
             self.implemented_properties += ["features"] if self.models[0].gives_features else []
-            self.implemented_properties += DOUBTS if self.conservative else DOUBTS[:3]
+            for names in (DOUBTS, DISAGREEMENTS):
+                self.implemented_properties += names if self.conservative else names[:3]
         else:
             self.implemented_properties += [f"{n}_std" for n in AVERAGED if n in self.implemented_properties]
 
@@ -125,6 +128,8 @@ class Calculator(ase.Calculator):
             raise ase.PropertyNotImplementedError("each model of a committee has features of its own: ask one of them")
         if name in DOUBTS and len(self.models) == 1:
             self.models[0].refuse_uncalibrated(self.task)
+        if name in DISAGREEMENTS and len(self.models) == 1:
+            self.models[0].disagreement(pack_atoms([]), stress=False)  # an error where there is none
         return super().get_property(name, atoms, allow_calculation)
 
     def calculate(
@@ -157,6 +162,19 @@ class Calculator(ase.Calculator):
         each = [self._ask(model, home, stress, "features" in properties) for model in self.models]
         self.results = each[0] if len(each) == 1 else _committee(each)
         self.results["free_energy"] = self.results["energy"]
+        if set(DISAGREEMENTS) & set(properties):
+            self.results |= self._disagreement(packed, stress)
+
+    def _disagreement(self, packed: Packed, stress: bool) -> Results:
+        found = self.models[0].disagreement(packed, stress=stress)
+        if found.branches[0] < 2:
+            known = "; ".join(f"{t}: {', '.join(self.models[0].elements(t))}" for t in self.models[0].tasks)
+            raise ValueError(
+                f"{found.branches[0]} branches of this model know these elements, this charge and multiplicity, and a "
+                f"disagreement needs two; tasks and their elements: {known}"
+            )
+        values = (float(found.energy[0]), found.energies, found.forces, float(found.stress[0]))
+        return dict(zip(DISAGREEMENTS if stress else DISAGREEMENTS[:3], values, strict=False))
 
     def _ask(self, model: TaskModel, home: Packed, stress: bool, features: bool) -> Results:
         """What one model says of one structure."""
@@ -188,6 +206,8 @@ class Calculator(ase.Calculator):
         results: Results = {"energy": 0.0, "energies": np.zeros(0), "forces": np.zeros((0, 3))}
         if len(self.models) == 1 and self._doubts_wanted:
             results |= dict(zip(DOUBTS[:3], (0.0, np.zeros(0), np.zeros(0)), strict=True))
+        if len(self.models) == 1:
+            results |= dict(zip(DISAGREEMENTS[:3], (0.0, np.zeros(0), np.zeros(0)), strict=True))
         results = results if len(self.models) == 1 else _committee([results] * len(self.models))
         return results | {"free_energy": 0.0}
 

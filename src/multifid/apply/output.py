@@ -27,6 +27,8 @@ from multifid.parallel.groups import World
 
 NAMED = 5  # structures that a message names
 ENDINGS = (".xyz", ".extxyz")
+RESULTS = ("energy", "forces", "stress", "energies")
+DEVIATIONS = ("uncertainty", "disagreement")  # how names of standard deviations of results end
 
 
 @dataclass
@@ -115,7 +117,8 @@ def write_all(
 
 def labelled(atoms: Atoms, results: dict[str, Any], **info: Any) -> Atoms:
     """Atoms that hold results as ASE writes them, in place of any labels that they had under these names."""
-    for name in ("energy", "free_energy", "forces", "stress", "energies", "virial", *info):
+    deviations = (f"{what}_{kind}" for kind in DEVIATIONS for what in RESULTS)  # of what another model had said
+    for name in (*RESULTS, "free_energy", "virial", *deviations, *info):
         atoms.info.pop(name, None)
         atoms.arrays.pop(name, None)
     atoms.info |= info

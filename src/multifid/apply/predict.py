@@ -12,7 +12,7 @@ from rich.console import Console
 
 from multifid.apply.frames import Given
 from multifid.apply.model import load
-from multifid.apply.output import Done, labelled, refuse_out, write_all
+from multifid.apply.output import DEVIATIONS, Done, labelled, refuse_out, write_all
 from multifid.apply.parts import contents
 from multifid.model.output import Output
 from multifid.model.pieces import EDGES
@@ -20,21 +20,23 @@ from multifid.model.predictor import Predictor
 from multifid.model.task_model import TaskModel
 from multifid.model.undetermined import UndeterminedEnergy
 from multifid.parallel import groups
+from multifid.structures.atoms import pack_atoms
 
 ATOMS = 4096  # of a chunk, about
 STRUCTURES = 512  # of a chunk, at most
 
 
 def predict(
-    model: Path,
-    files: Sequence[Path],
-    out: Path,
+    model: Path | str,
+    files: Sequence[Path | str],
+    out: Path | str,
     task: str | None = None,
     *,
     device: str | None = None,
     precision: str | None = None,
     max_edges: int | None = None,
     uncertainty: bool = False,
+    disagreement: bool = False,
     skip: bool = False,
     console: Console | None = None,
 ) -> int:
@@ -44,7 +46,9 @@ def predict(
     is one, `info["task"]`, and what else a structure had but its labels; `info["undetermined"]` is true where the
     training data do not determine the total energy of a composition. uncertainty: also
     `info["energy_uncertainty"]` (eV, of the total), `info["stress_uncertainty"]` (eV/angstrom^3) and the columns
-    `energies_uncertainty` (eV) and `forces_uncertainty` (eV/angstrom), standard deviations. A task of a property writes
+    `energies_uncertainty` (eV) and `forces_uncertainty` (eV/angstrom), standard deviations. disagreement: also
+    `info["branches"]`, how many branches know a structure, and, where there are two or more, the standard deviations
+    over them, `info["energy_disagreement"]` and so on, named as uncertainties are. A task of a property writes
     that in place of energies, under the task's name: in `info`, of a class with its probabilities beside it, or as a
     column of atoms. files: see `frames`. skip: leave out what the model refuses, and count it, in place of an error.
     The same on every rank of a launch by torchrun or srun.
@@ -52,25 +56,31 @@ def predict(
     ValueError names the structures that are refused: elements that the task has never seen, atoms that coincide,
     positions that are not finite, ...; FileExistsError where `out` exists. Then nothing is written.
     """
+    model, out, given = Path(model), Path(out), [Path(file) for file in files]
     refuse_out(out)
     with groups.world(device) as world:
         loaded = load(model, world.device, precision)
         name = loaded.task(task)
         if uncertainty:
             loaded.refuse_uncalibrated(name)
+        if disagreement:  # an error, before hours of work, where there is none
+            loaded.energy_task(name)
+            loaded.disagreement(pack_atoms([]), stress=False)
+        asked = {"uncertainty": uncertainty, "disagreement": disagreement, "max_edges": max_edges or EDGES}
 
         def work(chunk: Sequence[Given]) -> Done:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UndeterminedEnergy)  # said once, at the end
-                there, refused = _predicted(loaded, name, chunk, max_edges or EDGES, uncertainty)
+                there, refused = _predicted(loaded, name, chunk, asked)
             return Done(there, refused, ["" for atoms in there if "undetermined" in atoms.info])
 
         request: dict[str, Any] = {"command": "predict", "model": contents(model), "task": name, "precision": precision}
         request |= {"device": world.device.type, "max_edges": max_edges or EDGES}
         if uncertainty and isinstance(loaded, Predictor):
             request["uncertainty"] = repr(loaded.calibrated(name)[1])
+        request |= {"disagreement": True} if disagreement else {}
         tally = write_all(
-            files, out, work, world, request, atoms=ATOMS, structures=STRUCTURES, skip=skip, title=f"predict {name}"
+            given, out, work, world, request, atoms=ATOMS, structures=STRUCTURES, skip=skip, title=f"predict {name}"
         )
         if world.first:
             text = f"{out}: {tally.structures} structures, task {name}{tally.rest()}"
@@ -83,15 +93,15 @@ def predict(
 
 
 def _predicted(
-    model: TaskModel, task: str, chunk: Sequence[Given], max_edges: int, uncertainty: bool
+    model: TaskModel, task: str, chunk: Sequence[Given], asked: dict[str, Any]
 ) -> tuple[list[Atoms], list[str]]:
     """Atoms with their predictions, and what was refused of a chunk: where and why."""
     try:
-        out = model.predict([given.atoms for given in chunk], task, uncertainty=uncertainty, max_edges=max_edges)
+        out = model.predict([given.atoms for given in chunk], task, **asked)
     except ValueError as error:
         if len(chunk) == 1:
             return [], [f"{chunk[0].where}: {str(error).removeprefix('structure 0: ')}"]
-        each = [_predicted(model, task, [given], max_edges, uncertainty) for given in chunk]  # which one it is
+        each = [_predicted(model, task, [given], asked) for given in chunk]  # which one it is
         return [atoms for there, _ in each for atoms in there], [text for _, refused in each for text in refused]
     there, refused = [], []
     if out.value is not None:
@@ -108,16 +118,26 @@ def _predicted(
         if out.stress is not None and np.isfinite(out.stress[k]).all():
             results["stress"] = full_3x3_to_voigt_6_stress(out.stress[k])
         doubt: dict[str, Any] = {"undetermined": True} if out.undetermined[k] else {}
-        if uncertainty:
-            doubt["energy_uncertainty"] = float(out.energy_uncertainty[k])
-            if np.isfinite(out.stress_uncertainty[k]):
-                doubt["stress_uncertainty"] = float(out.stress_uncertainty[k])
+        columns: dict[str, np.ndarray] = {}
+        if asked["disagreement"]:
+            doubt["branches"] = int(out.branches[k])
+        for kind in DEVIATIONS:
+            if asked[kind]:
+                _add_deviations(out, kind, k, doubt, columns)
         made = labelled(given.atoms, results, task=task, **doubt)
-        if uncertainty:
-            made.arrays["energies_uncertainty"] = out.energies_uncertainty[k]
-            made.arrays["forces_uncertainty"] = out.forces_uncertainty[k]
+        made.arrays |= columns
         there.append(made)
     return there, refused
+
+
+def _add_deviations(out: Output, kind: str, k: int, info: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
+    """The standard deviations of structure `k`, those that are numbers; `kind`: whose."""
+    for name in ("energy", "stress"):
+        if np.isfinite(value := getattr(out, f"{name}_{kind}")[k]):
+            info[f"{name}_{kind}"] = float(value)
+    for name in ("energies", "forces"):
+        if np.isfinite(values := getattr(out, f"{name}_{kind}")[k]).all():
+            columns[f"{name}_{kind}"] = values
 
 
 def with_property(atoms: Atoms, out: Output, k: int, task: str) -> Atoms | None:

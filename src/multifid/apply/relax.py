@@ -29,9 +29,9 @@ ON_ACCELERATOR = 16  # times as many
 
 
 def relax(
-    model: Path,
-    files: Sequence[Path],
-    out: Path,
+    model: Path | str,
+    files: Sequence[Path | str],
+    out: Path | str,
     task: str | None = None,
     settings: Settings = Settings(),
     *,
@@ -47,6 +47,7 @@ def relax(
     on an atom that may move) in `info`; structures that have not converged are there too, and are named. files, skip,
     errors, what was stopped: as in `predict`. The same on every rank of a launch by torchrun or srun.
     """
+    model, out, given = Path(model), Path(out), [Path(file) for file in files]
     refuse_out(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} must be one of {', '.join(DTYPES)}")
@@ -67,7 +68,7 @@ def relax(
         request: dict[str, Any] = {"command": "relax", "model": contents(model), "task": name, "dtype": dtype}
         request |= {"device": world.device.type, "max_edges": max_edges or EDGES, "settings": _as_json(settings)}
         tally = write_all(
-            files,
+            given,
             out,
             lambda chunk: _relaxed(chunk, loaded, name, in_motion, at_rest, settings),
             world,

@@ -68,6 +68,9 @@ def predict(
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="standard deviations too, of a run that was calibrated")
     ] = False,
+    disagreement: Annotated[
+        bool, typer.Option("--disagreement", help="standard deviations over the branches of all tasks too")
+    ] = False,
     skip_refused: SkipRefused = False,
 ) -> None:
     """Energies, forces and stresses of the structures in files, or a property, as ASE reads them back."""
@@ -82,6 +85,7 @@ def predict(
         precision=precision,
         max_edges=max_edges,
         uncertainty=uncertainty,
+        disagreement=disagreement,
         skip=skip_refused,
     )
 

@@ -32,6 +32,9 @@ class Output:
         forces_uncertainty: (N,) eV/angstrom, of a component of the force on each atom, averaged over directions.
         stress_uncertainty: (S,) eV/angstrom^3, of a component of the stress, averaged over the nine; NaN where there
             is no stress.
+        energy_disagreement, energies_disagreement, forces_disagreement, stress_disagreement: of the shapes of
+            uncertainties, standard deviations over branches, where they were asked for (see `Disagreement`).
+        branches: (S,) int, how many branches had a say.
         value: of a task of a property, which has no energy, forces, stress and energies (None): (S,) or (S, 3), of a
             class its name; of atoms (N,) or (N, 3) as forces are. In the unit of the training data.
         probabilities: (S, classes), of a class, in the order of the model's `property_of(task).classes`.
@@ -48,6 +51,11 @@ class Output:
     energies_uncertainty: Any = None
     forces_uncertainty: Any = None
     stress_uncertainty: Any = None
+    energy_disagreement: Any = None
+    energies_disagreement: Any = None
+    forces_disagreement: Any = None
+    stress_disagreement: Any = None
+    branches: Any = None
     value: Any = None
     probabilities: Any = None
 

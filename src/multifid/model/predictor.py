@@ -18,6 +18,7 @@ from torch import Tensor
 
 from multifid.graphs.batch import Batch
 from multifid.graphs.graph import completed
+from multifid.model.disagreement import Disagreement, disagreement
 from multifid.model.electrons import batch_as_trained
 from multifid.model.model_file import load_model
 from multifid.model.output import Answer, Doubts, Output, each_of, sums_of
@@ -144,6 +145,9 @@ class Predictor(TaskModel):
                 "RUN` computes them from the run's data; a model file has them where it is exported afterwards"
             )
         return self.rigidity.branches[self.potential.branch_of[task]], self.rigidity.tasks[task]
+
+    def disagreement(self, packed: Packed, *, stress: bool, max_edges: int = EDGES) -> Disagreement:
+        return disagreement(self, packed, stress=stress, max_edges=max_edges)
 
     def answer_with_doubts(
         self, packed: Packed, batch: Batch, task: str, *, stress: bool, forces: bool

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from multifid.graphs.batch import Batch
+from multifid.model.disagreement import Disagreement
 from multifid.model.electrons import as_trained
 from multifid.model.output import Answer, Doubts, Output, doubts_of_each
 from multifid.model.pieces import EDGES, batch_of, between, cut_structures, refuse_coincident
@@ -109,6 +110,7 @@ class TaskModel(ABC):
         stress: bool = True,
         features: bool = False,
         uncertainty: bool | Literal["energy"] = False,
+        disagreement: bool = False,
         max_edges: int = EDGES,
     ) -> Output:
         """What the branch of a task says of structures.
@@ -124,6 +126,8 @@ class TaskModel(ABC):
             features: give those of the encoder too.
             uncertainty: give standard deviations too, of all, or ("energy") of energies alone, which costs next to
                 nothing. The run must have been calibrated (`multifid calibrate RUN`).
+            disagreement: give standard deviations over the branches of all tasks too, which costs a prediction for
+                each branch and needs no calibration.
             max_edges: of a batch; larger structures are taken alone.
 
         Returns:
@@ -139,9 +143,10 @@ class TaskModel(ABC):
         alone = not isinstance(structures, list | tuple)
         given = [structures] if alone else list(structures)
         name, model = self.task(task), self.in_precision(precision)
-        packed, with_stress = model.ready(pack_atoms(given), name), stress and model.conservative
+        said = pack_atoms(given)
+        packed, with_stress = model.ready(said, name), stress and model.conservative
         if (held := self.property_of(name)) is not None:
-            if uncertainty or features:
+            if uncertainty or features or disagreement:
                 raise ValueError(f"task {name!r} predicts a property: it has no uncertainty and gives no features")
             return model._output(held, packed, name, alone, max_edges)
         if uncertainty and features:
@@ -155,7 +160,7 @@ class TaskModel(ABC):
         energy = np.array([p[0] for p in parts], np.float64)
         rest = [[p[k] for p in parts] for k in range(1, 5)]
         forces, stresses, energies, of_atoms = ((x[0] if alone else x) for x in rest) if parts else ([], [], [], [])
-        return Output(
+        out = Output(
             energy,
             forces,
             stresses if with_stress else None,
@@ -165,6 +170,10 @@ class TaskModel(ABC):
             model.undetermined(packed, name),
             *(doubts_of_each(doubts, alone) if uncertainty else ()),
         )
+        if disagreement:
+            found = model.disagreement(said, stress=stress, max_edges=max_edges)
+            found.into(out, packed.offsets, alone)
+        return out
 
     def _output(self, held: Property, packed: Packed, task: str, alone: bool, max_edges: int) -> Output:
         """The answer of a task of a property."""
@@ -229,6 +238,12 @@ class TaskModel(ABC):
     def refuse_uncalibrated(self, task: str) -> None:
         """ValueError, with what to do, where a task has no uncertainties."""
         raise ValueError("uncertainties come from the trained run or its .mfid file, not from compiled code")
+
+    def disagreement(self, packed: Packed, *, stress: bool, max_edges: int = EDGES) -> Disagreement:
+        """How far branches disagree about structures, asked with the charges and spins that they say."""
+        raise ValueError(
+            "the disagreement of branches comes from the trained run or its .mfid file, not from compiled code"
+        )
 
     def answer_with_doubts(
         self, packed: Packed, batch: Batch, task: str, *, stress: bool, forces: bool

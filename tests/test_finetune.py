@@ -5,6 +5,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,7 @@ from multifid.workflows.finetune.curve import learning_curve
 from multifid.workflows.finetune.robustness import of_scan
 from multifid.workflows.finetune.subsets import sizes_of
 from multifid.workflows.report import gather
-from multifid.workflows.report.page import _milli, _old_tasks
+from multifid.workflows.report.page import _before_and_after, _milli, render
 from test_train import config_of, final_state, start
 
 SHORT = ("train.steps=6", "train.epoch_steps=3", "train.warmup=1", "train.device=cpu")
@@ -156,7 +157,7 @@ def test_replayed_tasks_are_trained_on_and_not_stale(parent, fig, stores, tmp_pa
         multifid.evaluate(result.run, f"berry={stores['berry']}", quiet=True)
     content = gather(result.run, 2)
     assert any("'berry' is stale" in text for text in content.warnings)
-    [row] = _old_tasks(content)
+    [row] = _before_and_after(content.old_tasks)
     assert row["forces_after"] == _milli(after["forces_mae"]) != row["forces_before"]
 
 
@@ -188,7 +189,7 @@ def test_the_farthest_points_cover_all_clusters():
 
 
 @pytest.mark.full
-def test_distilled_branches_are_trained_on_what_the_start_model_says(parent, fig, tmp_path):
+def test_distilled_branches_are_trained_on_what_the_start_model_says(parent, fig, stores, tmp_path):
     how = {"cache": tmp_path / "cache"}
     run = tuned(parent, fig, tmp_path / "run", "train.lr=1e-4", distil="new", **how).run
     labels = Store(load_config(run).tasks["berry"].store)
@@ -201,6 +202,30 @@ def test_distilled_branches_are_trained_on_what_the_start_model_says(parent, fig
     assert not any(about[t].get("stale") for t in about)
     with pytest.raises(ValueError, match="was made for another model"):
         tuned(run, fig, tmp_path / "other", data="other", distil=str(labels.path), **how)
+    replay = [f"{task}={stores[task]}" for task in ("apple", "berry")]
+    with pytest.raises(ValueError, match="none of these is left to distil"):
+        tuned(parent, fig, tmp_path / "none", distil=str(labels.path), replay=replay, **how)
+
+
+@pytest.mark.full
+def test_distilled_branches_stay_nearer_to_the_start_model_on_other_structures(parent, fig, tmp_path):
+    """Structures of a file without labels; and what was measured is kept with the run, not with the start model."""
+    write_molecules(tmp_path / "other.xyz", 60, 1.0, 7.0, seed=21)
+    atoms = ase.io.read(tmp_path / "other.xyz", index=":")
+    for one in atoms:
+        one.calc = None
+    ase.io.write(tmp_path / "bare.xyz", atoms[:40])
+    keys = ("train.steps=60", "train.epoch_steps=30", "train.lr=5e-3")
+    held = tuned(parent, fig, tmp_path / "held", *keys, distil=tmp_path / "bare.xyz", cache=tmp_path / "cache").run
+    free = tuned(parent, fig, tmp_path / "free", *keys).run
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StaleBranch)
+        for task in ("apple", "berry"):
+            here, there, before = (multifid.load(m).predict(atoms[40:], task) for m in (held, free, parent))
+            moved = [np.abs(np.concatenate(m.forces) - np.concatenate(before.forces)).mean() for m in (here, there)]
+            assert moved[0] < 0.7 * moved[1], (task, moved)
+    assert not any(about.get("stale") for about in multifid.load(held).description["tasks"].values())
+    assert not any(row["model"] in ("before", "after") for row in [*read_rows(parent), *read_rows(held)])
 
 
 def test_dimers_whose_energy_falls_are_found():
@@ -220,6 +245,13 @@ def test_dimers_and_other_files_are_compared_before_and_after(parent, fig, tmp_p
     assert [d["pair"] for d in held["dimers"]["fig"]["after"]] == ["H-H", "H-C", "H-O", "C-C", "C-O", "O-O"]
     assert [row["model"] for row in held["checks"]] == ["before", "after"]
     assert all(row["forces_mae"] > 0 and row["structures"] == 6 for row in held["checks"])
+    content = gather(run, 2)
+    [row] = _before_and_after(content.checks)
+    assert [row["forces_before"], row["forces_after"]] == [_milli(r["forces_mae"]) for r in held["checks"]]
+    [(title, pairs)] = content.scans
+    assert f"of {len(held['dimers']['fig']['after'])} pairs" in title
+    page = render(content)
+    assert "Data unlike the new ones" in page and title in page and all(f"<td>{pair[0]}</td>" in page for pair in pairs)
 
 
 def test_training_on_keeps_the_old_branches_without_the_start_model(parent, fig, tmp_path):

@@ -10,6 +10,7 @@ from multifid.evaluation.matrix import Row
 
 NAME = "evaluation.json"
 OLD_TASKS = "old_tasks.json"  # of a fine-tuned run: errors on data of the start model's tasks, before and after
+ROBUSTNESS = "robustness.json"  # of a fine-tuned run: scans of dimers, and errors on other files, before and after
 IDENTITY = ("model", "data", "split", "branch", "seed")  # rows that agree in these say the same: the newer one stays
 
 

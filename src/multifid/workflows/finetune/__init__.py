@@ -12,11 +12,13 @@ from rich.console import Console
 
 from multifid.config import Config, apply_override, load_config, parse_config
 from multifid.evaluation.data import label_sets
-from multifid.evaluation.evaluate import evaluate_run
+from multifid.evaluation.evaluate import evaluate_model
 from multifid.evaluation.properties import property_rows, property_table
 from multifid.evaluation.rows import OLD_TASKS, write_rows
 from multifid.evaluation.table import quantities, rich_table
 from multifid.feed.loader import open_sources
+from multifid.model.model_file import load_model
+from multifid.model.predictor import Predictor
 from multifid.model.saved import load_description
 from multifid.parallel import groups
 from multifid.parallel.launch import cache_directory
@@ -167,7 +169,8 @@ def _old_tasks(run: Path, model: Path, console: Console) -> None:
     )
     if not data:
         return
-    rows = evaluate_run(model, data, name="before") + evaluate_run(run, data, name="after")
+    before, after = Predictor(*load_model(model)), Predictor(*load_model(run))
+    rows = evaluate_model(before, "before", data) + evaluate_model(after, "after", data)
     write_rows(run / OLD_TASKS, rows)
     if of_energies := [row for row in rows if not row.get("property")]:
         for quantity in quantities(of_energies):

@@ -44,8 +44,9 @@ def distilled(
     """
     where = Path(on)
     if on != NEW and (where / MANIFEST).exists() and PSEUDOLABELS in Store(where).manifest:
-        return _made_before(model, where)
+        return _made_before(model, where, but)
     pieces = _structures(on, asked)
+    _refuse_empty_splits(on, np.concatenate([split for _, split in pieces]))
     elements = set(np.unique(np.concatenate([packed.numbers for packed, _ in pieces])).tolist())
     tasks, left = [], {}
     for task in model.tasks:
@@ -78,10 +79,16 @@ def distilled(
     return {task: {"store": str(place), "labels": task} for task in tasks}
 
 
-def _made_before(model: Predictor, where: Path) -> dict[str, dict[str, Any]]:
+def _made_before(model: Predictor, where: Path, but: set[str]) -> dict[str, dict[str, Any]]:
     from multifid.workflows.finetune.replay import refuse_other_model
 
-    marks = {t: m for t, m in Store(where).manifest[PSEUDOLABELS].items() if t in model.tasks}
+    held = Store(where).manifest[PSEUDOLABELS]
+    marks = {t: m for t, m in held.items() if t in model.tasks and t not in but}
+    if not marks:
+        raise ValueError(
+            f"--distil {where}: it has labels of the tasks {', '.join(held)}, and of the model's "
+            f"({', '.join(model.tasks)}) none of these is left to distil"
+        )
     for task, mark in marks.items():
         refuse_other_model(model, task, mark["model"], where)
     return {task: {"store": str(where), "labels": task} for task in marks}
@@ -101,6 +108,15 @@ def _structures(on: str, asked: list[Target]) -> list[tuple[Packed, np.ndarray]]
             index = np.arange(start, min(start + AT_ONCE, store.structures))
             found.append((store.read(index, []), store.rows("split", index)))
     return found
+
+
+def _refuse_empty_splits(on: str, split: np.ndarray) -> None:
+    for name in SPLITS[:2]:
+        if not (split == SPLITS.index(name)).any():
+            raise ValueError(
+                f"--distil {on}: no structure is of the split {name}; there must be some of train and of validation "
+                "(`multifid prepare` divides files: --fractions)"
+            )
 
 
 def _of_file(path: Path) -> list[tuple[Packed, np.ndarray]]:

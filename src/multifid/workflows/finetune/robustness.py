@@ -8,10 +8,11 @@ the new data, as of a higher temperature (`--check`). Old tasks are measured on 
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -20,16 +21,16 @@ from rich.console import Console
 
 from multifid.config import Config
 from multifid.evaluation.data import Data
-from multifid.evaluation.evaluate import evaluate_run
+from multifid.evaluation.evaluate import evaluate_model
 from multifid.evaluation.fitted import FittedTable
 from multifid.evaluation.metrics import Row
+from multifid.evaluation.rows import ROBUSTNESS
 from multifid.evaluation.table import quantities, rich_table
 from multifid.model.predictor import Predictor, load
 from multifid.store.store import Store
 from multifid.structures.elements import SYMBOLS
 from multifid.workflows.finetune.asked import Target
 
-ROBUSTNESS = "robustness.json"
 PARTS = np.linspace(1.0, 0.5, 26)  # of the sum of covalent radii, from far to near
 NOISE = 1e-6  # eV: less is rounding
 COMMONEST = 20  # elements of the new data whose pairs are scanned
@@ -47,6 +48,12 @@ class Dimer:
     @property
     def text(self) -> str:
         return "rises" if self.falls_below is None else f"falls below {self.falls_below:.2f} A, by {self.depth:.2g} eV"
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Dimer":
+        """Of RUN/robustness.json, where a depth without bound is null."""
+        depth = values["depth"]
+        return cls(values["pair"], values["falls_below"], float("inf") if depth is None else depth)
 
 
 def dimers(model: Predictor, task: str, elements: Sequence[int]) -> list[Dimer]:
@@ -84,6 +91,7 @@ def checked(run: Path, start: Path, config: Config, checks: Sequence[Target], co
     assert config.finetune is not None
     before: Predictor = load(start, precision="fp64")
     after: Predictor = load(run, precision="fp64")
+    models = load(start), load(run)  # files are evaluated in the precision of `multifid evaluate`
     scans: dict[str, dict[str, list[Dimer] | None]] = {}
     rows: list[Row] = []
     for task, branch in config.finetune.branches.items():
@@ -100,8 +108,8 @@ def checked(run: Path, start: Path, config: Config, checks: Sequence[Target], co
         for check in checks:
             data = [Data(f"{check.name} (check)", check.store, check.label_set)]
             if branch is not None:
-                rows += evaluate_run(start, data, "all", branch, name="before")
-            rows += evaluate_run(run, data, "all", task, name="after" if len(scans) == 1 else f"after, {task}")
+                rows += evaluate_model(models[0], "before", data, "all", branch)
+            rows += evaluate_model(models[1], "after" if len(scans) == 1 else f"after, {task}", data, "all", task)
     for quantity in quantities(rows):
         console.print(rich_table(rows, quantity))
     said = {
@@ -115,13 +123,38 @@ def checked(run: Path, start: Path, config: Config, checks: Sequence[Target], co
 
 def table(task: str, before: list[Dimer] | None, after: list[Dimer]) -> FittedTable:
     """Pairs whose energy falls, before or after; the title says of how many."""
+    title, rows = falling(task, before, after)
+    return FittedTable(title, ("pair",), ("before", "after"), rows or [("all", "", "rises")])
+
+
+def falling(task: str, before: list[Dimer] | None, after: list[Dimer]) -> tuple[str, list[tuple[str, str, str]]]:
+    """A sentence of how many pairs fall, and (pair, before, after) of at most `SHOWN` of them."""
     held = {d.pair: d for d in before or []}
     shown = [d for d in after if d.falls_below is not None or (d.pair in held and held[d.pair].falls_below is not None)]
     bad = sum(d.falls_below is not None for d in after)
     was = "" if before is None else f" (before: {sum(d.falls_below is not None for d in before)})"
-    rows = [(d.pair, held[d.pair].text if d.pair in held else "", d.text) for d in shown[:SHOWN]]
     title = f"{task}: the energy of {bad} of {len(after)} pairs of atoms falls as they approach{was}"
-    return FittedTable(title, ("pair",), ("before", "after"), rows or [("all", "", "rises")])
+    return title, [(d.pair, held[d.pair].text if d.pair in held else "", d.text) for d in shown[:SHOWN]]
+
+
+def scans_of(run: Path) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """What `falling` says of each new task in RUN/robustness.json; nothing without one. ValueError if damaged."""
+    try:
+        held = json.loads((run / ROBUSTNESS).read_text(encoding="utf-8"))["dimers"]
+        both = {t: {w: d and [Dimer.read(x) for x in d] for w, d in found.items()} for t, found in held.items()}
+        return [falling(task, found["before"], found["after"]) for task, found in both.items()]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run / ROBUSTNESS} is damaged ({error}): move it away, and fine-tune again") from None
+
+
+def checks_of(run: Path) -> list[Row]:
+    """Rows of RUN/robustness.json on other files, "before" and "after"; none without one."""
+    try:
+        return list(json.loads((run / ROBUSTNESS).read_text(encoding="utf-8"))["checks"])
+    except FileNotFoundError:
+        return []
 
 
 def _plain(dimer: Dimer) -> dict[str, object]:

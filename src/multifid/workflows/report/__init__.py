@@ -24,6 +24,7 @@ from multifid.model.saved import Description, load_description
 from multifid.model.undetermined import stale
 from multifid.store.store import Store
 from multifid.training.journal import read_journal
+from multifid.workflows.finetune.robustness import checks_of, scans_of
 from multifid.workflows.report.sample import TaskErrors, errors_of
 
 STRUCTURES = 1_000  # of each task's test split, unless told
@@ -45,6 +46,8 @@ class PageContent:
     study: bool
     deviations: dict[str, Points] = field(default_factory=dict)  # of a run that was calibrated, beside its errors
     old_tasks: list[Errors] = field(default_factory=list)  # of a fine-tuned run: rows of `before` and `after`
+    checks: list[Errors] = field(default_factory=list)  # the same of data unlike the new ones
+    scans: list[tuple[str, list[tuple[str, str, str]]]] = field(default_factory=list)  # of dimers: see `falling`
 
 
 def report(path: Path, out: Path, structures: int = STRUCTURES, console: Console | None = None) -> Path:
@@ -94,8 +97,22 @@ def gather(path: Path, structures: int) -> PageContent:
                 deviations[task] = points(model, source, task, model.rigidity, "test", Share())
     warnings += _warnings(journal, description, errors)
     rows, old = read_rows(path), read_rows(run, OLD_TASKS)
+    checks, scans = checks_of(run), scans_of(run)
     return PageContent(
-        str(path), run, config, description, journal, rows, errors, stores, warnings, study, deviations, old
+        str(path),
+        run,
+        config,
+        description,
+        journal,
+        rows,
+        errors,
+        stores,
+        warnings,
+        study,
+        deviations,
+        old,
+        checks,
+        scans,
     )
 
 

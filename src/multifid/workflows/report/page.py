@@ -88,7 +88,9 @@ def _parts(content: PageContent) -> dict[str, Any]:
         ],
         "test": _test_table(content),
         "matrices": _matrices(content),
-        "old_tasks": _old_tasks(content),
+        "old_tasks": _before_and_after(content.old_tasks),
+        "checks": _before_and_after(content.checks),
+        "scans": content.scans,
         "by_element": charted.add(charts.by_element(content.errors)),
         "by_size": charted.add(charts.by_size(content.errors)),
         "deviations": [
@@ -164,23 +166,21 @@ def _test_table(content: PageContent) -> list[dict[str, str]]:
     ]
 
 
-def _old_tasks(content: PageContent) -> list[dict[str, str]]:
-    """Errors on data of the start model's tasks, before and after fine-tuning."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in content.old_tasks:
-        found.setdefault(row["data"], {})[row["model"]] = row
+def _before_and_after(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Errors of the start model and of the fine-tuned one, a line for each dataset (and each new task that answers)."""
+    before = {row["data"]: row for row in rows if row["model"] == "before"}
     return [
         {
-            "task": task,
-            "structures": f"{both['after']['counted_structures']:,}",
+            "task": row["data"] + row["model"].removeprefix("after"),
+            "structures": f"{row['counted_structures']:,}",
             **{
-                f"{quantity}_{when}": _milli(row.get(f"{quantity}_mae"))
-                for when, row in both.items()
+                f"{quantity}_{when}": _milli(both.get(f"{quantity}_mae"))
+                for when, both in (("before", before.get(row["data"], {})), ("after", row))
                 for quantity in ("energy", "forces")
             },
         }
-        for task, both in found.items()
-        if {"before", "after"} <= set(both)
+        for row in rows
+        if row["model"].startswith("after")
     ]
 
 

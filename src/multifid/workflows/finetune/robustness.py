@@ -91,7 +91,8 @@ def checked(run: Path, start: Path, config: Config, checks: Sequence[Target], co
     assert config.finetune is not None
     before: Predictor = load(start, precision="fp64")
     after: Predictor = load(run, precision="fp64")
-    models = load(start), load(run)  # files are evaluated in the precision of `multifid evaluate`
+    # Files are evaluated in the precision of `multifid evaluate`.
+    models: tuple[Predictor, Predictor] = (load(start), load(run))
     scans: dict[str, dict[str, list[Dimer] | None]] = {}
     rows: list[Row] = []
     for task, branch in config.finetune.branches.items():

@@ -50,6 +50,7 @@ SHORTER = {
     r"\bFOLDER\b": "reading",
     r"(benchmarks/placements\.py .*)": r"\1 --tables tables.md --figure figure.png",
     r"^(multifid relax .*)--fmax \S+": r"\1--fmax 1000",
+    r"(benchmarks/encoders\.py .*)": r"\1 --encoders egnn schnet --steps 2 --seconds 1",
     r"(benchmarks/accuracy\.py .*)": r"\1 --seeds 0",
     r"--sizes 20,50,100,all --repeat 3": "--sizes 8,all",
     r"benchmarks/tuning\.py .*": "benchmarks/tuning.py --help",

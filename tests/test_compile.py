@@ -117,7 +117,8 @@ def test_padded_batches_have_sorted_receivers_one_structure_for_each_atom_and_no
 
 @pytest.mark.parametrize(
     ("encoder", "shapes"),
-    [("painn", 1)] + [pytest.param(kind, 2, marks=pytest.mark.full) for kind in KINDS],
+    [("painn", 1)]  # all encoders: with conservative forces, below
+    + [pytest.param(kind, 2, marks=pytest.mark.full) for kind in ("egnn", "painn", "gat", "dimenet", "mace")],
 )
 def test_compiled_passes_equal_eager_ones_and_compile_once_for_each_shape(stores, encoder, shapes):
     eager = potential_of(encoder)

@@ -249,11 +249,14 @@ def test_compiled_code_is_kept_for_an_architecture_and_checked_before_use(tmp_pa
     assert len(made) == 3
 
 
-PRODUCT = [
+PRODUCT = [  # every pair of two settings; a case takes most of a minute
     pytest.param(encoder, forces, dtype, id=f"{encoder}-{forces}-{dtype}", marks=pytest.mark.full)
-    for encoder in ("egnn", "painn")
-    for forces in ("conservative", "direct")
-    for dtype in PRECISIONS
+    for encoder, forces, dtype in (
+        ("egnn", "conservative", "float64"),
+        ("egnn", "direct", "float32"),
+        ("painn", "conservative", "float32"),
+        ("painn", "direct", "float64"),
+    )
 ]
 
 

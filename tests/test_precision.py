@@ -162,8 +162,15 @@ def test_conservative_forces_that_would_be_rounded_by_a_tenth_are_refused(stores
         parse_config(values, "test")
 
 
-@pytest.mark.parametrize("forces", ["direct", pytest.param("conservative", marks=pytest.mark.full)])
-@pytest.mark.parametrize("encoder", ["egnn", *(pytest.param(e, marks=pytest.mark.full) for e in KINDS if e != "egnn")])
+# Either way of forces for every encoder, in turns: a case takes many seconds.
+@pytest.mark.parametrize(
+    ("encoder", "forces"),
+    [("egnn", "direct"), pytest.param("egnn", "conservative", marks=pytest.mark.full)]
+    + [
+        pytest.param(kind, ("conservative", "direct")[k % 2], marks=pytest.mark.full)
+        for k, kind in enumerate(kind for kind in KINDS if kind != "egnn")
+    ],
+)
 def test_compiled_passes_in_bf16_are_the_eager_ones_for_a_crystal(encoder, forces):
     model = usual_model(encoder, forces, layers=2 if "attention" in KINDS[encoder] else 1).train()
     batch = batch_of(crystal()[0], cutoff=5.0, dtype=torch.float32)

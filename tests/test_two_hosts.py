@@ -75,6 +75,7 @@ def start(node: int, config: Path, log: Path) -> subprocess.Popen:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_a_host_that_is_cut_off_ends_both_and_the_run_goes_on(stores, tmp_path, hosts):
     values = {
         "run": str(tmp_path / "run"),
@@ -91,7 +92,7 @@ def test_a_host_that_is_cut_off_ends_both_and_the_run_goes_on(stores, tmp_path, 
         return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs)
 
     ranks = [start(node, config, logs[node]) for node in (0, 1)]
-    wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*")), ranks, 180, said)
+    wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*")), ranks, 600, said)
     cut = time.monotonic()
     ip("-n", hosts[1][0], "link", "set", hosts[1][1], "down")
     codes = [rank.wait(timeout=max(0.0, MINUTE - (time.monotonic() - cut))) for rank in ranks]

@@ -78,6 +78,10 @@ def taken(trainer, feed, steps: int) -> dict:
 @pytest.mark.parametrize("encoder", KINDS)
 def test_values_and_gradients_are_those_of_float64_on_the_cpu(both, device, encoder, forces, precision):
     exact, feed = trainer_of(both, CPU, encoder, forces)
+    if encoder == "dimenet" and forces == "conservative" and precision in ("tf32", "bf16"):
+        with pytest.raises(ValueError, match=f"{precision} rounds the conservative forces of dimenet"):
+            trainer_of(both, device, encoder, forces, precision)
+        return
     trainer, _ = trainer_of(both, device, encoder, forces, precision)
     batch = feed.step(1).batches[0]
     assert error(predictions(trainer, batch), predictions(exact, batch)) < LIMITS[precision]

@@ -17,7 +17,7 @@ from multifid.model.predictor import Predictor
 from multifid.store.references import References, count_elements, fit
 from multifid.store.store import Store
 
-MOST = 2_000  # structures that are asked about, spread evenly over the train split
+MOST = 2_000  # structures that are asked about, spread evenly over the split
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Agreement:
     task: str  # of the model, whose branch it is
     energies: dict[int, float]  # Z -> eV: with them the branch's total energies fit the labels best
     energy_mae: float | None  # eV/atom; None: there are no energies
+    energy_rmse: float | None
     forces_mae: float | None  # eV/angstrom
     structures: int
 
@@ -45,14 +46,14 @@ def ranking(model: Predictor, store: Store, label_set: str) -> list[Agreement]:
     return sorted(found, key=lambda a: (a.error, a.branch))
 
 
-def agreement(model: Predictor, task: str, store: Store, label_set: str) -> Agreement:
-    """One task of a model against the labels of a store's train split."""
+def agreement(model: Predictor, task: str, store: Store, label_set: str, split: str = "train") -> Agreement:
+    """One task of a model against the labels of a split of a store, or of "all"."""
     elements = [z for z in store.elements if z not in store.manifest["splits"].get("unseen_elements", [])]
     own = {int(z): e for z, e in model.description["tasks"][task]["references"].items()}
     prepared = References.from_manifest(store.manifest["tasks"][label_set]).energies
     begin = {z: own.get(z, prepared.get(z, 0.0)) for z in elements}
     counts, left, natoms, forces, components = [], [], [], 0.0, 0
-    for c, energy, force_errors in _differences(model, task, store, label_set, begin):
+    for c, energy, force_errors in _differences(model, task, store, label_set, split, begin):
         counts.append(c)
         left.append(energy)
         natoms.append(c.sum(axis=1))
@@ -60,23 +61,25 @@ def agreement(model: Predictor, task: str, store: Store, label_set: str) -> Agre
         components += int(np.isfinite(force_errors).sum())
     all_counts, all_left, n = np.concatenate(counts), np.concatenate(left), np.concatenate(natoms)
     known = np.isfinite(all_left)
-    energies, error = begin, None
+    energies, mae, rmse = begin, None, None
     if known.any():
         moved = fit([(all_counts[known], all_left[known])], elements)
         shift = np.array([moved.energies.get(z, 0.0) for z in elements])
         energies = {z: begin[z] + float(s) for z, s in zip(elements, shift, strict=True)}
-        error = float(np.mean(np.abs(all_left[known] - all_counts[known] @ shift) / n[known]))
-    mae = forces / components if components else None
-    return Agreement(model.description["tasks"][task]["branch"], task, energies, error, mae, len(all_left))
+        errors = (all_left[known] - all_counts[known] @ shift) / n[known]
+        mae, rmse = float(np.abs(errors).mean()), float(np.sqrt((errors**2).mean()))
+    of_forces = forces / components if components else None
+    return Agreement(model.description["tasks"][task]["branch"], task, energies, mae, rmse, of_forces, len(all_left))
 
 
 def _differences(
-    model: Predictor, task: str, store: Store, label_set: str, begin: dict[int, float]
+    model: Predictor, task: str, store: Store, label_set: str, split: str, begin: dict[int, float]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batch by batch: counts of elements (S, K), labels minus predictions in eV (S,), and of forces (N, 3)."""
     source = Source(store, {task: label_set}, {task: References(begin, [], 0, 0.0)})
-    places = np.unique(np.linspace(0, store.size("train") - 1, MOST).astype(np.int64))
-    index = store.pick("train", places)
+    size = store.structures if split == "all" else store.size(split)
+    places = np.unique(np.linspace(0, size - 1, MOST).astype(np.int64))
+    index = places if split == "all" else store.pick(split, places)
     for piece in cut(edge_costs(source, index, model.cutoff), EDGES):
         batch = collate([(source, index[piece])], model.cutoff)
         targets = batch.targets[task]

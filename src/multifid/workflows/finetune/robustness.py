@@ -24,6 +24,7 @@ from multifid.evaluation.data import Data
 from multifid.evaluation.evaluate import evaluate_model
 from multifid.evaluation.fitted import FittedTable
 from multifid.evaluation.metrics import Row
+from multifid.evaluation.nearest import agreement
 from multifid.evaluation.rows import ROBUSTNESS
 from multifid.evaluation.table import quantities, rich_table
 from multifid.model.predictor import Predictor, load
@@ -107,10 +108,10 @@ def checked(run: Path, start: Path, config: Config, checks: Sequence[Target], co
         }
         console.print(table(task, scans[task]["before"], scans[task]["after"] or []))
         for check in checks:
-            data = [Data(f"{check.name} (check)", check.store, check.label_set)]
-            if branch is not None:
-                rows += evaluate_model(models[0], "before", data, "all", branch)
-            rows += evaluate_model(models[1], "after" if len(scans) == 1 else f"after, {task}", data, "all", task)
+            data = Data(f"{check.name} (check)", check.store, check.label_set)
+            if old is not None:
+                rows.append(_refitted(models[0], "before", data, old))
+            rows.append(_refitted(models[1], "after" if len(scans) == 1 else f"after, {task}", data, task))
     for quantity in quantities(rows):
         console.print(rich_table(rows, quantity))
     said = {
@@ -120,6 +121,18 @@ def checked(run: Path, start: Path, config: Config, checks: Sequence[Target], co
     part = run / f".{ROBUSTNESS}.part"
     part.write_text(json.dumps({"dimers": said, "checks": rows}, indent=1, default=str), encoding="utf-8")
     os.replace(part, run / ROBUSTNESS)
+
+
+def _refitted(model: Predictor, name: str, data: Data, task: str) -> Row:
+    """The errors of a task on all structures, those of energies with reference energies fitted anew to their labels.
+
+    Where a structure has an element that the task does not know, energies are compared as `evaluate` does.
+    """
+    [row] = evaluate_model(model, name, [data], "all", task)
+    if set(data.store.elements) <= {int(z) for z in model.description["tasks"][task]["references"]}:
+        found = agreement(model, task, data.store, data.label_set, "all")
+        row |= {"energy_mae": found.energy_mae, "energy_rmse": found.energy_rmse, "references": "fitted to these data"}
+    return row
 
 
 def table(task: str, before: list[Dimer] | None, after: list[Dimer]) -> FittedTable:

@@ -22,7 +22,8 @@ from multifid.model.undetermined import UndeterminedEnergy
 from multifid.preparation.prepare import prepare
 from multifid.store.references import References
 from multifid.store.store import Store
-from multifid.workflows.export import export
+from multifid.training.about import read_as
+from multifid.workflows.export import export, training_data
 from test_train import config_of, start
 
 
@@ -189,6 +190,17 @@ def test_export_writes_a_model_and_its_card(run, tmp_path):
     card = (tmp_path / "fruit.md").read_text()
     assert load(path).tasks == ["apple", "cherry"] and "| apple |" in card and "| berry |" not in card
     assert 'multifid.load("fruit.mfid")' in card
+
+
+def test_a_card_cites_the_published_data_that_a_model_was_trained_on_through_derived_stores():
+    parent = {"format": "mptrj", "files": [{"name": "MPtrj.json"}], "options": {}}
+    merged = {"format": "store", "files": [{"store": {"source": parent}}, {"name": "mine"}], "options": {}}
+    aselmdb = {"format": "aselmdb", "files": [{"name": "DIR"}], "options": {"dataset": "omat24"}}
+    tasks = {name: {"read_as": sorted(set(read_as(source)))} for name, source in (("m", merged), ("o", aselmdb))}
+    lines = "\n".join(training_data(tasks | {"old": {}}))
+    assert "m: files in the format of mptrj" in lines and "10.1038/s42256-023-00716-3" in lines
+    assert "m: files read as store" in lines and "old: not recorded" in lines
+    assert "o: files in the format of omat24" in lines and "licence CC BY 4.0; cite arXiv 2410.12771" in lines
 
 
 def test_the_package_is_imported_without_torch_and_offers_its_names():

@@ -1,6 +1,6 @@
 """What a branch knows of its task, as model.json has it: elements, references, scale, and what its labels are."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from multifid.feed.loader import Source, trained_values
@@ -10,6 +10,15 @@ def about_tasks(sources: list[Source], scales: Mapping[str, float]) -> dict[str,
     """Of every task of the sources, by name."""
     tasks = {task: about_task(source, task, scales[task]) for source in sources for task in source.tasks}
     return dict(sorted(tasks.items()))
+
+
+def read_as(source: Mapping[str, Any]) -> Iterator[str]:
+    """As which datasets or formats the files of a store were read, from its manifest's `source`; of parents theirs."""
+    for file in source["files"]:
+        if "store" in file:
+            yield from read_as(file["store"]["source"])
+        else:
+            yield source["options"].get("dataset") or source["format"]
 
 
 def about_task(source: Source, task: str, scale: float) -> dict[str, Any]:
@@ -26,5 +35,6 @@ def about_task(source: Source, task: str, scale: float) -> dict[str, Any]:
         "level_of_theory": about["level_of_theory"],
         "structures": source.store.manifest["splits"]["train"],
         "labels": about["labels"],
+        "read_as": sorted(set(read_as(source.store.manifest["source"]))),
         **({"property": about["property"]} if "property" in about else {}),
     }

@@ -14,6 +14,7 @@ from multifid.model.predictor import Predictor
 from multifid.model.rigidity_file import load_rigidity, packed
 from multifid.model.saved import Description, load_description
 from multifid.model.task_model import PRECISIONS
+from multifid.readers.published import PUBLISHED
 from multifid.structures.elements import SYMBOLS
 from multifid.workflows.replay_store import export_replay, replay_folder
 
@@ -113,8 +114,7 @@ def model_card(run: Path, description: Description, name: str) -> str:
         "|---|---|---:|---|---|",
         *(_task(task, about) for task, about in description["tasks"].items()),
         "",
-        "Licences and citations of the training data are those of their sources; state them where you share this file.",
-        "",
+        *training_data(description["tasks"]),
         *_errors(run, set(description["tasks"])),
         "```python",
         "import multifid",
@@ -132,6 +132,23 @@ def _task(task: str, about: dict[str, Any]) -> str:
     symbols = " ".join(SYMBOLS[z] for z in about["elements"])
     task = f"{task} (stale)" if about.get("stale") else task
     return f"| {task} | {about['level_of_theory'] or 'not stated'} | {about['structures']} | {labels} | {symbols} |"
+
+
+def training_data(tasks: dict[str, Any]) -> list[str]:
+    """Licence and citations of what each task was trained on, where the format is that of a published dataset."""
+    lines = ["Training data (state licences and citations where you share this file):", ""]
+    for task, about in tasks.items():
+        for name in about.get("read_as", []) or [None]:
+            one = None if name is None else PUBLISHED.get(name)
+            if one is None:
+                read = "not recorded" if name is None else f"files read as {name}"
+                lines.append(f"* {task}: {read}; licence and citation are those of their source")
+                continue
+            known = [f"licence {one.licence}" if one.licence else "for the licence see there"]
+            known += [f"cite {text}" for text in one.citations]
+            said = f"* {task}: files in the format of {name}. If they are the published ones ({one.source}): "
+            lines.append(said + "; ".join(known))
+    return [*lines, ""]
 
 
 def _errors(run: Path, tasks: set[str]) -> list[str]:

@@ -40,7 +40,7 @@ SHORTER = {
     r"--tasks 16": "--tasks 4",
     r"--batch 128 --ranks 5 8": "--batch 8 --ranks 5 8 --steps 2",
     r"--nproc-per-node [0-9]+": "--nproc-per-node 2",
-    r"--ranks 1,2,4": "--ranks 1,2 --epoch-steps 2",
+    r"--ranks 1,2,4": "--ranks 2 --epoch-steps 2",
     r"--here": "--here --epoch-steps 2",
     r"^srun -n \d+ ": "torchrun --nproc-per-node 2 -m ",
     r"warm neighbors full": "warm neighbors --rounds 1",
@@ -160,7 +160,7 @@ def run_page(folder: Path, page: Path, passed=lambda command: False) -> None:
         if text.startswith("multifid init "):  # a small model, for commands and for Python
             config = folder / text.partition("--out ")[2].split()[0]
             values = yaml.safe_load(config.read_text(encoding="utf-8"))
-            values["model"]["encoder"] |= {"hidden": 8, "tensors": 0}
+            values["model"]["encoder"] |= {"hidden": 8, "tensors": 0, "layers": 1}
             config.write_text(yaml.safe_dump(values), encoding="utf-8")
 
 

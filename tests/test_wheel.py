@@ -27,6 +27,9 @@ def passed(*command, cwd, **environment) -> str:
     return done.stdout
 
 
+pytestmark = pytest.mark.xdist_group("wheel")  # it is built and installed once
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy so that no build output gets into the project."""

@@ -48,7 +48,8 @@ def ranking(model: Predictor, store: Store, label_set: str) -> list[Agreement]:
 
 def agreement(model: Predictor, task: str, store: Store, label_set: str, split: str = "train") -> Agreement:
     """One task of a model against the labels of a split of a store, or of "all"."""
-    elements = [z for z in store.elements if z not in store.manifest["splits"].get("unseen_elements", [])]
+    absent = [] if split == "all" else store.manifest["splits"].get("unseen_elements", [])  # from the train split
+    elements = [z for z in store.elements if z not in absent]
     own = {int(z): e for z, e in model.description["tasks"][task]["references"].items()}
     prepared = References.from_manifest(store.manifest["tasks"][label_set]).energies
     begin = {z: own.get(z, prepared.get(z, 0.0)) for z in elements}

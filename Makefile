@@ -55,15 +55,24 @@ test-full: $(VENV)/installed ## all other settings: encoders x optimizers x prec
 test-gpu: $(VENV)/installed  ## steps, lists and runs on every accelerator here against the CPU; says what it skips and why
 	$(BIN)/python -m pytest tests/gpu -rs
 
-MOLECULES ?= demo/stores/ani1x
-CRYSTALS  ?= demo/stores/mptrj
+# Stores of published data, if you have them (ANI-1x and MPtrj, docs/formats.md): otherwise of molecules of 9 to 26 atoms
+# and crystals of 16 and 24, made in some minutes.
+MOLECULES ?= demo/larger/ani1x
+CRYSTALS  ?= demo/larger/mptrj
 
-bench: $(VENV)/installed     ## training steps beside the plain published form; MOLECULES and CRYSTALS are stores
-	@test -e $(MOLECULES) -a -e $(CRYSTALS) || $(MAKE) demo/elements.png
+demo/larger/files/sources.json: | $(VENV)/installed
+	$(MULTIFID) sample demo/larger/files --larger --structures 128
+
+demo/larger/ani1x: | demo/larger/files/sources.json
+	$(MULTIFID) prepare ani1x demo/larger/files/ani1x.h5 --level-of-theory GFN2-xTB --out $@
+
+demo/larger/mptrj: | demo/larger/files/sources.json
+	$(MULTIFID) prepare mptrj demo/larger/files/mptrj.json --level-of-theory "GFN1-xTB, Gamma only" --out $@
+
+bench: $(VENV)/installed | $(MOLECULES) $(CRYSTALS)  ## training steps beside the plain published form, on stores of both
 	$(BIN)/python benchmarks/training.py --molecules $(MOLECULES) --crystals $(CRYSTALS)
 
-bench-short: $(VENV)/installed   ## the same for a small model; fails where the ratio to the plain form has dropped
-	@test -e $(MOLECULES) || $(MAKE) demo/elements.png
+bench-short: $(VENV)/installed | $(MOLECULES)  ## the same for a small model; fails where the ratio has dropped
 	$(BIN)/python benchmarks/training.py --molecules $(MOLECULES) --short
 
 $(VENV)/installed-docs: $(VENV)/installed

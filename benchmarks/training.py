@@ -1,119 +1,54 @@
 """How fast a training step is, beside the plain published form and beside what the machine can do.
 
-    python benchmarks/training.py --molecules STORE --crystals STORE [--widths 866 128] [--short]
+    python benchmarks/training.py --molecules STORE --crystals STORE [--threads 1 2] [--widths 866 128] [--short]
 
 Both forms are trained by the same trainer (objective, AdamW, clipping, moving average) on the same batches, in turns;
 medians are taken over the turns. The plain form (`plain.py`) is always eager float32. Printed are
 
-    ratio       plain step / our step, of the same batch, in the same run
+    edges/s     edges of the batches within the cutoff, none left out, per second
+    ratio       plain step / our step, of the same batch, in the same run; of bf16 too the plain step is float32
     of limit    arithmetic that remains (matrix products of our form, unpadded, x 3 for the backward pass) per second,
                 by the rate of a 4096-cubed matrix product in the same precision, threads and run
 
-Peak memory and start-up are those of fresh processes. Rows of results.json are replaced by name, so that parts can be
-run one by one. `--short` prints small models only and fails where a ratio is far below what it should be.
+Peak memory and start-up are those of fresh processes. Rows of results.json are replaced by name and machine (model of
+the processor, its instructions, threads), so that parts can be run one by one. `--short` prints small models only and
+fails where a ratio is far below what it should be. `--clock processor` is for one thread on a machine that has other
+work to do: it counts the time that the thread was running, and such rows are rows of their own.
 """
 
 import argparse
-import copy
-import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from plain import PLAIN
+from results import keep, machine, row, show
+from timed import (
+    CUTOFF,
+    Clock,
+    Times,
+    batches_of,
+    in_turns,
+    now,
+    potential_of,
+    ratio,
+    source_of,
+    trainer_of,
+    with_plain_encoder,
+)
 
-from multifid.feed.loader import Source, TaskConfig, ahead, collate, open_sources
+from multifid.feed.loader import Source, ahead, collate
 from multifid.graphs.batch import Batch
-from multifid.model.branch import BranchConfig
-from multifid.model.potential import ModelConfig, Potential
-from multifid.parallel.gradients import Gradients, ModelPart
-from multifid.parallel.groups import alone
-from multifid.training.loss import ObjectiveConfig
-from multifid.training.optimizer import MovingAverage, Schedule, adamw
-from multifid.training.step import Task, Totals, Trainer
+from multifid.model.potential import Potential
 
-HEADS = {866: 889}  # the paper's widths; otherwise the heads are as wide as the encoder
 PHASES = ("forward", "backward", "optimizer")
 LEAST_RATIO = 1.2  # --short: well below what was measured (docs/performance.md)
-CUTOFF = 5.0
-
-
-class Timed(Trainer):
-    """A trainer that knows how long the last forward pass and update took."""
-
-    def _sums(self, batch, totals):
-        started = now(self.device)
-        sums = super()._sums(batch, totals)
-        self.forward = now(self.device) - started
-        return sums
-
-    def _update(self, norm):
-        started = now(self.device)
-        super()._update(norm)
-        self.update = now(self.device) - started
-
-    def timed_step(self, batch: Batch) -> dict[str, float]:
-        started = now(self.device)
-        self.step([batch], Totals([t.name for t in self.tasks], self.device))
-        step = now(self.device) - started
-        backward = step - self.forward - self.update  # and the sums around it
-        return {"step": step, "forward": self.forward, "backward": backward, "optimizer": self.update}
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def potential_of(width: int, encoder: str = "egnn", forces: str = "direct") -> Potential:
-    heads = HEADS.get(width, width)
-    config = ModelConfig(
-        cutoff=CUTOFF,
-        encoder={"name": encoder, "layers": 4, "hidden": width},
-        branch=BranchConfig(hidden=[heads] * 3, forces=forces),
-    )
-    return Potential(config, ["task"], {"task": "task"}, seed=0).train()
-
-
-def trainer_of(potential: Potential, precision: str, device: torch.device) -> Timed:
-    """One task, one process, the defaults of a run."""
-    world = alone()
-    potential = potential.to(device)
-    parameters = dict(potential.named_parameters())
-    parts = [("branch-task", potential.branch_parameters("task")), ("encoder", potential.encoder_parameters())]
-    return Timed(
-        potential=potential,
-        parameters=parameters,
-        gradients=Gradients([ModelPart(name, [p for _, p in of], world.group) for name, of in parts]),
-        optimizer=adamw(parameters, 1e-3, 0.01),
-        schedule=Schedule("constant", 100, 1000),
-        average=MovingAverage(parameters, 0.999),
-        objective=ObjectiveConfig(),
-        tasks=[Task("task", 1.0, 1.0)],
-        world=world.group,
-        device=device,
-        precision=precision,
-        clip=10.0,
-        lr=1e-3,
-    )
-
-
-def with_plain_encoder(potential: Potential) -> Potential:
-    plain = copy.deepcopy(potential)
-    plain.encoder = PLAIN[plain.config.encoder.name](plain.encoder)
-    return plain
-
-
-def batches_of(source: Source, structures: int, count: int) -> list[Batch]:
-    """Batches of structures drawn at random from the training split."""
-    index, rng = np.asarray(source.store.index("train")).astype(np.int64), np.random.default_rng(0)
-    drawn = [rng.choice(index, structures, replace=len(index) < structures) for _ in range(count)]
-    return [collate([(source, chosen)], CUTOFF) for chosen in drawn]
+PARTS = ("step", "painn", "conservative", "prediction", "waiting", "memory", "start")
 
 
 def arithmetic(potential: Potential, batch: Batch) -> float:
@@ -128,9 +63,10 @@ def arithmetic(potential: Potential, batch: Batch) -> float:
 
 
 def matmul_rate(precision: str, device: torch.device, size: int = 4096) -> float:
-    """Floating-point operations per second of a square matrix product."""
+    """Floating-point operations per second of a square matrix product, the second of two."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
     started = now(device)
     torch.mm(a, b)
     return 2.0 * size**3 / (now(device) - started)
@@ -148,45 +84,84 @@ def copy_rate(device: torch.device) -> float:
     return 2 * a.nbytes / statistics.median(times)
 
 
-def compare(
-    name: str, source: Source, width: int, precision: str, args: argparse.Namespace, encoder: str = "egnn"
-) -> list[dict]:
-    """Steps of both forms in turns, and the matrix product between them."""
-    device, rows = torch.device(args.device), []
-    batches = [b.to(device, torch.float32) for b in batches_of(source, args.batch, args.turns)]
-    potential = potential_of(width, encoder)
-    plain = trainer_of(with_plain_encoder(potential), "fp32", device)
-    ours = trainer_of(potential, precision, device)
-    done = arithmetic(potential, batches[0])
-    for trainer in (plain, ours):
-        trainer.timed_step(batches[0])
-    matmul_rate(precision, device)
-    times = {"plain": [], "ours": []}
-    rates = []
-    for batch in batches:
-        times["plain"].append(plain.timed_step(batch))
-        times["ours"].append(ours.timed_step(batch))
-        rates.append((matmul_rate(precision, device), arithmetic(potential, batch)))
-    ratios = {p: statistics.median(a[p] / b[p] for a, b in zip(*times.values(), strict=True)) for p in times["ours"][0]}
-    steps = [t["step"] for t in times["ours"]]
-    limit = statistics.median(rate for rate, _ in rates)
-    fraction = statistics.median(work / s for (_, work), s in zip(rates, steps, strict=True)) / limit
-    label = f"{name} 4x{width} {precision}" if encoder == "egnn" else f"{name} {encoder} 4x{width} {precision}"
-    rate = args.batch / statistics.median(steps)
-    rows.append(row(f"{label}, step", rate, "structures/s", ratios["step"], fraction, args))
-    plain_rate = args.batch / statistics.median(t["step"] for t in times["plain"])
-    rows.append(row(f"{label}, step of the plain form in float32", plain_rate, "structures/s", 1.0, None, args))
-    for phase in PHASES:
-        median = statistics.median(t[phase] for t in times["ours"])
-        rows.append(row(f"{label}, {phase}", 1000 * median, "ms", ratios[phase], None, args))
-    rows.append(row(f"{label}, arithmetic of a step", done / 1e9, "Gflop", None, None, args))
-    rows.append(row(f"{label}, product of 4096-cubed matrices", limit / 1e9, "Gflop/s", None, 1.0, args))
-    return rows
+class Comparison:
+    """Batches of one store on one device with one number of threads, and rows about them."""
+
+    def __init__(self, name: str, source: Source, threads: int, args: argparse.Namespace) -> None:
+        self.name, self.args, self.device = name, args, torch.device(args.device)
+        self.machine = machine(self.device, threads, Clock.name)
+        self.batches = [b.to(self.device, torch.float32) for b in batches_of(source, args.batch, args.turns)]
+
+    def rate(self, label: str, unit: str, times: list[Times], part: str, **of: float | None) -> dict:
+        """How many structures or atoms were done per second, and edges with them."""
+        counts = [{"structures/s": b.structures, "atoms/s": len(b.numbers)}[unit] for b in self.batches]
+        edges = [b.edges.shape[1] for b in self.batches]
+        per_second, edge_rate = (
+            statistics.median(n / t[part] for n, t in zip(many, times, strict=False)) for many in (counts, edges)
+        )
+        return row(f"{self.name} {label}", per_second, unit, self.machine, edges=edge_rate, **of)
+
+    def steps(self, width: int, precisions: list[str], encoder: str = "egnn") -> Iterator[dict]:
+        """Training steps of both forms, and the matrix products that they could be as fast as."""
+        potential = potential_of(width, encoder)
+        trainers = {"plain": trainer_of(with_plain_encoder(potential), "fp32", self.device)}
+        trainers |= {precision: trainer_of(potential, precision, self.device) for precision in precisions}
+        forms = {form: trainer.timed_step for form, trainer in trainers.items()}
+        limits = {p: [matmul_rate(p, self.device) for _ in range(3)] for p in precisions}
+        times = in_turns(forms, self.batches, self.args.seconds)
+        limit_of = {
+            p: statistics.median([*limits[p], *(matmul_rate(p, self.device) for _ in range(3))]) for p in limits
+        }
+        size = f"4x{width}" if encoder == "egnn" else f"{encoder} 4x{width}"
+        label = f"{size} fp32, step of the plain form in float32"
+        yield self.rate(label, "structures/s", times["plain"], "step", ratio=1.0)
+        done = [arithmetic(potential, batch) for batch in self.batches]
+        for p in precisions:
+            of_limit = statistics.median(n / t["step"] for n, t in zip(done, times[p], strict=False)) / limit_of[p]
+            ratios = {part: ratio(times["plain"], times[p], part) for part in ("step", *PHASES)}
+            label = f"{size} {p}, step"
+            yield self.rate(label, "structures/s", times[p], "step", ratio=ratios["step"], fraction=of_limit)
+            for phase in PHASES:
+                milliseconds = 1000 * statistics.median(t[phase] for t in times[p])
+                yield row(f"{self.name} {size} {p}, {phase}", milliseconds, "ms", self.machine, ratio=ratios[phase])
+            yield row(f"{self.name} {size} {p}, arithmetic of a step", done[0] / 1e9, "Gflop", self.machine)
+            product = f"{self.name} {size} {p}, product of 4096-cubed matrices"
+            yield row(product, limit_of[p] / 1e9, "Gflop/s", self.machine, fraction=1.0)
+
+    def conservative(self) -> Iterator[dict]:
+        """Steps with forces that are minus the gradient of the energy, beside those of a head, in both forms."""
+        forms = {}
+        for forces in ("direct", "conservative"):
+            potential = potential_of(64, forces=forces, layers=3)
+            forms[forces, "plain"] = trainer_of(with_plain_encoder(potential), "fp32", self.device).timed_step
+            forms[forces, "ours"] = trainer_of(potential, "fp32", self.device).timed_step
+        times = in_turns(forms, self.batches, self.args.seconds)
+        for forces in ("direct", "conservative"):
+            plain, ours = times[forces, "plain"], times[forces, "ours"]
+            label = f"3x64 fp32 {forces}, step"
+            yield self.rate(f"{label} of the plain form", "structures/s", plain, "step", ratio=1.0)
+            yield self.rate(label, "structures/s", ours, "step", ratio=ratio(plain, ours, "step"))
+        for form, of in (("plain", ", plain form"), ("ours", "")):
+            value = ratio(times["conservative", form], times["direct", form], "step")
+            yield row(f"{self.name} 3x64 fp32, conservative / direct step{of}", value, "times", self.machine)
+
+    def prediction(self, width: int, precisions: list[str]) -> Iterator[dict]:
+        """Energies and forces of a head without anything kept for gradients."""
+        potential = potential_of(width)
+        forms = {"plain": trainer_of(with_plain_encoder(potential), "fp32", self.device).timed_prediction}
+        forms |= {p: trainer_of(potential, p, self.device).timed_prediction for p in precisions}
+        times = in_turns(forms, self.batches, self.args.seconds)
+        part = "prediction"
+        yield self.rate(f"4x{width} fp32, prediction of the plain form", "atoms/s", times["plain"], part, ratio=1.0)
+        for p in precisions:
+            of = {"ratio": ratio(times["plain"], times[p], part)}
+            yield self.rate(f"4x{width} {p}, prediction", "atoms/s", times[p], part, **of)
 
 
-def waiting(source: Source, width: int, args: argparse.Namespace) -> dict:
+def waiting(source: Source, width: int, threads: int, args: argparse.Namespace) -> dict:
     """The share of the time that a run waits for its next batch, prepared by one thread ahead."""
-    trainer = trainer_of(potential_of(width), "fp32", torch.device(args.device))
+    device = torch.device(args.device)
+    trainer = trainer_of(potential_of(width), "fp32", device)
     index, rng = np.asarray(source.store.index("train")).astype(np.int64), np.random.default_rng(1)
     chosen = [rng.choice(index, args.batch) for _ in range(20)]
     steps, waited = ahead(lambda k: collate([(source, chosen[k])], CUTOFF), 0, len(chosen), 1), 0.0
@@ -198,18 +173,19 @@ def waiting(source: Source, width: int, args: argparse.Namespace) -> dict:
         waited += time.perf_counter() - asked
         trainer.timed_step(batch)
     share = 100 * waited / (time.perf_counter() - started)
-    return row(f"4x{width} fp32, waiting for data", share, "% of the time", None, None, args)
+    return row(f"4x{width} fp32, waiting for data", share, "% of the time", machine(device, threads, Clock.name))
 
 
-def in_fresh_process(what: str, form: str, args: argparse.Namespace) -> float:
+def in_fresh_process(what: str, form: str, threads: int, args: argparse.Namespace) -> float:
     """`memory`: peak resident bytes that a step of batch 128 adds; `start`: seconds until the first step is done."""
     command = [sys.executable, __file__, "--child", what, "--form", form, "--molecules", args.molecules]
     started = time.perf_counter()
-    out = subprocess.run([*command, "--threads", str(args.threads)], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run([*command, "--threads", str(threads)], check=True, capture_output=True, text=True).stdout
     return float(out.split()[-1]) if what == "memory" else time.perf_counter() - started
 
 
 def child(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads[0])
     width, size = (866, 128) if args.child == "memory" else (128, 32)
     batch = batches_of(source_of(args.molecules), size, 1)[0].to(dtype=torch.float32)
     potential = potential_of(width)
@@ -227,43 +203,34 @@ def peak() -> int:
     return int(lines["VmHWM"].split()[0]) * 1024
 
 
-def row(name, value, unit, ratio, fraction, args) -> dict:
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "ratio_to_plain": ratio,
-        "fraction_of_limit": fraction,
-        "machine": machine(args),
-    }
-
-
-def machine(args: argparse.Namespace) -> str:
-    if args.device != "cpu":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads, torch {torch.__version__}"
-
-
-def source_of(store: str) -> Source:
-    """A store as one task, with the first of its label sets."""
-    labels = next(iter(json.loads((Path(store) / "manifest.json").read_text())["tasks"]))
-    return open_sources({"task": TaskConfig(store=store, labels=labels)})[0]
-
-
-def show(rows: list[dict]) -> None:
-    print(f"{'':58}{'':>10} {'':14}{'ratio':>7}{'of limit':>9}")
-    for r in rows:
-        ratio, fraction = (f"{r[k]:.2f}" if r[k] is not None else "" for k in ("ratio_to_plain", "fraction_of_limit"))
-        print(f"{r['name']:58}{r['value']:10.4g} {r['unit']:14}{ratio:>7}{fraction:>9}", flush=True)
-
-
-def keep(rows: list[dict], path: Path) -> None:
-    """Put rows into a file, in place of older ones of the same name and machine."""
-    old = json.loads(path.read_text()) if path.exists() else []
-    names = {(r["name"], r["machine"]) for r in rows}
-    path.write_text(json.dumps([r for r in old if (r["name"], r["machine"]) not in names] + rows, indent=1) + "\n")
+def measured(threads: int, args: argparse.Namespace) -> Iterator[dict]:
+    """All rows that are asked for, with one number of threads."""
+    torch.set_num_threads(threads)
+    stores = {n: source_of(s) for n, s in (("molecules", args.molecules), ("crystals", args.crystals)) if s}
+    here = machine(torch.device(args.device), threads, Clock.name)
+    if "step" in args.only:
+        for name, source in stores.items():
+            for width in args.widths:
+                yield from Comparison(name, source, threads, args).steps(width, args.precisions)
+        yield row("copy", copy_rate(torch.device(args.device)) / 1e9, "GB/s", here)
+    if "molecules" not in stores:
+        return
+    molecules = Comparison("molecules", stores["molecules"], threads, args)
+    if "painn" in args.only:
+        yield from molecules.steps(128, ["fp32"], "painn")
+    if "conservative" in args.only:
+        yield from molecules.conservative()
+    if "prediction" in args.only:
+        yield from molecules.prediction(128, args.precisions)
+    if "waiting" in args.only:
+        yield waiting(stores["molecules"], 128, threads, args)
+    if "memory" in args.only:
+        peaks = {form: in_fresh_process("memory", form, threads, args) for form in ("plain", "ours", "recompute")}
+        for form, most in peaks.items():
+            name = f"4x866 fp32, batch 128: peak memory of a step, {form}"
+            yield row(name, most / 2**30, "GiB", here, ratio=peaks["plain"] / most)
+    if "start" in args.only:
+        yield row("4x128, import to first step", in_fresh_process("start", "ours", threads, args), "s", here)
 
 
 def main() -> None:
@@ -273,49 +240,42 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[866, 128])
     parser.add_argument("--precisions", nargs="+", default=None, help="fp32 bf16; bf16 only where it is fast")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--turns", type=int, default=9, help="batches")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="begin no further turn after these, from the fourth on"
+    )
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=None, help="one after the other; 1, and 2 if there are"
+    )
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: of one thread only")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="+", default=["step", "waiting", "memory", "start"], help="which figures")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="which figures")
     parser.add_argument("--short", action="store_true", help="small models; fails where a ratio is far too small")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--form", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.precisions is None:
-        fast = args.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        args.precisions = ["fp32", "bf16"] if fast else ["fp32"]
     if args.child:
         child(args)
         return
+    if args.threads is None:
+        two = args.device == "cpu" and args.clock == "wall" and (os.cpu_count() or 1) > 1
+        args.threads = [1, 2] if two else [1]
+    if args.clock == "processor" and args.threads != [1]:
+        parser.error("--clock processor adds up the times of threads: give it --threads 1")
+    Clock.use(args.clock)
+    if args.precisions is None:
+        fast = args.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        args.precisions = ["fp32", "bf16"] if fast else ["fp32"]
     if args.short:
-        args.widths, args.precisions, args.only = [128], ["fp32"], ["step"]
-    stores = {n: source_of(s) for n, s in (("molecules", args.molecules), ("crystals", args.crystals)) if s}
-    rows = []
-    if "step" in args.only:
-        for name, source in stores.items():
-            for width in args.widths:
-                for precision in args.precisions:
-                    rows += compare(name, source, width, precision, args)
-        if "molecules" in stores and not args.short:
-            rows += compare("molecules", stores["molecules"], 128, "fp32", args, encoder="painn")
-        rows.append(row("copy", copy_rate(torch.device(args.device)) / 1e9, "GB/s", None, None, args))
-    if "waiting" in args.only and "molecules" in stores:
-        rows.append(waiting(stores["molecules"], 128, args))
-    if "memory" in args.only and args.molecules:
-        peaks = {form: in_fresh_process("memory", form, args) for form in ("plain", "ours", "recompute")}
-        for form, most in peaks.items():
-            name = f"4x866 fp32, batch 128: peak memory of a step, {form}"
-            rows.append(row(name, most / 2**30, "GiB", peaks["plain"] / most, None, args))
-    if "start" in args.only and args.molecules:
-        rows.append(row("4x128, import to first step", in_fresh_process("start", "ours", args), "s", None, None, args))
-    if args.short:
-        slow = [r["name"] for r in rows if r["name"].endswith("step") and r["ratio_to_plain"] < LEAST_RATIO]
+        args.widths, args.precisions, args.only, args.threads = [128], ["fp32"], ["step"], args.threads[:1]
+    for threads in args.threads:
+        rows = list(measured(threads, args))
         show(rows)
-        sys.exit(f"slower than it should be: {', '.join(slow)}" if slow else 0)
-    show(rows)
-    keep(rows, args.out)
+        if args.short:
+            slow = [r["name"] for r in rows if r["name"].endswith("step") and r["ratio_to_plain"] < LEAST_RATIO]
+            sys.exit(f"slower than it should be: {', '.join(slow)}" if slow else 0)
+        keep(rows, args.out)
 
 
 if __name__ == "__main__":

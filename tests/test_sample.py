@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -117,6 +118,30 @@ def test_the_files_are_the_same_bytes_whatever_the_number_of_workers(made, tmp_p
 def test_another_seed_gives_other_structures():
     one, other = (ani1x.compute("H2O", 1, seed).records[0][1].positions for seed in (0, 1))
     assert np.abs(one - other).max() > 1e-3
+
+
+def test_larger_molecules_have_nine_to_twenty_six_atoms_and_closed_shells():
+    larger = molecules.larger().values()
+    assert sorted(Counter(len(m.numbers) for m in larger).items()) == [(atoms, 2) for atoms in range(9, 27)]
+    for mol in larger:
+        assert mol.numbers.sum() % 2 == 0, mol.name
+        bonded = molecules.bonds(mol.numbers, mol.positions)
+        reached = np.linalg.matrix_power(np.eye(len(bonded), dtype=int) + bonded, len(bonded)) > 0
+        assert reached.all(), f"{mol.name} is more than one molecule"
+
+
+@pytest.mark.parametrize("cells", [2, 3])
+def test_cells_one_above_the_other_are_the_same_crystal(cells):
+    for material in crystals.MATERIALS[::20]:
+        around = []
+        for of in (material, replace(material, cells=cells)):
+            cell, fractional = crystals.ideal(of)
+            images = np.stack(np.meshgrid(*[np.arange(-3, 4)] * 3, indexing="ij"), -1).reshape(-1, 1, 3)
+            apart = ((images + fractional - fractional[0]) @ cell).reshape(-1, 3)
+            numbers, distances = np.tile(of.numbers, len(images)), np.linalg.norm(apart, axis=1)
+            around.append(sorted(zip(numbers[distances < 8.0].tolist(), distances[distances < 8.0], strict=True)))
+        assert len(around[0]) > 8
+        np.testing.assert_allclose(around[1], around[0], atol=1e-9)
 
 
 def test_sources_json_says_the_level_of_theory_that_was_computed(made):

@@ -138,11 +138,15 @@ def sample(
     structures: Annotated[int, typer.Option(help="structures of each source")] = 300,
     seed: Annotated[int, typer.Option(help="of everything that is random")] = 0,
     workers: Annotated[int | None, typer.Option(help="processes; default: one for each core")] = None,
+    larger: Annotated[
+        bool,
+        typer.Option("--larger", help="molecules of 9-26 atoms and crystals of 16 and 24 only: to measure speed with"),
+    ] = False,
 ) -> None:
     """Five small sources in the five published file formats, made on the spot with real quantum chemistry."""
     from multifid.workflows.sample import sample as run
 
-    run(out, seed=seed, structures=structures, workers=workers)
+    run(out, seed=seed, structures=structures, workers=workers, larger=larger)
 
 
 @command(PANEL)

@@ -41,15 +41,23 @@ SOURCES: tuple[ModuleType, ...] = (alexandria, mptrj, transition1x, qm7x, ani1x)
 
 
 def sample(
-    out: Path, *, seed: int = 0, structures: int = 300, workers: int | None = None, progress: bool = True
+    out: Path,
+    *,
+    seed: int = 0,
+    structures: int = 300,
+    workers: int | None = None,
+    larger: bool = False,
+    progress: bool = True,
 ) -> dict[str, dict]:
     """Make the five sources in the directory `out` and return what `sources.json` says of each file.
 
     `structures` is what each source has, about: `mptrj`, the most expensive one, has two thirds of it, `alexandria` as
     many as its relaxations take steps. What does not converge, or has a force above 30 eV/angstrom, is skipped and
     counted (a relaxation or a reaction that fails counts once).
-    The files depend on `seed` and `structures`, not on `workers` (processes; default: one per core). Existing files of
-    these names are replaced, each only when the new one is whole; `sources.json` comes last.
+    `larger`: only `ani1x.h5`, of molecules of 9 to 26 atoms, and `mptrj.json`, of cells of 16 and 24: sizes of
+    published data, to measure speed with.
+    The files depend on `seed`, `structures` and `larger`, not on `workers` (processes; default: one per core). Existing
+    files of these names are replaced, each only when the new one is whole; `sources.json` comes last.
 
     Worker processes are spawned: a script that calls this needs the usual `if __name__ == "__main__":`.
     Raises ValueError without tblite (`pip install 'multifid[demo]'`).
@@ -68,21 +76,30 @@ def sample(
     spawned = multiprocessing.get_context("spawn")  # a forked child would inherit the parent's threads and locks
     with one_thread_each(), ProcessPoolExecutor(workers or _cores(), spawned) as pool:
         try:
-            outcomes = _computed(pool, structures, seed, progress)
+            outcomes = _computed(pool, _jobs(structures, seed, larger), progress)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     said: dict[str, dict] = {}
-    for source in SOURCES:
+    for source in (s for s in SOURCES if s.TASK in outcomes):
         said |= _written(out, source, outcomes[source.TASK], seed)
     with _whole((out / "sources.json",)) as (path,):
         path.write_text(json.dumps(said, indent=2) + "\n")
     return said
 
 
-def _computed(pool: ProcessPoolExecutor, structures: int, seed: int, progress: bool) -> dict[str, list[JobResult]]:
+def _jobs(structures: int, seed: int, larger: bool) -> dict[ModuleType, list[tuple]]:
+    """What is to be computed for each source, in the order of computing."""
+    if larger:
+        return {source: source.larger_jobs(structures, seed) for source in (mptrj, ani1x)}
+    return {source: source.jobs(structures, seed) for source in SOURCES}
+
+
+def _computed(
+    pool: ProcessPoolExecutor, jobs_of: dict[ModuleType, list[tuple]], progress: bool
+) -> dict[str, list[JobResult]]:
     """The outcomes of all jobs of all sources, in the order of the jobs."""
-    futures = {s.TASK: [pool.submit(s.compute, *job) for job in s.jobs(structures, seed)] for s in SOURCES}
+    futures = {s.TASK: [pool.submit(s.compute, *job) for job in jobs] for s, jobs in jobs_of.items()}
     everything = [future for each in futures.values() for future in each]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:

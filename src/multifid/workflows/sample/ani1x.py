@@ -12,13 +12,14 @@ import h5py
 import numpy as np
 from ase.units import Hartree
 
-from multifid.workflows.sample.molecules import distorted, library, relaxed, storable
+from multifid.workflows.sample.molecules import distorted, larger, library, relaxed, storable
 from multifid.workflows.sample.plan import choose, new_rng, portions
 from multifid.workflows.sample.xtb import JobResult, Point, Unusable, singlepoint
 
 TASK = FORMAT = "ani1x"
 METHOD = LEVEL_OF_THEORY = "GFN2-xTB"
 FILES = ("ani1x.h5",)
+PER_MOLECULE = 4  # of the larger ones, whose relaxation costs most
 COLDEST, HOTTEST = 0.02, 0.12  # eV: between room temperature and 1400 K
 
 # levels of the published file that are missing here: key -> shape per conformer, "atoms" where it depends
@@ -36,6 +37,12 @@ VECTORS = {"wb97x_dz.dipole": 3, "wb97x_tz.dipole": 3, "wb97x_dz.quadrupole": 6}
 
 def jobs(structures: int, seed: int) -> list[tuple]:
     chosen = choose(list(library()), structures, new_rng(seed, TASK))
+    return [(name, n, seed) for name, n in zip(chosen, portions(structures, len(chosen)), strict=True)]
+
+
+def larger_jobs(structures: int, seed: int) -> list[tuple]:
+    """The same of molecules as large as published ones."""
+    chosen = choose(list(larger()), structures // PER_MOLECULE, new_rng(seed, TASK, "larger"))
     return [(name, n, seed) for name, n in zip(chosen, portions(structures, len(chosen)), strict=True)]
 
 

@@ -60,11 +60,12 @@ class Material:
     symbols: tuple[str, str, str, str]
     lattice_constant: float  # angstrom
     relaxes: bool  # within a few steps, to a minimum near the prototype
+    cells: int = 1  # of eight atoms, one above the other
 
     @property
     def numbers(self) -> np.ndarray:
-        """(8,) atomic numbers."""
-        return np.repeat([NUMBERS[symbol] for symbol in self.symbols], 2)
+        """(8 cells,) atomic numbers."""
+        return np.tile(np.repeat([NUMBERS[symbol] for symbol in self.symbols], 2), self.cells)
 
 
 def _materials() -> list[Material]:
@@ -79,9 +80,12 @@ MATERIALS = _materials()
 
 
 def ideal(material: Material) -> tuple[np.ndarray, np.ndarray]:
-    """Cell (3, 3) and fractional coordinates (8, 3) of the undistorted prototype."""
+    """Cell (3, 3) and fractional coordinates (8 cells, 3) of the undistorted prototype."""
     cell, cations, shift = PROTOTYPES[material.prototype]
-    return cell * material.lattice_constant, np.concatenate([cations, cations + shift])
+    one = np.concatenate([cations, cations + shift])
+    above = np.array([0, 0, 1 / material.cells])
+    fractional = np.concatenate([one * [1, 1, 1 / material.cells] + k * above for k in range(material.cells)])
+    return cell * material.lattice_constant * np.array([[1], [1], [material.cells]]), fractional
 
 
 def distorted(
@@ -91,7 +95,7 @@ def distorted(
     cell, fractional = ideal(material)
     deformation = rng.normal(0.0, strain, (3, 3))
     cell = np.round(cell @ (np.eye(3) + (deformation + deformation.T) / 2), 8)
-    return cell, np.round(fractional @ cell + rng.normal(0.0, rattle, (8, 3)), 8)
+    return cell, np.round(fractional @ cell + rng.normal(0.0, rattle, fractional.shape), 8)
 
 
 def structure_dict(

@@ -1,9 +1,10 @@
-"""The molecules of the three molecular sources: H, C, N, O; closed shells; up to 12 atoms; and how to distort them.
+"""The molecules of the molecular sources: H, C, N, O; closed shells; up to 12 atoms, or 9 to 26; how to distort them.
 
 Half of them are ASE's copy of the G2 set (Curtiss et al., J. Chem. Phys. 106, 1063 (1997)), the rest are made by
 joining two molecules, each less one hydrogen, and relaxing. No network, no file.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -48,6 +49,9 @@ JOINED = {
     "aminoacetonitrile": ("HCN", "C", "H3CNH2", "C"),       "methyloxirane": ("CH2OCH2", "C", "CH4", "C"),
 }
 # fmt: on
+# joined in pairs and in threes, each by its first carbon
+PARTS = ("C6H6", "C5H5N", "C4H4O", "C3H8", "C2H6CHOH", "CH3CONH2", "CH3OH", "CH3CH2NH2", "HCOOCH3", "glycine")
+SMALLEST, LARGEST, OF_A_SIZE = 9, 26, 2  # atoms of the larger molecules, and how many molecules there are of each size
 LARGEST_FORCE, STEPS = 0.05, 200  # eV/angstrom: where a relaxation ends; steps: where it is given up
 
 
@@ -76,12 +80,30 @@ def library() -> dict[str, Molecule]:
 
 
 @cache
+def larger() -> dict[str, Molecule]:
+    """Molecules as large as those of published data, as many of each size, by the names of their parts; unrelaxed."""
+    made = {(name,): _built(name) for name in PARTS}
+    for one, other in [*itertools.product(PARTS, PARTS), *itertools.product(itertools.product(PARTS, PARTS), PARTS)]:
+        parts = one if isinstance(one, tuple) else (one,)
+        if list(parts) == sorted(parts) and parts[-1] <= other and len(made[parts]) + len(made[other,]) - 2 <= LARGEST:
+            made[*parts, other] = _join(made[parts], "C", made[other,], "C")
+    found: dict[str, Molecule] = {}
+    for parts, atoms in made.items():
+        alike = sum(len(m.numbers) == len(atoms) for m in found.values())
+        if len(atoms) >= SMALLEST and alike < OF_A_SIZE:
+            order = np.argsort(atoms.numbers, kind="stable")
+            name = " + ".join(parts)
+            found[name] = Molecule(name, atoms.numbers[order], atoms.positions[order])
+    return found
+
+
+@cache
 def relaxed(name: str, method: str) -> Molecule:
     """The molecule at its minimum. Raises Unusable where the relaxation fails or breaks a bond.
 
     Kept per process: sources share molecules, and reactions share end points.
     """
-    start = library()[name]
+    start = library().get(name) or larger()[name]
     atoms = Atoms(start.numbers, start.positions)
     atoms.calc = XTB(method)
     if not BFGS(atoms, logfile=None).run(fmax=LARGEST_FORCE, steps=STEPS):

@@ -4,6 +4,7 @@ The material identifiers are made up and far above the Materials Project's own. 
 everything derived from the corrected energy is null.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -28,6 +29,14 @@ def jobs(structures: int, seed: int) -> list[tuple]:
     frames = max(1, round(SHARE * structures))
     chosen = choose(pool, frames // PER_MATERIAL, new_rng(seed, TASK))
     return [(material, n, seed) for material, n in zip(chosen, portions(frames, len(chosen)), strict=True)]
+
+
+def larger_jobs(structures: int, seed: int) -> list[tuple]:
+    """The same in cells of 16 and 24 atoms."""
+    frames = max(1, round(SHARE * structures))
+    chosen = choose(MATERIALS, frames // PER_MATERIAL, new_rng(seed, TASK, "larger"))
+    counts = portions(frames, len(chosen))
+    return [(replace(m, cells=2 + i % 2), n, seed) for i, (m, n) in enumerate(zip(chosen, counts, strict=True))]
 
 
 def compute(material: Material, count: int, seed: int) -> JobResult:

@@ -249,9 +249,9 @@ def test_every_block_is_verified_by_reading_everything_in_threads(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    touched = store._files["positions"]
+    touched = store.parts.each[0].files["positions"]
     assert touched.left == 0 and touched.verified.all()
-    assert store._files["source_id"].left == 1
+    assert store.parts.each[0].files["source_id"].left == 1
 
 
 def test_what_is_no_store_is_refused(tmp_path, store):
@@ -260,8 +260,8 @@ def test_what_is_no_store_is_refused(tmp_path, store):
     with pytest.raises(ValueError, match="verify must be one of"):
         Store(store.path, verify="sometimes")
     manifest = json.loads((store.path / "manifest.json").read_text())
-    (store.path / "manifest.json").write_text(json.dumps({**manifest, "schema": 2}))
-    with pytest.raises(ValueError, match="schema 2"):
+    (store.path / "manifest.json").write_text(json.dumps({**manifest, "schema": 3}))
+    with pytest.raises(ValueError, match="schema 3"):
         Store(store.path)
 
 
@@ -316,7 +316,7 @@ if {stage!r} == "append":
     os.kill(os.getpid(), signal.SIGKILL)
 import numpy as np
 writer.seal()
-module._sync = lambda entry: os.kill(os.getpid(), signal.SIGKILL)  # the manifest is written, not renamed
+module.to_disk = lambda entry: os.kill(os.getpid(), signal.SIGKILL)  # the manifest is written, not renamed
 writer.commit(np.zeros(60, np.uint8), {{"source": {{}}}})
 """
 

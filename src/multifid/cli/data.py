@@ -183,3 +183,46 @@ def subset(
 
     sizes = {name: n for name, n in (("train", train), ("validation", validation), ("test", test)) if n is not None}
     run(store, out, where or [], workers, sizes, seed)
+
+
+@command(PANEL)
+def add(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="a prepared store")],
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[INPUT...]", help="files, directories or 'patterns'")
+    ] = None,
+    format: Annotated[str, typer.Option(help="of the files; auto: as the first one looks")] = "auto",
+    task: Annotated[str | None, typer.Option(help="label set they belong to; default: the only one")] = None,
+    train: Annotated[list[Path] | None, typer.Option(help="an input that is all training split")] = None,
+    validation: Annotated[list[Path] | None, typer.Option(help="an input that is all validation split")] = None,
+    test: Annotated[list[Path] | None, typer.Option(help="an input that is all test split")] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="fit reference energies and scale again, to all; default: they are kept")
+    ] = False,
+    level_of_theory: Annotated[str | None, typer.Option(help="of the files; it must be the store's")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="key=value of the format, as energy=corrected")] = None,
+    property: Properties = None,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="set aside what repeats a stored structure or an earlier one")
+    ] = False,
+    trust_units: Annotated[bool, typer.Option("--trust-units", help="add though the units look wrong")] = False,
+    workers: Annotated[int, typer.Option(help="processes that read; the store is the same for all")] = 1,
+) -> None:
+    """Add files to a store as a new part; runs that began with it go on with what it held then."""
+    from multifid.workflows.derive import add as run
+
+    run(
+        store,
+        inputs or [],
+        format=format,
+        task=task,
+        train=train or (),
+        validation=validation or (),
+        test=test or (),
+        refit=refit,
+        level_of_theory=level_of_theory,
+        options=options_of(option, property),
+        drop_duplicates=drop_duplicates,
+        trust_units=trust_units,
+        workers=workers,
+    )

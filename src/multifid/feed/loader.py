@@ -67,7 +67,7 @@ class Source:
 @lru_cache
 def trained_values(store: Store, field: str) -> list[int]:
     """The charges ("charge") or multiplicities ("spin") of a store's train split, ascending; [0] or [1] without any."""
-    if f"{field}.npy" not in store.manifest["files"]:
+    if not store.has(field):
         return [{"charge": 0, "spin": 1}[field]]
     found: set[int] = set()
     for start in range(0, store.size("train"), AT_ONCE):
@@ -215,7 +215,7 @@ def _even_edges(store: Store, indices: np.ndarray, cutoff: float, factor: float)
     s = np.minimum(cutoff / cube_root(3 * natoms / (4 * np.pi * MOLECULAR_DENSITY)), 2.0)
     cube = s * s * s
     edges = np.minimum(factor * pairs * (cube - 9 / 16 * cube * s + cube * cube / 32), pairs)
-    if "cell.npy" in store.manifest["files"]:
+    if store.has("cell"):
         volume = np.abs(determinant(store.rows("cell", indices)))
         crystal = store.rows("pbc", indices).all(axis=1) & (volume > 0)
         edges[crystal] = factor * natoms[crystal] ** 2 / volume[crystal] * (4 / 3 * np.pi * cutoff**3)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import xxhash
 
-from multifid.store.fields import BLOCK, CHECKSUMS, MANIFEST, blocks, damaged
-from multifid.store.manifest import open_checksums
+from multifid.store.fields import BLOCK, CHECKSUMS, MANIFEST, damaged
+from multifid.store.manifest import manifest_file, read_manifest
 from multifid.store.store import Store
 
 
@@ -31,7 +31,7 @@ def stage(store: Store, directory: Path) -> Path:
         if partial is None:
             return target
         try:
-            need = sum(entry["bytes"] for entry in store.manifest["files"].values()) + BLOCK
+            need = sum(entry["bytes"] for part in store.parts.each for entry in part.manifest["files"].values()) + BLOCK
             free = shutil.disk_usage(directory).free
             if need > free:
                 raise OSError(f"{directory} has {free / 1e9:.1f} GB left, and {store.path} needs {need / 1e9:.1f} GB")
@@ -71,15 +71,20 @@ def _alone(target: Path) -> Iterator[Path | None]:
 
 
 def _copy_all(store: Store, folder: Path) -> None:
-    sums = open_checksums(store.path, store.manifest).tolist()
-    start = 0
-    for name, entry in sorted(store.manifest["files"].items()):
-        if name != CHECKSUMS:
-            stop = start + blocks(entry["bytes"])
-            _copy(store.path / name, folder / name, sums[start:stop])
-            start = stop
-    for name in (CHECKSUMS, MANIFEST):  # both are compared with what they say of themselves when the copy is opened
-        shutil.copyfile(store.path / name, folder / name)
+    """Part by part. A store that is opened as it was before an addition is copied as it was."""
+    for number, part in enumerate(store.parts.each):
+        near = folder / part.path.relative_to(store.path)
+        for name, sums in part.sums.items():
+            _copy(part.path / name, near / name, sums.tolist())
+        for name in (CHECKSUMS, *([MANIFEST] if number else [])):  # compared with what is said of them when opened
+            shutil.copyfile(part.path / name, near / name)
+        if number:
+            earlier = manifest_file(folder, number - 1)
+            earlier.parent.mkdir(exist_ok=True)
+            shutil.copyfile(manifest_file(store.path, number - 1), earlier)
+    newest, _ = read_manifest(store.path)
+    now = store.additions == len(newest.get("parts", []))
+    shutil.copyfile(store.path / MANIFEST if now else manifest_file(store.path, store.additions), folder / MANIFEST)
 
 
 def _copy(source: Path, target: Path, sums: list[int]) -> None:

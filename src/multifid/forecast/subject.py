@@ -205,7 +205,7 @@ def triplets_of(edges: np.ndarray, natoms: np.ndarray) -> np.ndarray:
 
 def _periodic(store: Store, indices: np.ndarray) -> bool:
     """Whether some of these structures are crystals, slabs or wires."""
-    return "pbc.npy" in store.manifest["files"] and bool(store.rows("pbc", indices).any())
+    return store.has("pbc") and bool(store.rows("pbc", indices).any())
 
 
 @lru_cache(maxsize=32)

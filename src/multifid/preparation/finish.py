@@ -1,19 +1,21 @@
 """The second pass of `prepare`: doubt, divide, fit, count, and commit the store whose structures are all written."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from multifid.preparation.append import refuse_foreign
 from multifid.preparation.inputs import Input
 from multifid.preparation.intake import Intake
 from multifid.preparation.properties import survey_property
-from multifid.preparation.split import Divided, NothingLeft, divide, fitted, folded, set_unseen_aside
+from multifid.preparation.split import Divided, NothingLeft, appended, divide, fitted, folded, set_unseen_aside
 from multifid.preparation.survey import sample_edges, survey_task
 from multifid.preparation.workers import Call, Workers
 from multifid.quality.check import check_fields, geometries
 from multifid.quality.doubts import Doubt
-from multifid.quality.leakage import set_aside
+from multifid.quality.leakage import chunks, set_aside
 from multifid.quality.outliers import outliers_of_fields
 from multifid.store.array_file import Rows
 from multifid.store.fields import file_checksum, files_of
@@ -33,6 +35,7 @@ class Rule:
     kept: bool = False  # as the records say, whatever is empty then
     fold: tuple[int, int] | None = None  # (k, n): test is the k-th of n parts
     others: list[Store] = field(default_factory=list)  # and those that are trained on here and tested on there
+    onto: Store | None = None  # the store that these structures are added to
 
 
 def finish(
@@ -52,6 +55,8 @@ def finish(
     judged: Call = (check_fields, (fields, levels, isolated))
     calls: list[Call] = [judged, *((file_checksum, (file.path,)) for file in files)]
     (checked, *sums), (split, splits) = pool.beside(calls, lambda: _divide(fields, intake, files, rule))
+    if rule.onto is not None:
+        refuse_foreign(rule.onto, label_sets, {file.name: own for file, own in zip(files, sums, strict=True)})
     doubts = _doubts(checked.doubts, trust_units, [file.name for file in files])
     tasks = {
         name: {
@@ -134,6 +139,8 @@ def _divide(
         rule.seed,
     )
     aside: dict[str, int] = {}
+    if rule.onto is not None:
+        return _divide_onto(fields, intake, columns, rule, rule.onto)
 
     def divided_by(within: bool) -> tuple[Divided, list[int]]:
         if rule.fold is not None:
@@ -162,6 +169,28 @@ def _divide(
     if not counts["train"]:
         told["fitted_on"] = SPLITS[fitted(divided.split)[0]]
     return divided.split, {**counts, **told, "unseen_elements": unseen, **aside}
+
+
+def _divide_onto(
+    fields: dict[str, Rows], intake: Intake, columns: tuple[Any, ...], rule: Rule, onto: Store
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The splits of structures that are added to a store."""
+    relative, published, file, given, kind, fractions, seed = columns
+    stored = onto.field("relative"), onto.field("split")
+    divided = appended(relative, published, file, given, kind, stored, fractions, seed)
+    split, aside = divided.split, {}
+    if rule.drop_duplicates:  # of what is stored, or of one before
+        both = np.concatenate([stored[1], split])
+        set_aside(both, chain(chunks(onto), geometries(fields)), True, [])
+        aside["duplicates"] = int((both[len(stored[1]) :] != split).sum())
+        split = both[len(stored[1]) :]
+    trained = set(onto.elements) - set(onto.manifest["splits"].get("unseen_elements", [])) if onto.size("train") else ()
+    unseen = set_unseen_aside(split, fields["numbers"], fields["offsets"], intake.writer.present, elsewhere=trained)
+    counts = {name: int((split == code).sum()) for code, name in enumerate(SPLITS)}
+    told = {"seed": seed, "rule": divided.rule, "fractions": list(fractions)}
+    if not counts["train"]:
+        told["fitted_on"] = SPLITS[fitted(split)[0]]
+    return split, {**counts, **told, "unseen_elements": unseen, **aside}
 
 
 def _sources(files: list[Input], intake: Intake, sums: list[str]) -> list[dict[str, Any]]:

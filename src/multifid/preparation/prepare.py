@@ -47,6 +47,7 @@ def prepare(
     drop_duplicates_of: Sequence[Path | str] = (),
     keep_splits: bool = False,
     fold: tuple[int, int] | None = None,
+    onto: Store | None = None,
     workers: int = 1,
     rank: int = 0,
     size: int = 1,
@@ -62,7 +63,7 @@ def prepare(
     the store also where its units look wrong (what speaks against them goes into the manifest). drop_duplicates: set
     structures aside (split `unused`) that repeat an earlier one. drop_duplicates_of: stores; set aside what is trained
     on here and tested on there, or the other way round. keep_splits: as every record says. fold: (k, n), the k-th of n
-    parts is test (`split.folded`). workers: processes that
+    parts is test (`split.folded`). onto: the store that this will be a part of (`append`). workers: processes that
     read. rank, size: this process among others that prepare the same store on a common file system; only the first has
     a store to return. progress: show a bar on a terminal, and, with `talk`, print what the store holds.
 
@@ -74,7 +75,7 @@ def prepare(
     inputs, files_of_split, options = resolve(inputs, files_of_split or {}, options or {})
     chosen = _options(module, format, options)
     _refuse_wrong(task, limit, workers)
-    rule = Rule(fractions, seed, drop_duplicates, keep_splits, fold, [Store(path) for path in drop_duplicates_of])
+    rule = Rule(fractions, seed, drop_duplicates, keep_splits, fold, [Store(path) for path in drop_duplicates_of], onto)
     files = find_inputs(inputs, files_of_split, module.ENDINGS, folder_marks(module))
     if rank and Path(out).exists():  # the first rank was that much faster, or complains of it
         return None

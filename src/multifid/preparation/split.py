@@ -19,7 +19,7 @@ only test. `unused` (3) is for validation and test structures with an element th
 train split. Reference energies and scale are fitted to the train split, or to what `fitted` says where there is none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,6 +104,55 @@ def divide(
     return Divided(split, "; ".join(rules))
 
 
+def appended(
+    relative: np.ndarray,
+    published: np.ndarray,
+    file: np.ndarray,
+    given: list[str | None],
+    kind: str,
+    stored: tuple[np.ndarray, np.ndarray],
+    fractions: tuple[float, float, float],
+    seed: int,
+) -> Divided:
+    """Divide structures that are added to a store, whose own keep their splits.
+
+    As `divide`, but relatives of a stored structure go where that is (into train where stored relatives are in several
+    splits), and a split may stay empty. Relatives that are new are divided by fractions and seed; where they are fewer
+    than the splits, they go into the one with the largest fraction. stored: relatives and splits of what is there.
+    """
+    _check_fractions(fractions)
+    by_file = np.array([NO_SPLIT if name is None else SPLITS.index(name) for name in given], np.uint8)[file]
+    rules = ["files: " + ", ".join(sorted({name for name in given if name}))] if (by_file != NO_SPLIT).any() else []
+    split = np.where(by_file != NO_SPLIT, by_file, published)
+    if ((by_file == NO_SPLIT) & (published != NO_SPLIT)).any():
+        rules.append("published")
+    there = np.isin(stored[1], (TRAIN, VALIDATION, TEST))
+    names, codes = (np.concatenate(both) for both in ((stored[0][there], relative), (stored[1][there], split)))
+    left = split == NO_SPLIT
+    if left.any() and (codes != NO_SPLIT).any():
+        order = np.argsort(codes, kind="stable")  # where relatives are in several splits, the first one counts
+        codes = codes[order]
+        _follow(codes, names[order], codes != NO_SPLIT)
+        split[left] = _spread(codes, order)[there.sum() :][left]
+    if (left & (split != NO_SPLIT)).any():
+        rules.append(f"with their {kind}")
+    if (pool := split == NO_SPLIT).any():
+        weights, few = np.array(fractions), len(np.unique(relative[pool])) < np.count_nonzero(fractions)
+        open_splits = np.flatnonzero(weights) if not few else np.array([weights.argmax()])
+        shares = weights[open_splits] / weights[open_splits].sum()
+        parts, how = _divide_pool(relative[pool], file[pool], shares, seed)
+        split[pool] = open_splits[parts]
+        rules.append(f"all new to {DIVIDED[open_splits[0]]}" if few else f"new {how} {kind}")
+    return Divided(split, "; ".join(rules))
+
+
+def _spread(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Values in an order, back at their places."""
+    out = np.empty_like(values)
+    out[order] = values
+    return out
+
+
 def folded(
     relative: np.ndarray,
     file: np.ndarray,
@@ -147,17 +196,24 @@ def fitted(split: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def set_unseen_aside(
-    split: np.ndarray, numbers: Sliced, offsets: Sliced, elements: Sequence[int], chunk: int = 4096
+    split: np.ndarray,
+    numbers: Sliced,
+    offsets: Sliced,
+    elements: Sequence[int],
+    chunk: int = 4096,
+    elsewhere: Iterable[int] = (),
 ) -> list[int]:
     """Validation and test structures with an element that the train split lacks become unused, in place.
 
-    numbers (atoms,), offsets (structures + 1,), elements: those that occur. Returns those that the train split lacks.
-    Without a train split nothing is unseen. ValueError where a split is emptied.
+    numbers (atoms,), offsets (structures + 1,), elements: those that occur. elsewhere: elements of a train split that
+    these structures are added to. Returns those that the train split lacks. Without a train split nothing is unseen.
+    ValueError where a split is emptied, if there is no other.
     """
-    filled = np.bincount(split, minlength=256) > 0
-    if not filled[TRAIN]:
+    filled, elsewhere = np.bincount(split, minlength=256) > 0, list(elsewhere)
+    if not filled[TRAIN] and not elsewhere:
         return []
     trained, present, unseen = np.zeros((3, 256), bool)
+    trained[elsewhere] = True
     present[list(elements)] = True
     parts = [slice(a, min(a + chunk, len(split))) for a in range(0, len(split), chunk)]
 
@@ -179,7 +235,7 @@ def set_unseen_aside(
         unseen[z[foreign[structure] & ~trained[z]]] = True
         split[part][foreign] = UNUSED
     for code, name in enumerate(DIVIDED):
-        if filled[code] and not (split == code).any():
+        if filled[code] and not elsewhere and not (split == code).any():
             fractions = "0.9,0.1,0" if code == TEST else "0.9,0,0.1"
             raise NothingLeft(
                 f"every {name} structure has an element that the train split lacks: nothing is left of it. Ways out: "

@@ -147,7 +147,6 @@ def holds(path: Path) -> list[str]:
 def block_of(store: Store, indices: np.ndarray) -> Block:
     """Structures of a store with everything that it says of them."""
     packed = store.read(indices)
-    fields = store.manifest["files"]
     columns = {
         "natoms": packed.natoms,
         "numbers": packed.numbers,
@@ -156,7 +155,7 @@ def block_of(store: Store, indices: np.ndarray) -> Block:
         "split": store.rows("split", indices),
     }
     for name in ("cell", "pbc", "charge", "spin"):
-        if f"{name}.npy" in fields:
+        if store.has(name):
             columns[name] = getattr(packed, name)
     for task, labels in packed.labels.items():
         if labels.kind is not None:

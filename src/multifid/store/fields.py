@@ -19,6 +19,7 @@ from multifid.structures.properties import KINDS, OF_ATOMS, shape_of
 from multifid.structures.structure import SPLITS
 
 SCHEMA = 1
+PARTED = 2  # of the manifest of a store in several parts
 BLOCK = 1 << 20  # bytes
 HEADER = 128  # bytes
 MAX_ATOMS = 65_535  # of one structure: what uint16 holds; 12 bytes each, so a structure never spans three blocks

@@ -1,4 +1,13 @@
-"""`manifest.json`, and what it promises of the files: sizes, dtypes, shapes, headers, checksums."""
+"""`manifest.json`, and what it promises of the files: sizes, dtypes, shapes, headers, checksums.
+
+    STORE/manifest.json           of all parts
+    STORE/*.npy                   what was prepared at once
+    STORE/part-1/                 what was added first: field files and a manifest of their own, like a store
+    STORE/earlier/0.json          manifest.json as it was before the first addition, 1.json before the second, ...
+
+The manifest of several parts (schema 2) names each by the checksum of its manifest. A folder that it does not name is
+no part of the store, whatever is in it.
+"""
 
 import json
 import math
@@ -12,6 +21,7 @@ from multifid.store.fields import (
     CHECKSUMS,
     HEADER,
     MANIFEST,
+    PARTED,
     SCHEMA,
     block_checksums,
     blocks,
@@ -20,6 +30,7 @@ from multifid.store.fields import (
     npy_header,
 )
 
+EARLIER = "earlier"
 _KEYS = ("source", "structures", "atoms", "elements", "tasks", "splits", "edges_per_atom", "skipped", "files")
 
 
@@ -34,21 +45,63 @@ def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    file = path / MANIFEST
+def part_folder(store: Path, number: int) -> Path:
+    """Where the part of an addition is, from 1."""
+    return store / f"part-{number}"
+
+
+def manifest_file(store: Path, additions: int) -> Path:
+    """Where a manifest is kept that is not the newest any longer."""
+    return store / EARLIER / f"{additions}.json"
+
+
+def read_manifest(path: Path, additions: int | None = None) -> tuple[dict[str, Any], str]:
+    """The manifest of a store and its checksum, now or after so many additions. ValueError where there is no such."""
+    manifest, checksum = _read(path, path / MANIFEST)
+    newest = len(manifest.get("parts", []))
+    if additions is None or additions == newest:
+        return manifest, checksum
+    if not 0 <= additions < newest:
+        raise ValueError(f"{path}: files were added to it {newest} times, not {additions}")
+    return _read(path, manifest_file(path, additions))
+
+
+def folders_of(store: Path, manifest: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """The parts of a store with this manifest: the folder and the manifest of each.
+
+    ValueError where one is not what the manifest names.
+    """
+    added = manifest.get("parts")
+    if added is None:
+        return [(store, manifest)]
+    places = [(store, manifest_file(store, 0), manifest["first"])]
+    for number, part in enumerate(added, 1):
+        folder = part_folder(store, number)
+        places.append((folder, folder / MANIFEST, part["checksum"]))
+    out = []
+    for folder, file, expected in places:
+        own, checksum = _read(folder, file)
+        if checksum != expected:
+            raise ValueError(f"{file} is not the manifest that {store / MANIFEST} names: parts of two stores are mixed")
+        out.append((folder, own))
+    return out
+
+
+def _read(path: Path, file: Path) -> tuple[dict[str, Any], str]:
     if not file.is_file():
-        raise ValueError(f"{path} is not a store: it has no {MANIFEST} (`multifid prepare` makes stores)")
+        raise ValueError(f"{path} is not a store: it has no {file.name} (`multifid prepare` makes stores)")
     data = file.read_bytes()
     try:
         manifest = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+    if not isinstance(manifest, dict) or manifest.get("schema") not in (SCHEMA, PARTED):
         found = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise ValueError(f"{file} has schema {found!r}; this version of multifid reads schema {SCHEMA}")
+        raise ValueError(f"{file} has schema {found!r}; this version of multifid reads schemas {SCHEMA} and {PARTED}")
     if not _intact(manifest, data):
         raise ValueError(f"{file} is damaged or was edited: it differs from its own checksum; prepare the store again")
-    if missing := [key for key in _KEYS if key not in manifest]:
+    keys = _KEYS if manifest["schema"] == SCHEMA else (*_KEYS[:-1], "first", "parts", "content_of")
+    if missing := [key for key in keys if key not in manifest]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     return manifest, xxhash.xxh3_64_hexdigest(data)
 

@@ -1,16 +1,24 @@
 """A pass over the fields of a store: their type, a sample that stands for all, and a function applied to parts."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from multifid.store.array_file import Rows
-
 SAMPLE = 200  # structures on which edges are counted
 
-Fields = dict[str, Rows]
+Fields = Mapping[str, "Sliced"]
 Each = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Sequence[Any]]  # function of arguments, of each
+
+
+class Sliced(Protocol):
+    """The rows of a field, read by slices: of a file (`Rows`) or of several parts (`Joined`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+    def parts(self, chosen: Sequence[slice], /) -> np.ndarray: ...
 
 
 def one_by_one(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

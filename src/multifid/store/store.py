@@ -3,20 +3,21 @@
 Opening compares the manifest with its own checksum, and every file's size and header with the manifest, so that no
 later read can fault. The blocks of a file are compared with `checksums.npy` the first time they are touched
 (`verify="touch"`), all at once (`"open"`), or never (`"off"`). What differs is a ValueError that names file and place.
+
+A store to which files were added is several parts, end to end, and can be opened as it was before any of them.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from multifid.store.array_file import MappedFile
-from multifid.store.content import Content, content_of
-from multifid.store.fields import BLOCK, CHECKSUMS, FIELDS, LABELS, MANIFEST, PROPERTIES, SKIPPED, blocks, field
-from multifid.store.manifest import check_array, check_size, open_checksums, read_manifest, verify_text
-from multifid.structures.properties import OF_ATOMS
-from multifid.structures.structure import SPLITS, Packed, PackedLabels
+from multifid.store.content import Content
+from multifid.store.fields import MANIFEST
+from multifid.store.joined import Parts
+from multifid.store.manifest import folders_of, read_manifest
+from multifid.store.part import Part
+from multifid.structures.structure import SPLITS, Packed
 
 VERIFY = ("touch", "open", "off")
 
@@ -27,60 +28,76 @@ class Store:
     Args:
         path: its directory. ValueError where that is no store.
         verify: when blocks are compared with their checksums: "touch" (when first read), "open" (all now) or "off".
+        additions: as it was after so many additions of files (`multifid add`); None: as it is now.
 
     Attributes:
         path: its directory.
         manifest: what manifest.json says: source, tasks with reference energies and scale, splits, counts.
+        additions: how often files were added to it.
         structures: their number.
         atoms: of all structures.
         tasks: names of the label sets, in the order of the manifest.
         elements: atomic number -> number of atoms.
         content: hash of the data alone, the same wherever and by whichever version they were prepared.
         checksum: hash of every byte, fitted numbers and version included.
+        parts: what was prepared at once, and what was added, in this order.
     """
 
-    def __init__(self, path: Path | str, verify: str = "touch") -> None:
+    def __init__(self, path: Path | str, verify: str = "touch", additions: int | None = None) -> None:
         if verify not in VERIFY:
             raise ValueError(f"verify must be one of {', '.join(VERIFY)}, not {verify!r}")
         self.path, self.verify = Path(path), verify
-        self.manifest, self.checksum = read_manifest(self.path)
+        self.manifest, self.checksum = read_manifest(self.path, additions)
         self.structures: int = self.manifest["structures"]
         self.atoms: int = self.manifest["atoms"]
         self.tasks: list[str] = list(self.manifest["tasks"])
         self.elements: dict[int, int] = {int(z): n for z, n in self.manifest["elements"].items()}
-        checksums = open_checksums(self.path, self.manifest)
-        self._files = self._open_files(checksums)
-        self.content = self._content(checksums)
+        self.parts = Parts([Part(folder, own, verify) for folder, own in folders_of(self.path, self.manifest)])
+        self.additions = len(self.parts.each) - 1
+        self.content = Content(self.manifest["content_of"]) if self.additions else self.parts.each[0].content
+        if self.structures != self.parts.structures:
+            counts = f"{self.structures} structures, its parts {self.parts.structures}"
+            raise ValueError(f"{self.path / MANIFEST} says {counts}")
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[Path, str]]:
+    def __reduce__(self) -> tuple[type["Store"], tuple[Path, str, int]]:
         """A worker process opens the store for itself."""
-        return Store, (self.path, self.verify)
+        return Store, (self.path, self.verify, self.additions)
+
+    def as_it_was(self, wanted: Callable[["Store"], bool]) -> "Store | None":
+        """The store after the most additions with which it is what is `wanted`; None where it never was."""
+        for additions in range(self.additions, -1, -1):
+            store = self if additions == self.additions else Store(self.path, self.verify, additions)
+            if wanted(store):
+                return store
+        return None
 
     @property
     def natoms(self) -> np.ndarray:
         """(structures,) uint16 atoms of each structure, memory-mapped."""
         return self.field("natoms")
 
-    def field(self, name: str) -> np.ndarray:
-        """A whole field, memory-mapped and verified: "numbers", "split", "labels/<task>/energy", "index/train".
+    def has(self, name: str) -> bool:
+        """Whether some structure may say something in a field ("cell", "labels/<task>/forces")."""
+        return self.parts.has(name)
 
-        KeyError where the store has no such field.
+    def field(self, name: str) -> np.ndarray:
+        """A whole field, verified: "numbers", "split", "labels/<task>/energy", "index/train".
+
+        Memory-mapped; of a store in several parts a copy. KeyError where the store has no such field.
         """
-        if name not in self._files:
-            raise KeyError(f"{self.path} has no field {name!r}: it has {', '.join(self._files)}")
-        return self._files[name].whole()
+        self._refuse_unknown(name)
+        return self.parts.field(name)
 
     def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
         """Rows of one field of structures ("natoms", "cell"), in that order; only the blocks they lie in are verified.
 
         KeyError where the store has no such field, IndexError for an index outside 0..structures-1.
         """
-        if name not in self._files:
-            raise KeyError(f"{self.path} has no field {name!r}: it has {', '.join(self._files)}")
-        return self._rows(name, self._checked(np.asarray(indices)))
+        self._refuse_unknown(name)
+        return self.parts.rows(name, self._checked(np.asarray(indices)))
 
     def index(self, split: str) -> np.ndarray:
-        """The structures of a split, ascending, memory-mapped. ValueError for another name than those in SPLITS."""
+        """The structures of a split, ascending. ValueError for another name than those in SPLITS. See `field`."""
         if split not in SPLITS:
             raise ValueError(f"there is no split {split!r}: splits are {', '.join(SPLITS)}")
         return self.field(f"index/{split}")
@@ -102,25 +119,16 @@ class Store:
         size = self.size(split)
         if isinstance(places, slice):
             places = np.arange(*places.indices(size))
-        return self._rows(f"index/{split}", _checked(places, size, f"{self.path}/index/{split}")).astype(np.int64)
+        return self.parts.pick(split, _checked(places, size, f"{self.path}/index/{split}"))
 
     def read_ahead(self, start: int, stop: int, tasks: Sequence[str]) -> None:
         """Ask the kernel for what `read` needs of the structures start .. stop-1. Returns before it is there."""
-        first, last = (int(x) for x in self._rows("offsets", np.array([start, stop])))
-        kinds = [f"labels/{task}/{kind}" for task in tasks for kind in (*LABELS, *PROPERTIES)]
-        for name in ("natoms", "offsets", "numbers", "positions", "cell", "pbc", "charge", "spin", *kinds):
-            if name in self._files:
-                a, b = (first, last) if field(name).rows == "atoms" else (start, stop)
-                self._files[name].ahead(a, b)
+        self.parts.read_ahead(start, stop, tasks)
 
     def source_id(self, i: int) -> str:
         """Where structure `i` lies in its source file (`source_file`)."""
-        i = int(self._checked(np.array([i]))[0])
-        bounds = self._rows("source_id_offsets", np.array([i, i + 1]))
-        start, end = int(bounds[0]), int(bounds[1])
-        every_block = np.append(np.arange(start, end, BLOCK), end - 1) if end > start else np.zeros(0, np.int64)
-        self._rows("source_id", every_block)
-        return self._files["source_id"].rows[start:end].tobytes().decode() if end > start else ""
+        ((_, part, own),) = self.parts.by_part(self._checked(np.array([i])))
+        return part.source_id(int(own[0]))
 
     def source_file(self, i: int) -> str:
         """The name of the source file of structure `i`: files come one after the other in the order of the manifest."""
@@ -131,11 +139,8 @@ class Store:
 
     def skipped(self) -> Iterator[dict[str, str]]:
         """The records that were not stored: file, where (source id) and reason of each, in the order of reading."""
-        path = self.path / SKIPPED
-        if SKIPPED in self.manifest["files"]:
-            verify_text(path, self._skipped_sums)
-            with path.open(encoding="utf-8") as file:
-                yield from map(json.loads, file)
+        for part in self.parts.each:
+            yield from part.skipped()
 
     def read(self, indices: Sequence[int] | np.ndarray, tasks: Sequence[str] | None = None) -> Packed:
         """The structures at `indices`, in that order, repeats allowed, with the labels of `tasks` (all by default).
@@ -143,89 +148,25 @@ class Store:
         IndexError for an index outside 0..structures-1; KeyError for a task that the store has not.
         """
         indices = self._checked(np.asarray(indices))
-        first = self._rows("offsets", indices).astype(np.int64)
-        natoms = self._rows("natoms", indices).astype(np.int64)
-        ends = np.cumsum(natoms)
-        total = int(ends[-1]) if len(ends) else 0
-        atoms = np.repeat(first - ends + natoms, natoms) + np.arange(total)
-        last = first + natoms - 1
-        n = len(indices)
-        return Packed(
-            numbers=self._atom_rows("numbers", atoms, first, last),
-            positions=self._atom_rows("positions", atoms, first, last),
-            natoms=natoms,
-            cell=self._rows("cell", indices) if "cell" in self._files else np.zeros((n, 3, 3)),
-            pbc=self._rows("pbc", indices) if "pbc" in self._files else np.zeros((n, 3), bool),
-            charge=self._rows("charge", indices) if "charge" in self._files else np.zeros(n, np.int8),
-            spin=self._rows("spin", indices) if "spin" in self._files else np.ones(n, np.uint8),
-            labels={t: self._labels(t, indices, atoms, first, last) for t in (self.tasks if tasks is None else tasks)},
-        )
+        kinds = {task: self._kind(task) for task in (self.tasks if tasks is None else tasks)}
+        return self.parts.read(indices, kinds)
 
     def property_kind(self, task: str) -> str | None:
         """The kind of property that a label set holds (`structures.properties`); None: energies, forces, stress."""
         about = self.manifest["tasks"][task].get("property")
         return None if about is None else str(about["kind"])
 
-    def _labels(self, task: str, indices: np.ndarray, atoms: np.ndarray, first: np.ndarray, last: np.ndarray):
+    def _kind(self, task: str) -> str | None:
         if task not in self.manifest["tasks"]:
             raise KeyError(f"{self.path} has no labels {task!r}: it has {', '.join(self.tasks)}")
-        energy, forces, stress = (f"labels/{task}/{kind}" for kind in LABELS)
-        kind = self.property_kind(task)
-        value = None
-        if kind is not None and (name := f"labels/{task}/{kind}") in self._files:
-            value = self._rows(name, indices) if kind not in OF_ATOMS else self._atom_rows(name, atoms, first, last)
-        return PackedLabels(
-            kind=kind,
-            value=value,
-            energy=self._rows(energy, indices) if energy in self._files else np.full(len(indices), np.nan),
-            forces=self._atom_rows(forces, atoms, first, last) if forces in self._files else None,
-            stress=self._rows(stress, indices) if stress in self._files else None,
-        )
+        return self.property_kind(task)
 
-    def _rows(self, name: str, indices: np.ndarray) -> np.ndarray:
-        file = self._files[name]
-        file.touch(indices, indices)
-        return file.rows.take(indices, axis=0)
-
-    def _atom_rows(self, name: str, atoms: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        file = self._files[name]
-        file.touch(first, last)
-        return file.take(atoms)
+    def _refuse_unknown(self, name: str) -> None:
+        if not self.has(name):
+            raise KeyError(f"{self.path} has no field {name!r}: it has {', '.join(self.parts.names())}")
 
     def _checked(self, indices: np.ndarray) -> np.ndarray:
         return _checked(indices, self.structures, str(self.path))
-
-    def _content(self, checksums: np.ndarray) -> Content:
-        content = content_of(self.manifest["files"], checksums)
-        if (said := self.manifest.get("content", content.key)) != content.key:
-            raise ValueError(f"{self.path / MANIFEST} says content {said}, but its files have {content.key}")
-        return content
-
-    def _open_files(self, checksums: np.ndarray) -> dict[str, MappedFile]:
-        opened: dict[str, MappedFile] = {}
-        start = 0
-        for name, entry in sorted(self.manifest["files"].items()):
-            if name == CHECKSUMS:
-                continue
-            path = self.path / name
-            check_size(path, entry["bytes"])
-            sums = checksums[start : start + blocks(entry["bytes"])]
-            start += len(sums)
-            if entry["dtype"] is None:
-                self._skipped_sums = sums
-                if self.verify == "open":
-                    verify_text(path, sums)
-                continue
-            key = name.removesuffix(".npy")
-            shape = tuple(entry["shape"])
-            check_array(path, key, entry, self.manifest)
-            opened[key] = MappedFile(path, entry["dtype"], shape, sums, self.verify != "off")
-            if self.verify == "open":
-                opened[key].whole()
-        required = {key for key, what in FIELDS.items() if what.absent is None} | {f"index/{s}" for s in SPLITS}
-        if missing := sorted(required - set(opened)):
-            raise ValueError(f"{self.path / MANIFEST} lists no file for {', '.join(missing)}")
-        return opened
 
 
 def _checked(indices: np.ndarray, size: int, where: str) -> np.ndarray:

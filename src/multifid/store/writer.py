@@ -138,7 +138,7 @@ class StoreWriter:
             if rows is not None:
                 array.pad(rows)
             array.close()
-            self._syncs[array.path] = self._pool.submit(_sync, array.path)
+            self._syncs[array.path] = self._pool.submit(to_disk, array.path)
         return {name: Rows(array) for name, array in sorted(self._files.items())}
 
     def commit(self, split: np.ndarray, manifest: dict[str, Any]) -> None:
@@ -174,11 +174,11 @@ class StoreWriter:
             if entry in self._syncs:
                 self._syncs[entry].result()
             else:
-                _sync(entry)
+                to_disk(entry)
         self._pool.shutdown()
         _refuse_existing(self.directory)
         self.partial.rename(self.directory)
-        _sync(self.directory.parent)
+        to_disk(self.directory.parent)
         os.close(self._lock)
 
     def __enter__(self) -> "StoreWriter":
@@ -234,7 +234,7 @@ def _lock(folder: Path, directory: Path) -> int:
     return handle
 
 
-def _sync(entry: Path) -> None:
+def to_disk(entry: Path) -> None:
     """A file or a folder to the disk."""
     handle = os.open(entry, os.O_RDONLY)
     try:

@@ -18,7 +18,8 @@ def read_as(source: Mapping[str, Any]) -> Iterator[str]:
         if "store" in file:
             yield from read_as(file["store"]["source"])
         else:
-            yield source["options"].get("dataset") or source["format"]
+            own = file if "format" in file else source  # a file that was added says how it was read
+            yield own["options"].get("dataset") or own["format"]
 
 
 def about_task(source: Source, task: str, scale: float) -> dict[str, Any]:

@@ -47,7 +47,10 @@ def own_data(
 
     ValueError, which says what differs, where a store holds other data than the run began with.
     """
-    said, trouble, kept = [], [], state.get("data")
+    said: list[str] = []
+    trouble, kept = [], state.get("data")
+    if kept is not None:
+        sources = [_as_begun(source, kept, said) for source in sources]
     if kept is None:
         kept = _of_a_run_without(run, tasks, sources, state)
         places = ", ".join(f"{about['store']} for task {task!r}" for task, about in kept.items())
@@ -73,6 +76,18 @@ def own_data(
             "(train.change_tasks=true)."
         )
     return [part for source in sources for part in _as_kept(source, kept)], kept, said
+
+
+def _as_begun(source: Source, kept: Kept, said: list[str]) -> Source:
+    """The source with its store as it was when the run began, if files were added to it since then."""
+    held = {task: kept[task]["content"] for task in source.tasks if task in kept}
+    now = source.store
+    then = now.as_it_was(lambda store: all(store.content.of(source.tasks[t]) == own for t, own in held.items()))
+    if then is None or then is now:  # what differs is said of the store as it is
+        return source
+    added = f"{now.structures - then.structures:,} structures were added to {now.path} since the run began"
+    said.append(f"{added}: it goes on with the {then.structures:,} that it began with")
+    return replace(source, store=then)
 
 
 def refuse_apart(contents: Mapping[str, Mapping[str, str]], of_first_rank: Mapping[str, Mapping[str, str]]) -> None:

@@ -70,7 +70,7 @@ def _present(counts: dict[str, int]) -> str:
 def _without_volume(source: Source) -> int:
     """Structures with stress labels and no volume, as stores of earlier versions have them; of the first ones."""
     store, found = source.store, 0
-    if "pbc.npy" not in store.manifest["files"]:
+    if not store.has("pbc"):
         return 0
     open_ones = np.flatnonzero(~store.field("pbc").all(axis=1))[:LOOKED_AT]
     flat = open_ones[~spans_volume(store.rows("cell", open_ones))]

@@ -76,7 +76,7 @@ class Thinned(Store):
     """A store whose test split is an evenly spread sample of its own."""
 
     def __init__(self, store: Store, most: int) -> None:
-        super().__init__(store.path, store.verify)
+        super().__init__(store.path, store.verify, store.additions)
         whole = store.index("test")
         self._test = whole[np.unique(np.linspace(0, len(whole) - 1, most).astype(np.int64))] if len(whole) else whole
 

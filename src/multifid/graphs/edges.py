@@ -9,13 +9,14 @@ on positions that are differentiated (forces as minus the gradient of the energy
 autograd keeps the values: computing them again would cost a pass and save nothing. On accelerators, or where a compiler
 decides (`in_tiles`), the function runs once over all edges.
 
-A function may have a faster form whose derivative is written out (`faster_form_of`); it is used where a first
-derivative suffices, and a test holds it to the function.
+A function may have faster forms whose derivatives are written out (`faster_form_of`), for every kind of device or for
+some, differentiable once or twice; each is used where it suffices, and a test holds it to the function.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,21 +31,48 @@ IN_TILES: ContextVar[bool | None] = ContextVar("IN_TILES", default=None)
 CUT: ContextVar[Callable[[int, int], list[slice]] | None] = ContextVar("CUT", default=None)
 
 EdgeFunction = Callable[..., tuple[Tensor, ...]]
-FASTER: dict[EdgeFunction, Callable[..., tuple[Tensor, ...]]] = {}
 
 
-def faster_form_of(function: EdgeFunction) -> Callable[[Callable], Callable]:
-    """Registers a form of `over_edges(function, ...)` that is differentiable once.
+@dataclass(frozen=True)
+class Form:
+    """A faster form of `over_edges(function, ...)`."""
+
+    run: Callable[..., tuple[Tensor, ...]]
+    twice: bool  # whether it is differentiable twice
+    devices: frozenset[str] | None  # the kinds that it is for; None: all
+    usable: Callable[[Tensor], bool]  # asked with the envelope
+
+
+FASTER: dict[EdgeFunction, list[Form]] = {}
+
+
+def faster_form_of(
+    function: EdgeFunction,
+    *,
+    twice: bool = False,
+    devices: frozenset[str] | None = None,
+    usable: Callable[[Tensor], bool] = lambda envelope: True,
+) -> Callable[[Callable], Callable]:
+    """Registers a form of `over_edges(function, ...)`, which is tried before those that were registered earlier.
 
     It is called with the tiles, receivers i, senders j, and the tensors of receivers, senders, edges (the envelope
     first), and weights.
     """
 
-    def register(form: Callable) -> Callable:
-        FASTER[function] = form
-        return form
+    def register(run: Callable) -> Callable:
+        FASTER.setdefault(function, []).insert(0, Form(run, twice, devices, usable))
+        return run
 
     return register
+
+
+def faster_form(function: EdgeFunction, envelope: Tensor, twice: bool) -> Form | None:
+    """The one to use, if there is one; twice: derivatives of derivatives may be wanted."""
+    for form in FASTER.get(function, ()):
+        fits = form.devices is None or envelope.device.type in form.devices
+        if fits and form.twice >= twice and form.usable(envelope):
+            return form
+    return None
 
 
 @contextmanager
@@ -114,8 +142,9 @@ def over_edges(
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     # It depends on positions: derivatives of derivatives may be wanted, and for these autograd keeps the values.
     twice = differentiable and envelope.requires_grad
-    if function in FASTER and not twice:
-        return FASTER[function](pieces, i, j, receivers, senders, (envelope, *edges), weights)
+    form = faster_form(function, envelope, twice)
+    if form is not None:
+        return form.run(pieces, i, j, receivers, senders, (envelope, *edges), weights)
     if differentiable and not twice and has_cache(i.device):
         return _OverEdges.apply(parts, pieces, i, j, atoms, *tensors)
     return parts.total((parts.values(t, i, j, tensors) for t in pieces), pieces, i, atoms, in_place=not differentiable)

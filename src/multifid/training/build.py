@@ -14,6 +14,7 @@ from multifid.config import Config
 from multifid.feed.loader import Source
 from multifid.model.compiled import compile_training
 from multifid.model.inherit import start_from
+from multifid.model.kernels.gpu.chosen import use_kernels
 from multifid.model.potential import Potential
 from multifid.model.property import PropertyBranch
 from multifid.parallel.gradients import Gradients, ModelPart
@@ -26,14 +27,15 @@ from multifid.training.step import ENCODER, Task, Trainer, part_of_branch
 
 @contextmanager
 def settings_of_torch_kept() -> Iterator[None]:
-    """What a run sets for the whole process (precision of products, one order of sums, seed) is as before after it."""
+    """What a run sets for the whole process (products, order of sums, kernels, seed) is as before after it."""
     precision, order = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    state = torch.get_rng_state()
+    state, kernels = torch.get_rng_state(), use_kernels(True)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(order)
+        use_kernels(kernels)
         torch.set_rng_state(state)
 
 
@@ -66,6 +68,7 @@ def build(
     # Of the whole process: products of float32 are exact unless a run asks for TF32.
     torch.set_float32_matmul_precision("high" if t.precision == "tf32" else "highest")
     in_one_order(t.deterministic)
+    use_kernels(t.kernels == "auto")
     if t.compile:
         compile_training(potential, t.compile)
     parts = [ModelPart(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]

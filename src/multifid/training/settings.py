@@ -49,6 +49,11 @@ class TrainConfig(BaseModel):
         False,
         description="torch.compile of training passes, batches padded to few sizes; reduce-overhead: CUDA graphs too",
     )
+    kernels: Literal["auto", "eager"] = Field(
+        "auto",
+        description="auto: on a CUDA device edges are computed by kernels of Triton, where these give torch's numbers "
+        "for the first batch; eager: by operations of torch alone",
+    )
     recompute: bool = Field(
         False, description="keep no activations inside encoder layers but compute them again: less memory, more time"
     )
@@ -113,6 +118,7 @@ NEUTRAL = frozenset(
         "wandb",
         "recompute",
         "compile",
+        "kernels",
         "change_tasks",
     }
 )

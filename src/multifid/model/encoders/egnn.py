@@ -34,6 +34,7 @@ from multifid.model.contract import Encoder, EncoderConfig, Features
 from multifid.model.encoders.tensors import Invariants, along, bounded, harmonics
 from multifid.model.kernels import egnn as kernels
 from multifid.model.kernels.egnn import EdgeWeights, aligned, matmul_type, pad_columns, padded
+from multifid.model.kernels.gpu.chosen import on_gpu
 from multifid.model.layers import (
     MLP,
     SILU_GAIN,
@@ -113,6 +114,7 @@ def edge_message(a: Tensor, c: Tensor, u: Tensor, f: Tensor, *weights: Tensor) -
 
 
 faster_form_of(edge_message)(kernels.messages)
+on_gpu(edge_message, "egnn", summed=(True, False))
 
 
 class EGNNLayer(nn.Module):

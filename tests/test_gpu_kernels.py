@@ -1,0 +1,34 @@
+"""Kernels for GPUs where there is none: their numbers by an interpreter, and machine code by their compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def finished(*command: str, **environment: str) -> str:
+    """What a Python program printed."""
+    pytest.importorskip("triton", reason="needs triton: pip install 'multifid[gpu]'")
+    done = subprocess.run(
+        [sys.executable, *command], cwd=HERE.parent, capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("cases", ["not full", pytest.param("full", marks=pytest.mark.full)])
+def test_interpreted_kernels_are_their_functions_with_two_derivatives(cases):
+    """All of `interpreted.py`."""
+    said = finished("-m", "pytest", "-p", "no:cacheprovider", "-m", cases, "tests/interpreted.py", TRITON_INTERPRET="1")
+    assert "skipped" not in said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["egnn"])
+def test_kernels_compile_for_a_gpu(name):
+    """Triton brings its compiler along; what is interpreted need not compile."""
+    assert finished("tests/compiled_kernels.py", name, TRITON_INTERPRET="0").count("registers") > 20

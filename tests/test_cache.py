@@ -15,15 +15,18 @@ from multifid.evaluation.rows import read_rows
 from multifid.parallel.launch import cache_directory
 from multifid.preparation import cache
 from multifid.preparation.cache import Files, cached, place_of
+from multifid.preparation.prepare import prepare
 from multifid.readers.recognise import recognise
 from multifid.store.store import Store
 from multifid.workflows.asked import Asked, parse
 from multifid.workflows.evaluate import evaluate
+from multifid.workflows.export_adios import export_adios
+from multifid.workflows.train import train
 from test_evaluation import same
 from test_readers import entry, frame, row, step, trajectory, write, write_lmdb, write_qm7x, write_reaction
 from test_spice import water
 from test_spice import write as write_spice
-from test_train import config_of, start
+from test_train import assert_same_bits, config_of, start
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -232,3 +235,32 @@ def test_published_files_are_recognised_and_become_test_sets(tmp_path, path, for
         files = files_of(DATA / path, format=format)
         store, _ = cached(files, place_of(files, tmp_path))
         assert store.size("test") == store.structures > 0 and isinstance(store, Store)
+
+
+@pytest.mark.parametrize("format", ["adios", pytest.param("extxyz", marks=pytest.mark.full)])
+def test_a_run_of_a_file_is_the_run_of_its_store_to_the_bits_and_needs_the_file_no_longer(
+    format, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_molecules(tmp_path / "x.xyz", 40, 1.0, 0.0, seed=1)
+    file, store = tmp_path / "x.xyz", tmp_path / "store"
+    prepare("extxyz", [file], store, task="other", progress=False)
+    if format == "adios":
+        pytest.importorskip("adios2", reason="the extra `adios` is not installed")
+        file = export_adios(store, tmp_path / "x.bp")
+        store = tmp_path / "again"
+        prepare("adios", [file], store, task="other", progress=False)
+    steps = {"steps": 6, "epoch_steps": 3, "checkpoint_every": 3}
+    of_store, of_file = (
+        config_of({"a": data}, tmp_path / run, train=steps) for data, run in ((store, "one"), (file, "two"))
+    )
+    train(of_store, quiet=True)
+    said = train(of_file, quiet=True)
+    assert said.complete and [own["loss"] for own in said.rows if "loss" in own]
+    assert_same_bits(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(max((tmp_path / "two" / "checkpoints").iterdir()))
+    shutil.rmtree(file) if file.is_dir() else file.unlink()
+    train(tmp_path / "two", quiet=True)
+    assert_same_bits(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(ValueError, match=r"no store and no file|is not a store"):
+        train(config_of({"a": file}, tmp_path / "three", train=steps), quiet=True)

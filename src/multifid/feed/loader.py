@@ -35,7 +35,7 @@ class TaskConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    store: str = Field(description="directory of the prepared store")
+    store: str = Field(description="directory of the prepared store, or (train) [FORMAT:]FILE, prepared once")
     weight: float = Field(1.0, gt=0.0, description="w_t of the objective, used as given")
     labels: str | None = Field(None, description="label set of the store; may be left out where it has only one")
     per_step: float | None = Field(None, ge=1.0, description="structures of this task per step, in place of its share")

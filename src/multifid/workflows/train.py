@@ -14,6 +14,7 @@ from multifid.parallel import groups
 from multifid.training.callbacks import Callback
 from multifid.training.ending import Ending
 from multifid.training.run import train as train_run
+from multifid.workflows.file_tasks import has_files, with_stores
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,15 @@ def train(
             wait for the other one for ever, its process is ended (exit code 75).
     """
     console, asked = Console(stderr=True, quiet=quiet), as_config(config)
-    if asked.finetune is None:
+    if asked.finetune is None and not has_files(asked):
         return Result(**vars(train_run(asked, console, callbacks=callbacks, signals=signals)))
     from multifid.workflows.finetune.refit import refit_at_the_end  # which needs this module
 
     with groups.world(asked.train.device, asked.parallel.silence) as world:
+        asked = with_stores(asked, world, console)
         ending = train_run(asked, console, joined=world, callbacks=callbacks, signals=signals)
         with world.together():
-            if world.first and ending.complete:
+            if world.first and ending.complete and asked.finetune is not None:
                 new = [task for task in asked.tasks if task in asked.finetune.branches]
                 refit_at_the_end(Path(asked.run), asked, new, console)
     return Result(**vars(ending))

@@ -125,7 +125,7 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
 
     class Watched(Gradients):
         def finish(self) -> None:
-            out["late"].append(len(self.buckets) - self._next)
+            out["late"].append(len(self.travelling) - self._next)
             super().finish()
 
     small = functools.partial(Watched, bucket_bytes=bucket_bytes)

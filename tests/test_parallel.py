@@ -413,6 +413,7 @@ class Recorded(Group):
     """A group that writes down what is launched, and when."""
 
     log: list[str] = []  # noqa: RUF012
+    travels = True
 
     def sum_later(self, tensor):
         self.log.append(f"{self.rank}:{tensor.numel()}")

@@ -55,6 +55,7 @@ class BatchLabels:
     natoms: Tensor  # (n,) int64, of the structures of `energy`
     properties: dict[str, LabelRows] = field(default_factory=dict)  # by their kind, those that there are
     natoms_extensive: Tensor | None = None  # of the structures of extensive properties
+    counts: Tensor | None = None  # (tasks, 4) int64: labels of each task, by `training.loss.label_counts`
 
     def rows(self, kind: str) -> LabelRows | None:
         """Those of energy, forces, stress or a kind of property; None where there are none of a property."""
@@ -72,6 +73,7 @@ class BatchLabels:
             move(self.natoms),
             {kind: rows.moved(move) for kind, rows in self.properties.items()},
             None if self.natoms_extensive is None else move(self.natoms_extensive),
+            None if self.counts is None else move(self.counts),
         )
 
 

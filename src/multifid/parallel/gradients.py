@@ -57,6 +57,8 @@ class Gradients:
     def __init__(self, parts: Sequence[ModelPart], bucket_bytes: int = BUCKET_BYTES) -> None:
         self.parts = list(parts)
         self.buckets = [b for part in parts if part.shards is None for b in self._fill(part, bucket_bytes)]
+        # Sums over a group of one are there already: nobody has to hear when its gradients arrive.
+        self.travelling = [bucket for bucket in self.buckets if bucket.group.travels]
         self.shards = next((part.shards for part in parts if part.shards is not None), None)
         if self.shards is not None:
             self.shards.before_encoder = self._launch_all
@@ -79,7 +81,8 @@ class Gradients:
         bucket = Bucket(part.name, part.group, flat, list(members))
         for parameter, piece in zip(members, flat.split([p.numel() for p in members]), strict=True):
             parameter.grad = piece.view_as(parameter)  # zero, not None: every placement decays and moves alike
-            parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+            if part.group.travels:
+                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
         return bucket
 
     def zero(self) -> None:
@@ -94,8 +97,8 @@ class Gradients:
 
         What it cannot reach is not waited for. Ranks differ in that; the order of launches is the same on all.
         """
-        expected = reached_from(loss)
-        for bucket in self.buckets:
+        expected = reached_from(loss) if self.travelling else set()
+        for bucket in self.travelling:
             bucket.missing = sum(id(p) in expected for p in bucket.members)
         self._next = 0
         if self.shards is not None:
@@ -111,14 +114,14 @@ class Gradients:
 
     def _launch_ready(self) -> None:
         assert self._next is not None
-        while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
-            bucket = self.buckets[self._next]
+        while self._next < len(self.travelling) and self.travelling[self._next].missing == 0:
+            bucket = self.travelling[self._next]
             bucket.work = bucket.group.sum_later(bucket.flat)
             self._next += 1
 
     def _launch_all(self) -> None:
         """Launch what is left: whatever of it has not arrived never will."""
-        for bucket in self.buckets:
+        for bucket in self.travelling:
             bucket.missing = 0
         self._launch_ready()
 
@@ -127,7 +130,7 @@ class Gradients:
         self._launch_all()
         if self.shards is not None:
             self.shards.finish()
-        for bucket in self.buckets:
+        for bucket in self.travelling:
             if bucket.work is not None:
                 bucket.work.wait()
                 bucket.work = None

@@ -3,7 +3,8 @@
     world      0 1 2 3 4                 encoder gradients, counts, norms: everybody
     ani1x      0 1                       gradients of a branch: the ranks that hold it. Groups may overlap,
     mptrj          2                     and a group of one is a group: its sums are what was put in,
-    omol25         2 3 4                 and no code asks whether it runs alone.
+    omol25         2 3 4                 and no code asks whether it runs alone, but
+                                         `gradients`, which need not hear of what does not travel.
 
 Beside the groups all ranks share a key-value store (the rendezvous of the launch; a dictionary in a world of one). What
 is not a sum of tensors goes through it: small JSON values, the state of files that are being written, heartbeats.
@@ -57,6 +58,11 @@ class Group:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @property
+    def travels(self) -> bool:
+        """Whether what is summed over the group has to go to other ranks; if not, it is the sum already."""
+        return self.process_group is not None
 
     @property
     def first(self) -> bool:

@@ -79,13 +79,13 @@ def column_of(kind: str) -> str:
 
 def label_counts(labels: BatchLabels, tasks: int) -> Tensor:
     """(S, A, V, P) of each task: structures with an energy, atoms with forces, structures with stress, and structures
-    or atoms with its property: (tasks, 4).
+    or atoms with its property: (tasks, 4) int64.
     """
-    counts = labels.natoms.new_zeros((tasks, len(COLUMNS)), dtype=torch.float64)
+    counts = labels.natoms.new_zeros((tasks, len(COLUMNS)))
     for kind in KINDS:
         if (rows := labels.rows(kind)) is not None:
             column = counts[:, COLUMNS.index(column_of(kind))]
-            column.index_add_(0, rows.owner, _labelled(rows.label).to(torch.float64))
+            column.index_add_(0, rows.owner, _labelled(rows.label).to(counts.dtype))
     return counts
 
 

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multifid.training.adamw import AdamW
 from multifid.training.soap import SOAP
 
 Named = dict[str, nn.Parameter]
 
 
-def adamw(parameters: Named, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); biases, norms and other vectors are not decayed."""
+def adamw(parameters: Named, lr: float, weight_decay: float) -> AdamW:
+    """AdamW; biases, norms and other vectors are not decayed."""
     matrices = [p for p in parameters.values() if p.dim() >= 2]
     vectors = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return AdamW(groups, lr=lr)
 
 
 @torch.no_grad()
@@ -44,6 +45,8 @@ def with_factors(optimizer: torch.optim.Optimizer, parameters: Named, factors: M
             members = [p for p in group["params"] if factor_of[id(p)] == factor]
             groups.append({**group, "params": members, "factor": factor})
     optimizer.param_groups[:] = groups
+    if isinstance(optimizer, AdamW):
+        optimizer.forget()
 
 
 OPTIMIZERS: dict[str, Callable[[Named, float, float], torch.optim.Optimizer]] = {"adamw": adamw, "soap": SOAP}
@@ -79,8 +82,12 @@ def set_moments(
     if updates == 0:
         return
     # The fused AdamW counts on the device; SOAP reads the count in every update, and would wait for the device.
-    device = "cpu" if isinstance(optimizer, SOAP) else parameter.device
-    step = torch.tensor(float(updates), dtype=torch.float32, device=device)
+    if isinstance(optimizer, AdamW):
+        optimizer.forget()
+        step = optimizer.count_of(updates, parameter.device)
+    else:
+        device = "cpu" if isinstance(optimizer, SOAP) else parameter.device
+        step = torch.tensor(float(updates), dtype=torch.float32, device=device)
     optimizer.state[parameter] = {"step": step} | {name: x.to(parameter.device) for name, x in held.items()}
 
 

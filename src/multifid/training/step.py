@@ -218,6 +218,8 @@ class Trainer:
         batch = completed(batch, self.potential.encoder.needs)
         batch = pad(batch, self.potential.config.cutoff) if self.padded else batch
         batch = laid_out(batch, self.number).to(dtype=self._dtype)
+        assert batch.labels is not None
+        batch.labels.counts = label_counts(batch.labels, len(self.tasks))
         return batch if self.device.type == "cpu" else batch.moved(pinned)
 
     def settle(self) -> None:
@@ -252,10 +254,17 @@ class Trainer:
         tasks = len(self.tasks)
 
         def own() -> np.ndarray:
-            labels = [batch.labels for batch in micro_batches if batch.labels is not None]
-            return sum((label_counts(x, tasks) for x in labels), torch.zeros(tasks, WIDE, dtype=torch.float64)).numpy()
+            counts = np.zeros((tasks, WIDE))
+            for batch in micro_batches:
+                assert batch.labels is not None, "only batches that are ready have their labels in rows"
+                counts += self.labels_of(batch.labels).cpu().numpy()
+            return counts
 
         return Counts(own, len(micro_batches), known or Known.nothing(tasks), self.world, self.device)
+
+    def labels_of(self, labels: BatchLabels) -> Tensor:
+        """How many labels each task has, (tasks, 4), counted when the batch was made ready; an empty one has none."""
+        return label_counts(labels, len(self.tasks)) if labels.counts is None else labels.counts
 
     def _sums(self, batch: Batch, totals: Totals) -> Tensor:
         """Loss sums (tasks, 4) of a batch that is ready; they and the errors are added to the totals."""
@@ -264,7 +273,7 @@ class Trainer:
         assert labels is not None
         sums = loss_sums(self.objective, predicted, labels, self.scales)
         errors = error_sums(self._physical(predicted, labels), labels, len(self.tasks))
-        totals.add(sums, label_counts(labels, len(self.tasks)), errors)
+        totals.add(sums, self.labels_of(labels), errors)
         return sums
 
     def predicted(self, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:

@@ -38,7 +38,6 @@ def count_update(optimizer: str, shapes: Shapes, dtype: torch.dtype) -> UpdateWo
     for p in parameters.values():
         p.grad = torch.empty_like(p)
         set_moments(made, p, moments(made, p), 1)
-        made.state[p]["step"] = torch.tensor(1.0)  # a number that is read
 
     with Count() as counted:
         for _ in range(UPDATES):

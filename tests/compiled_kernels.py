@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from multifid.model.kernels.gpu.segments import power_of_two, rows_of_tile
+from multifid.model.kernels.gpu.segments import power_of_two, rows_of_tile, warps_of
 
-INDICES = {"j": "*i64", "offsets": "*i64", "order": "*i64", "N": "i32", "K": "i32"}
+INDICES = {"i": "*i64", "j": "*i64", "offsets": "*i64", "order": "*i64", "N": "i32", "K": "i32", "H": "i32"}
 # Arguments (E, K) in the type of products; all others have that of the geometry.
 OF_PRODUCTS = {
     "egnn": {
@@ -32,11 +32,12 @@ OF_PRODUCTS = {
         "first_back": ["g_y", "g_y_t", "g_z", "g_z_t"],
         "by_sender": ["x"],
     },
+    "painn": {"forward": [], "backward": [], "backward_dual": []},
 }
-CONSTANTS = {"P": 16, "C": 8}
+CONSTANTS = {"P": 16, "C": 8, "R": 8}
 
 
-def compiled(kernel, of_products: list[str], kind: str, constants: dict):
+def compiled(kernel, of_products: list[str], kind: str, constants: dict, warps: int):
     signature = {
         name: "constexpr" if name in constants else INDICES.get(name, kind if name in of_products else "*fp32")
         for name in kernel.arg_names
@@ -44,7 +45,7 @@ def compiled(kernel, of_products: list[str], kind: str, constants: dict):
     return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4},
+        options={"num_warps": warps},
     )
 
 
@@ -61,15 +62,16 @@ def registers(program: bytes) -> str:
 
 def main(name: str) -> None:
     kernels = importlib.import_module(f"multifid.model.kernels.gpu.{name}_kernels")
-    for kind in ("*fp32", "*bf16"):
+    for kind in ("*fp32", "*bf16") if any(OF_PRODUCTS[name].values()) else ("*fp32",):
         for width in (128, 880):
             block = power_of_two(width)
             for kernel_name, of_products in OF_PRODUCTS[name].items():
                 kernel = getattr(kernels, kernel_name)
                 for dual in (False, True) if "DUAL" in kernel.arg_names else (None,):
-                    wanted = {"KB": block, "ROWS": rows_of_tile(block, kernel_name), "DUAL": dual, **CONSTANTS}
+                    rows = rows_of_tile(block, kernel_name)
+                    wanted = {"KB": block, "HB": block, "ROWS": rows, "DUAL": dual, **CONSTANTS}
                     constants = {k: v for k, v in wanted.items() if k in kernel.arg_names}
-                    done = compiled(kernel, of_products, kind, constants)
+                    done = compiled(kernel, of_products, kind, constants, warps_of(block, kernel_name))
                     print(f"{kernel_name} {width} {kind[1:]} dual={dual}: {registers(done.asm['cubin'])}, "
                           f"{done.metadata.shared} bytes shared")  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from multifid.graphs.edges import FASTER
-from multifid.model.encoders import egnn
+from multifid.model.encoders import egnn, painn
 from multifid.model.kernels.gpu import chosen
 from multifid.model.suite.samples import (
     TIGHT,
@@ -25,7 +25,9 @@ from multifid.model.suite.samples import (
 )
 from test_model import small
 
-FUNCTIONS = {"egnn": egnn.edge_message}
+FUNCTIONS = {"egnn": egnn.edge_message, "painn": painn.edge_message}
+FIRST = ["egnn", pytest.param("painn", marks=pytest.mark.full)]  # one stands for both in the ordinary suite
+SUMMED = {"egnn": (True, False), "painn": (True,)}
 ATOMS, EDGES, HIDDEN = 5, 12, 18
 
 
@@ -49,6 +51,9 @@ def edges_of(name: str, dtype: torch.dtype, edges: int = EDGES, atoms: int = ATO
     i = torch.randint(0, max(atoms - 1, 1), (edges,), generator=random)
     i, j = (i + (i > 0)).sort().values, torch.randint(0, max(atoms, 1), (edges,), generator=random)
     h, p, c = HIDDEN, 3, 2
+    if name == "painn":
+        values = [some(edges, 1), some(edges, 3), some(edges, p)]
+        return i, j, [[], [some(atoms, 3, h), some(atoms, 3, h)], values, [some(3 * h, p), some(3 * h)]]
     weights = [some(*s) for s in [(h, p), (h, h), (h,), (1, h), (1,), (h, h), (h,), (c, h), (c,)]]
     return i, j, [[some(atoms, h)], [some(atoms, h)], [some(edges, 1), some(edges, p)], weights]
 
@@ -60,9 +65,6 @@ def forms(name: str):
         lambda *x: messages([slice(0, len(x[0]))], *x),
         lambda i, j, *x: chosen._by_torch(FUNCTIONS[name], summed, i, j, x),
     )
-
-
-SUMMED = {"egnn": (True, False)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.full)])
@@ -78,7 +80,7 @@ def test_values_and_two_derivatives_are_the_functions(name, dtype):
             torch.testing.assert_close(one, other, rtol=limit, atol=limit * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FIRST)
 def test_several_gradients_of_one_pass_may_be_differentiated(name):
     """As those of several tasks that share structures are; and none that the outputs' own gradient does not reach."""
     found = []
@@ -103,7 +105,7 @@ def test_no_edges_and_no_atoms(name, atoms):
             assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FIRST)
 def test_products_in_bf16_are_no_farther_off_than_torchs(name):
     i, j, tensors = edges_of(name, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -141,7 +143,7 @@ def counted(form, called):
     return replace(form, run=run)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", FIRST)
 def test_kernels_that_are_wrong_are_not_used(name, on_cpu, monkeypatch):
     """By a percent in one output: a warning, and torch's numbers."""
     module = importlib.import_module(f"multifid.model.kernels.gpu.{name}")

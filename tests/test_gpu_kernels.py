@@ -28,7 +28,7 @@ def test_interpreted_kernels_are_their_functions_with_two_derivatives(cases):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["egnn"])
+@pytest.mark.parametrize("name", ["egnn", "painn"])
 def test_kernels_compile_for_a_gpu(name):
     """Triton brings its compiler along; what is interpreted need not compile."""
-    assert finished("tests/compiled_kernels.py", name, TRITON_INTERPRET="0").count("registers") > 20
+    assert finished("tests/compiled_kernels.py", name, TRITON_INTERPRET="0").count("registers") >= 8

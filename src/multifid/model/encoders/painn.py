@@ -23,6 +23,7 @@ from multifid.graphs.edges import faster_form_of, over_edges
 from multifid.graphs.graph import Graph
 from multifid.model.contract import Encoder, EncoderConfig, Features
 from multifid.model.kernels import painn as kernels
+from multifid.model.kernels.gpu.chosen import on_gpu
 from multifid.model.kernels.painn import filters
 from multifid.model.layers import (
     MLP,
@@ -92,6 +93,7 @@ def edge_message(
 
 
 faster_form_of(edge_message)(kernels.messages)
+on_gpu(edge_message, "painn", summed=(True,))
 
 
 class PaiNNLayer(nn.Module):

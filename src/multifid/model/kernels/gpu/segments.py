@@ -14,7 +14,8 @@ from torch import Tensor
 
 PROGRAMS = 1024  # at most: each takes every 1024th atom, and leaves one row of sums over edges
 TILE = 2048  # values of a tile: 16 for each thread of four warps
-LARGE = {"middle_back_dual"}  # with so many values of an edge at once that half as many edges fit into registers
+# Kernels that hold so many values of an edge at once that only a part of a tile fits into registers.
+PARTS = {"middle_back_dual": 2, "forward": 4, "backward": 4, "backward_dual": 8}
 
 
 class Segments(NamedTuple):
@@ -59,7 +60,11 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def rows_of_tile(columns: int, kernel: str = "") -> int:
+def rows_of_tile(columns: int, kernel: str) -> int:
     """Edges that a program of a kernel takes at once."""
-    values = TILE // 2 if kernel in LARGE else TILE
-    return max(1, min(16, values // columns))
+    return max(1, min(16, TILE // PARTS.get(kernel, 1) // columns))
+
+
+def warps_of(columns: int, kernel: str) -> int:
+    """Of a program of a kernel: more where one edge alone is too much for four."""
+    return 4 if TILE // PARTS.get(kernel, 1) >= columns // 2 else 8

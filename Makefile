@@ -10,7 +10,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,tensorboard,test,check]'
 	touch $@
 
-.PHONY: demo test test-full test-gpu bench bench-short docs lint check format clean
+.PHONY: demo test test-full test-gpu bench bench-short bench-gpu docs lint check format clean
 
 demo: demo/elements.png      ## five small sources, stores, and the paper's two tables, in demo/
 	$(MULTIFID) study configs/demo.yaml
@@ -74,6 +74,9 @@ bench: $(VENV)/installed | $(MOLECULES) $(CRYSTALS)  ## training steps beside th
 
 bench-short: $(VENV)/installed | $(MOLECULES)  ## the same for a small model; fails where the ratio has dropped
 	$(BIN)/python benchmarks/training.py --molecules $(MOLECULES) --short
+
+bench-gpu: $(VENV)/installed     ## eight minutes on a GPU: its tests, speed, memory and a profile, in benchmarks/results-gpu.md
+	$(BIN)/python benchmarks/gpu.py
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

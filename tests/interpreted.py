@@ -167,6 +167,9 @@ def test_derivatives_that_kernels_have_not_are_errors():
     (slope,) = torch.autograd.grad(energy(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no third derivative"):
         torch.autograd.grad(slope.sum(), inputs[1:2], create_graph=True)
+    with pytest.raises(RuntimeError, match="BatchedTensor"):
+        (outputs, _), each = kernels(i, j, *tensors), torch.ones(2, ATOMS, HIDDEN, dtype=torch.float64)
+        torch.autograd.grad(outputs, inputs[:1], each, is_grads_batched=True)
     (slope,) = torch.autograd.grad(energy(), inputs[-2:-1], create_graph=True)
     with pytest.raises(RuntimeError, match="no derivative of gradients of weights"):
         slope.sum().backward()

@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from multifid.config import parse_config
 from multifid.feed.loader import open_sources
+from multifid.feed.order import Blocks
 from multifid.forecast import this_machine as here
+from multifid.forecast.data import SOURCE_ID, StoreSize, data_of, row_bytes
 from multifid.forecast.estimate import forecast, update_bytes
 from multifid.forecast.machines import MACHINES, Link, Machine, all_reduce, read_machine, write_machine
 from multifid.forecast.plan import STATE, make_plan, plan, ranges
@@ -32,6 +34,8 @@ from multifid.model.potential import ModelConfig
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
 from multifid.parallel.shares import shares
+from multifid.store.fields import FIELDS, HEADER
+from multifid.store.store import Store
 from multifid.training import costs
 from multifid.training.build import build
 from multifid.training.feed import Feed, make_draws
@@ -193,6 +197,27 @@ def test_json_says_what_was_promised(stores, tmp_path, capsys):
     plan(config, 6, "frontier", console=Console(width=80))
     shown = capsys.readouterr().out
     assert "…" not in shown and "2-3" in shown, "no number is cut, and ranks are ranges"
+
+
+def test_what_a_store_takes_up_is_known_before_it_is_made(stores):
+    """By its layout, up to headers, names of sources and the checksums."""
+    made = Store(stores["apple"])
+    there = StoreSize.of(made)
+    sources = len(made.field("source_id")) / made.structures - SOURCE_ID
+    part = made.size("train") / made.structures
+    told = StoreSize.expected(made.structures, made.atoms / made.structures, train=part)
+    beside = sum(row_bytes(FIELDS[name]) for name in ("charge", "spin") if not made.has(name)) - sources
+    own = HEADER * there.files + 8 * (there.files - 1) + 2 * 8  # one row more in both files of offsets
+    assert there.bytes == told.bytes + own - round(beside * made.structures)
+    assert (there.train, there.costs) == (told.train, told.costs)
+
+
+def test_hosts_hold_what_their_ranks_train_on():
+    sizes = {"a": StoreSize(1000, 10, 100, 80, 6), "b": StoreSize(4000, 12, 400, 300, 81)}
+    data = data_of(sizes, {"a": [0, 1, 2], "b": [2, 3, 4]}, 5, 2, Blocks(10, 2))
+    assert (data.disk, data.host, data.hosts) == (5000, 5000, 3)  # the second host has ranks 2 and 3
+    assert data.windows == 2 * (10 * 30 + 10 * 30) and data.opens == 5 * 22
+    assert data.costs == 80 * 6 + 300 * 81
 
 
 def test_many_tasks_on_many_ranks_are_planned_quickly_and_read_easily():

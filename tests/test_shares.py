@@ -2,11 +2,13 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from start import DATASETS, Start, by_rank
 
 from conftest import measured_effort
 from multifid.parallel.layout import Load, place
@@ -153,3 +155,27 @@ def test_costs_that_are_no_costs_and_draws_without_ranks_are_refused():
 
 def test_a_step_without_structures_is_no_work():
     assert shares({"a": np.zeros(0)}, {"a": [0, 1]})["a"].tolist() == []
+
+
+def test_at_the_start_of_many_ranks_each_finds_its_own_and_all_find_the_whole():
+    """What 4,096 ranks compute in `benchmarks/start.py`, with fewer: in any order of the tasks, and rank by rank."""
+    few = {name: replace(one, structures=one.structures // 500) for name, one in DATASETS.items()}
+    start, other = Start.of(few, 96, 6), Start.of(dict(reversed(few.items())), 96, 6)
+    assert start.placement == other.placement
+    for step in (0, 1, 7):
+        chosen = start.structures(step)
+        costs = start.costs(chosen)
+        owners, again = start.owners(costs), other.owners(other.costs(other.structures(step)))
+        picked, counts = by_rank(owners, 96), np.zeros(96, int)
+        for name, owner in owners.items():
+            assert np.array_equal(owner, again[name]) and set(owner.tolist()) <= set(start.placement[name])
+            places, bounds = picked[name]
+            for rank in range(96):
+                assert np.array_equal(places[bounds[rank] : bounds[rank + 1]], np.flatnonzero(owner == rank))
+            counts += np.diff(bounds)
+            passed = np.concatenate([start.structures(k)[name] for k in range(3)])
+            assert len(set(passed.tolist())) == len(passed)  # within a pass none comes twice
+        assert counts.sum() == 96 * 6 and counts.min() > 0
+        total = sum(values.sum() for values in costs.values())
+        most = max(values.max() for values in costs.values())
+        assert loads_of(costs, owners, 96).max() <= total / 96 + 2 * most

@@ -7,7 +7,7 @@ placement, what a rank holds, the largest batch that fits, what travels, and how
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.console import Console
 from multifid.config import Config
 from multifid.evaluation.fitted import FittedTable
 from multifid.feed.loader import open_sources
+from multifid.forecast.data import ALL, HOST, OPENS, Data, StoreSize, data_of
 from multifid.forecast.estimate import Forecast, forecast
 from multifid.forecast.machines import Machine, read_machine
 from multifid.forecast.subject import Subject, subject_of
@@ -52,6 +53,7 @@ class Plan:
     epoch_steps: int
     steps: int | None  # of the run; None: as many as fit
     minutes: float | None  # of the run, where the clock ends it
+    data: Data
     trial: bool  # the run will weigh tasks by trial steps, which may place `auto` and `split` otherwise
 
     @property
@@ -117,18 +119,23 @@ def make_plan(config: Config, ranks: int, machine: Machine, trial: bool = False)
             forecasts[f"{name}{SHARDED}"] = forecast(subject, placements[name], machine, memory=limit, sharded=True)
     sharded = SHARDED if config.parallel.shard_encoder else ""
     steps = epoch_steps(config.train, draws)
+    chosen = choose(forecasts, limit)
+    named = ("config" if isinstance(asked, dict) else asked) + sharded
+    sizes = {draw.name: StoreSize.of(source.store) for draw, source in zip(draws, sources, strict=True)}
+    ranks_of = forecasts.get(named, forecasts[chosen]).ranks_of
     return Plan(
         ranks=ranks,
         machine=machine,
         subject=subject,
         limit=limit,
         forecasts=forecasts,
-        chosen=choose(forecasts, limit),
-        asked=("config" if isinstance(asked, dict) else asked) + sharded,
+        chosen=chosen,
+        asked=named,
         passes={t: float(draw.rate) * steps / draw.order.size for draw in draws for t in draw.tasks},
         epoch_steps=steps,
         steps=None if config.train.minutes is not None else total_steps(config.train, draws),
         minutes=config.train.minutes,
+        data=data_of(sizes, ranks_of, ranks, machine.per_node, config.sampling.blocks()),
         trial=config.parallel.costs == "measured",
     )
 
@@ -178,6 +185,7 @@ def as_dict(made: Plan) -> dict[str, Any]:
             for name, f in made.forecasts.items()
         },
         "chosen": made.chosen,
+        "data": {**asdict(made.data), "opening_seconds": made.data.opening, "staging_seconds": made.data.staging},
     }
 
 
@@ -208,7 +216,25 @@ def tables(made: Plan) -> list[FittedTable]:
             ("task", "structures/step", "passes"),
             [(t, f"{made.subject.tasks[t].structures:.4g}", f"{p:.4g}") for t, p in made.passes.items()],
         ),
+        data_table(made.data),
     ]
+
+
+def data_table(data: Data) -> FittedTable:
+    """What the stores take up on disk and in the memory of hosts, and how long starting takes."""
+    many = "s" * (data.hosts > 1)
+    rows = [
+        ("on disk, all stores", _gib(data.disk)),
+        ("of the host with most: stores of its tasks (staged, or in its page cache)", _gib(data.host)),
+        ("two windows of these (sampling.order: blocks)", _gib(data.windows)),
+        ("of every host: rows of all stores by which steps are divided", _gib(data.costs)),
+    ]
+    note = (
+        f"starting on {data.hosts:,} host{many}: {data.opens:,} files opened, {duration(data.opening)}; copying with "
+        f"train.stage {duration(data.staging)} (assumed: {OPENS:,.0f} opens/s, {HOST / 1e9:g} GB/s a host, "
+        f"{ALL / 1e12:g} TB/s in all)"
+    )
+    return _table("Data, GiB", ("", "GiB"), rows, note)
 
 
 def memory_model(subject: Subject) -> FittedTable:

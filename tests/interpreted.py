@@ -170,6 +170,8 @@ def test_derivatives_that_kernels_have_not_are_errors():
     with pytest.raises(RuntimeError, match="BatchedTensor"):
         (outputs, _), each = kernels(i, j, *tensors), torch.ones(2, ATOMS, HIDDEN, dtype=torch.float64)
         torch.autograd.grad(outputs, inputs[:1], each, is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="must ascend"):
+        kernels(i.flip(0), j, *tensors)
     (slope,) = torch.autograd.grad(energy(), inputs[-2:-1], create_graph=True)
     with pytest.raises(RuntimeError, match="no derivative of gradients of weights"):
         slope.sum().backward()

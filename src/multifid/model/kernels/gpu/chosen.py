@@ -22,6 +22,7 @@ from multifid.graphs.edges import IN_TILES, EdgeFunction, faster_form_of, over_e
 from multifid.model.kernels.egnn import matmul_type
 
 EDGES = 4096  # of the batch at hand, that both forms are computed for
+LARGEST = 1 << 31  # numbers of atoms: kernels count them in 32 bits, those of edges in 64
 TIMES_AS_WRONG = 4.0  # as torch
 # Relative rounding that is no error, of numbers that torch happens to hit.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-6, torch.float64: 1e-12}
@@ -56,6 +57,8 @@ def on_gpu(function: EdgeFunction, module: str, summed: Sequence[bool]) -> None:
         envelope = tensors[2][0]
         kind = matmul_type(envelope)
         key = (function, envelope.device, kind, torch.get_float32_matmul_precision())
+        if 2 * max(x.numel() for x in (*tensors[0], *tensors[1])) >= LARGEST:
+            return _by_torch(function, summed, i, j, tensors)
         if key not in _RIGHT and len(i):
             _RIGHT[key] = _is_right(function, module, summed, i, j, tensors)
         if _RIGHT.get(key):

@@ -32,7 +32,8 @@ _LAST: list[tuple[weakref.ref, weakref.ref, tuple[int, int, int], Segments]] = [
 def segments(i: Tensor, j: Tensor, atoms: int) -> Segments:
     """Of receivers i, ascending, and senders j (E,). All layers of a pass share what the first one finds.
 
-    The host waits for nothing. What is recorded as a CUDA graph is found anew each time that it is replayed.
+    The host waits for nothing. What is recorded as a CUDA graph is found anew each time that it is replayed. Receivers
+    that do not ascend are an error, on a GPU of the device: sums would be wrong.
     """
     recorded = i.is_cuda and torch.cuda.is_current_stream_capturing()
     version = (atoms, i._version, j._version)
@@ -40,6 +41,7 @@ def segments(i: Tensor, j: Tensor, atoms: int) -> Segments:
         old_i, old_j, old_version, found = _LAST[0]
         if old_i() is i and old_j() is j and old_version == version:
             return found
+    torch._assert_async((i[1:] >= i[:-1]).all(), "the receivers of edges must ascend")
     bounds = torch.arange(atoms + 1, device=i.device)
     order = j.argsort(stable=True)
     found = Segments(

@@ -209,6 +209,16 @@ def test_a_run_that_began_between_two_additions_goes_on_staged_and_a_new_one_see
     assert Store(two / "a").structures == 120 and "began with" not in said
 
 
+def test_a_store_of_several_parts_is_one_input(tmp_path):
+    """Under a directory of stores too; what it becomes has the same content."""
+    store = prepared(tmp_path / "all", "s", made(tmp_path, "x"))
+    grown = add(store, [made(tmp_path, "y", seed=2)], **LATER)
+    taken = prepare("store", [tmp_path / "all"], tmp_path / "out", trust_units=True, keep_splits=True, progress=False)
+    assert taken.content == grown.content
+    with pytest.raises(ValueError, match="2 times, not 3"):
+        Store(add(store, [made(tmp_path, "z", seed=3)], **LATER).path, additions=3)
+
+
 def test_parts_of_two_stores_do_not_mix(tmp_path):
     store = prepared(tmp_path, "s", made(tmp_path, "x"))
     add(store, [made(tmp_path, "y", seed=2)], **LATER)

@@ -16,7 +16,7 @@ from pathlib import Path
 import xxhash
 
 from multifid.store.fields import BLOCK, CHECKSUMS, MANIFEST, damaged
-from multifid.store.manifest import manifest_file, read_manifest
+from multifid.store.manifest import manifest_bytes, manifest_file
 from multifid.store.store import Store
 
 
@@ -82,9 +82,7 @@ def _copy_all(store: Store, folder: Path) -> None:
             earlier = manifest_file(folder, number - 1)
             earlier.parent.mkdir(exist_ok=True)
             shutil.copyfile(manifest_file(store.path, number - 1), earlier)
-    newest, _ = read_manifest(store.path)
-    now = store.additions == len(newest.get("parts", []))
-    shutil.copyfile(store.path / MANIFEST if now else manifest_file(store.path, store.additions), folder / MANIFEST)
+    (folder / MANIFEST).write_bytes(manifest_bytes(store.manifest))  # not the file, which may have become another one
 
 
 def _copy(source: Path, target: Path, sums: list[int]) -> None:

@@ -66,7 +66,8 @@ def _files(given: Path | str, endings: tuple[str, ...], marks: tuple[str, ...]) 
         return [path]
     if path.is_dir():
         entries = [p for p in path.rglob("*") if p.is_file()]
-        folders = {p.parent for p in entries if p.name in marks}
+        marked = {p.parent for p in entries if p.name in marks}
+        folders = {p for p in marked if not marked.intersection(p.parents)}  # a store may have parts
         plain = [p for p in entries if p.name.lower().endswith(endings) and not folders.intersection(p.parents)]
         found = sorted([*plain, *folders])
         ways = [f"ends with {', '.join(endings)}"] * bool(endings) + [f"is called {', '.join(marks)}"] * bool(marks)

@@ -26,18 +26,18 @@ class Segments(NamedTuple):
     first_sent: Tensor  # (N + 1,) int64: where those of each sender begin in `order`
 
 
-_LAST: list[tuple[weakref.ref, weakref.ref, tuple[int, int, int], Segments]] = []  # of the newest graph
+_LAST: list[tuple[weakref.ref, weakref.ref, tuple[int, int, int, bool], Segments]] = []  # of the newest graph
 
 
 def segments(i: Tensor, j: Tensor, atoms: int) -> Segments:
     """Of receivers i, ascending, and senders j (E,). All layers of a pass share what the first one finds.
 
-    The host waits for nothing. What is recorded as a CUDA graph is found anew each time that it is replayed. Receivers
-    that do not ascend are an error, on a GPU of the device: sums would be wrong.
+    The host waits for nothing. In a CUDA graph it is part of what is recorded, since edges may be others when it is
+    replayed. Receivers that do not ascend are an error, on a GPU of the device: sums would be wrong.
     """
-    recorded = i.is_cuda and torch.cuda.is_current_stream_capturing()
-    version = (atoms, i._version, j._version)
-    if _LAST and not recorded:
+    recorded = _is_recorded(i.device)
+    version = (atoms, i._version, j._version, recorded)
+    if _LAST:
         old_i, old_j, old_version, found = _LAST[0]
         if old_i() is i and old_j() is j and old_version == version:
             return found
@@ -47,9 +47,16 @@ def segments(i: Tensor, j: Tensor, atoms: int) -> Segments:
     found = Segments(
         torch.searchsorted(i.contiguous(), bounds), order, torch.searchsorted(j.index_select(0, order), bounds)
     )
-    if not recorded:
-        _LAST[:] = [(weakref.ref(i), weakref.ref(j), version, found)]
+    _LAST[:] = [(weakref.ref(i), weakref.ref(j), version, found)]
     return found
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether what is computed now becomes part of a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def programs(atoms: int) -> int:

@@ -1,12 +1,14 @@
 """What all ranks know of a step before its backward pass: by arithmetic, or sent a step ahead."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from conftest import write_molecules
 from multifid.config import parse_config
-from multifid.feed.loader import cut, most_pieces, open_sources
+from multifid.feed.loader import cut, cut_evenly, most_pieces, open_sources
 from multifid.parallel.groups import Group, alone
 from multifid.parallel.layout import place
 from multifid.preparation.prepare import prepare
@@ -68,6 +70,21 @@ def test_the_most_pieces_of_any_rank_are_those_that_ranks_cut(most):
         owners = random.integers(0, ranks, structures)
         cuts = [len(cut(costs[owners == rank], most)) for rank in range(ranks)]
         assert most_pieces(costs, owners, most) == max(cuts)
+
+
+def test_micro_batches_are_as_few_and_as_even_as_any_cut_in_their_order():
+    """Against all ways to cut eight structures; where one exceeds the budget by itself, the others do not grow."""
+    random = np.random.default_rng(0)
+    for most in (8, 15, 30, 200):
+        for _ in range(20):
+            costs = np.minimum(np.rint(random.gamma(1.0, 6.0, 8)), most)
+            ways = [[*cuts, 8] for n in range(8) for cuts in itertools.combinations(range(1, 8), n)]
+            largest = [(len(w), max(costs[a:b].sum() for a, b in itertools.pairwise([0, *w]))) for w in ways]
+            found = cut_evenly(costs, most)
+            assert [i for piece in found for i in range(8)[piece]] == list(range(8))
+            assert (len(found), max(costs[piece].sum() for piece in found)) == min(w for w in largest if w[1] <= most)
+    alone = np.array([3.0, 3.0, 50.0, 3.0, 3.0])
+    assert cut_evenly(alone, 8) == cut(alone, 8)
 
 
 @pytest.mark.parametrize("max_edges", [None, 20])

@@ -1,7 +1,11 @@
 """A step on an accelerator: nothing waits for the device, and what the host hears late changes nothing."""
 
 import math
+import platform
+import subprocess
+import sys
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,3 +72,27 @@ def test_hearing_of_a_skipped_update_one_step_late_changes_no_bit(stores, tmp_pa
         for kind in ("exp_avg", "exp_avg_sq", "step"):
             one, other = now.optimizer.state[parameter][kind], later.optimizer.state[later.parameters[name]][kind]
             assert torch.equal(one, other), (name, kind)
+
+
+AGAIN = """
+import resource
+import numpy as np
+from multifid.training.heap import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [np.ones(1 << 20) for _ in range(12)]  # 96 MiB in blocks of 8
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+for _ in range(3):
+    given_back = faults()
+told = keep_freed_memory()
+faults()
+print(told, given_back, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back and can be told not to")
+def test_what_a_step_frees_is_not_asked_of_the_kernel_again():
+    out = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True).stdout.split()
+    assert out[0] == "True" and int(out[1]) > 1_000 and int(out[2]) < 100, out

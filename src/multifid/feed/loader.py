@@ -254,14 +254,30 @@ def most_pieces(costs: np.ndarray, owners: np.ndarray, most: float | None) -> in
     return max(pieces, 1)
 
 
+def cut_evenly(costs: np.ndarray, most: int | None) -> list[slice]:
+    """As few consecutive pieces as `cut` makes, the dearest of them as cheap as can be; costs are whole numbers.
+
+    Where a single item is dearer than `most`, the rest is not made dearer for it: that is `cut`.
+    """
+    if most is None or not len(costs) or costs.max() > most:
+        return cut(costs, most)
+    owners = np.zeros(len(costs), np.int64)
+    count = most_pieces(costs, owners, most)
+    low, high = int(max(costs.max(), -(-costs.sum() // count))), most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if most_pieces(costs, owners, middle) <= count else (middle + 1, high)
+    return cut(costs, high)
+
+
 def pieces(parts: Piece, cutoff: float, max_edges: int | None) -> list[Piece]:
-    """The structures of a step as one piece, or as several of at most about `max_edges` edges each, in their order."""
+    """The structures of a step as one piece, or as few even ones of at most about `max_edges` edges, in their order."""
     if max_edges is None:
         return [parts]
     costs = np.concatenate([np.zeros(0), *(edge_costs(s, i, cutoff) for s, i in parts)])
     ends = np.cumsum([len(i) for _, i in parts])
     out = []
-    for piece in cut(costs, max_edges):
+    for piece in cut_evenly(costs, max_edges):
         inside = []
         for (source, indices), end in zip(parts, ends, strict=True):
             begin = end - len(indices)

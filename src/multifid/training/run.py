@@ -38,6 +38,7 @@ from multifid.training.counts import announced
 from multifid.training.ending import Ending
 from multifid.training.feed import Feed, Step, lists_of, make_draws, near, total_steps
 from multifid.training.finetune import with_references
+from multifid.training.heap import keep_freed_memory
 from multifid.training.identity import Kept, contents_of, kept_of, own_data, refuse_apart
 from multifid.training.journal import Journal
 from multifid.training.length import Length, length_of
@@ -105,6 +106,7 @@ def train(
         log = Log(console or Console(stderr=True), world.first)
         atlast.callback(log.close)
         atlast.enter_context(settings_of_torch_kept())
+        keep_freed_memory()
         try:
             run = open_all(config, world, log, clock)
             atlast.callback(close, run)

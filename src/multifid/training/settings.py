@@ -57,7 +57,11 @@ class TrainConfig(BaseModel):
     recompute: bool = Field(
         False, description="keep no activations inside encoder layers but compute them again: less memory, more time"
     )
-    max_edges: int | None = Field(None, gt=0, description="edges of a micro-batch; larger steps are cut into several")
+    max_edges: int | None = Field(
+        None,
+        gt=0,
+        description="edges of a micro-batch; larger steps are cut into as few even ones, with the same result",
+    )
     checkpoint_every: int = Field(1000, gt=0, description="steps between checkpoints (one more at every epoch's end)")
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
     log_every: int = Field(

@@ -46,6 +46,7 @@ SHORTER = {
     r"warm neighbors full": "warm neighbors --rounds 1",
     r"pytest tests/test_memory.py -s": "pytest tests/test_memory.py --collect-only",
     r"STORE\.\.\.": "data/pack/ani1x data/pack/mptrj",
+    r"--steps 10 --repeats 2": "--steps 1 --repeats 1",
     r"\bSTORE\b": "data/pack/ani1x",
     r"\bFOLDER\b": "reading",
     r"(benchmarks/placements\.py .*)": r"\1 --tables tables.md --figure figure.png",

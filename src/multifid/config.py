@@ -71,10 +71,13 @@ class Config(BaseModel):
             raise ValueError("train.compile needs whole layers; with parallel.shard_encoder set it to false")
         if self.train.compile and self.train.recompute:
             raise ValueError("train.recompute is for what is not compiled: with train.compile the compiler chooses")
-        if self.train.compile == "reduce-overhead" and self.train.neighbors == "device":
+        if self.train.compile and self.train.capture:
+            raise ValueError("train.capture is for what is not compiled: train.compile: reduce-overhead records too")
+        graphs = "compile: reduce-overhead" if self.train.compile == "reduce-overhead" else "capture: true"
+        if (self.train.compile == "reduce-overhead" or self.train.capture) and self.train.neighbors == "device":
             raise ValueError(
                 "train.neighbors: device works on the device from other threads, which must not be while a CUDA graph "
-                "is recorded: with train.compile: reduce-overhead set it to host"
+                f"is recorded: with train.{graphs} set it to host"
             )
         encoder, low = self.model.encoder.name, self.train.precision in ("bf16", "tf32")
         if low and self.model.branch.forces == "conservative" and all_encoders()[encoder].slopes_need_float32:

@@ -119,6 +119,25 @@ def test_compiled_and_captured_steps_are_the_eager_ones(both, device, forces, ho
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+@pytest.mark.parametrize("forces", ["direct", "conservative"])
+@pytest.mark.parametrize("encoder", ["egnn", "painn"])
+def test_recorded_steps_are_the_eager_ones(both, device, encoder, forces, precision):
+    """Of torch in float64, of kernels in bf16: five updates by the same batch, of which three are replayed."""
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs are for GPUs; tests/test_recorded.py has what is left of recordings on a CPU")
+    results = []
+    for capture in (False, True):
+        trainer, feed = trainer_of(both, device, encoder, forces, precision, capture=capture)
+        for _ in range(5):
+            totals = Totals([task.name for task in trainer.tasks], device)
+            trainer.step([trainer.ready(feed.step(0).batches[0])], totals)
+        results.append(torch.cat([totals.as_tensor().flatten(), *(p.grad.double().flatten() for p in
+                                                                  trainer.parameters.values())]))  # fmt: skip
+    assert trainer.recordings.held and not trainer.recordings.off
+    assert error(results[1], results[0]) < {"fp64": 1e-8, "bf16": 1e-2}[precision]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
 def test_edge_vectors_of_crystals_are_those_of_float64_in_every_precision(both, device, precision):
     trainer, feed = trainer_of(both, device, precision=precision)

@@ -22,6 +22,7 @@ from multifid.parallel.groups import World, in_one_order
 from multifid.parallel.shard import Shards, shard
 from multifid.training.finetune import Pull, prepare_moves, pulled
 from multifid.training.optimizer import OPTIMIZERS, MovingAverage, Named, Schedule, with_factors
+from multifid.training.recorded import CudaGraphs, Recordings
 from multifid.training.step import ENCODER, Task, Trainer, part_of_branch
 
 
@@ -82,10 +83,11 @@ def build(
     if factors:
         with_factors(optimizer, moving, factors)
     scales = task_scales(config.objective.scale, config.branches, sources)
+    gradients = Gradients(parts)
     return Trainer(
         potential=potential,
         parameters=parameters,
-        gradients=Gradients(parts),
+        gradients=gradients,
         optimizer=optimizer,
         pull=_pull(config, moving, factors),
         schedule=Schedule(
@@ -97,10 +99,20 @@ def build(
         world=world.group,
         device=world.device,
         precision=t.precision,
-        padded=bool(t.compile),
+        padded=bool(t.compile) or t.capture,
+        recordings=_recordings(potential, gradients, t.precision, world) if t.capture else None,
         clip=t.clip,
         lr=t.lr,
     )
+
+
+def _recordings(potential: Potential, gradients: Gradients, precision: str, world: World) -> Recordings:
+    """For `train.capture`. ValueError where passes cannot be recorded."""
+    if world.device.type != "cuda" or world.size > 1:
+        here = f"{world.size} ranks on {world.device}" if world.size > 1 else f"this run is on {world.device}"
+        raise ValueError(f"train.capture: true is for one process on a GPU, and {here}: set it to false")
+    reads_edges = any(branch.reads_edges for branch in potential.branches.values())
+    return Recordings(CudaGraphs(world.device), gradients, precision, reads_edges)
 
 
 def _begin_at_frequencies(potential: Potential, config: Config, sources: list[Source]) -> None:

@@ -49,6 +49,11 @@ class TrainConfig(BaseModel):
         False,
         description="torch.compile of training passes, batches padded to few sizes; reduce-overhead: CUDA graphs too",
     )
+    capture: bool = Field(
+        False,
+        description="forward and backward passes are recorded as CUDA graphs, for batches padded to few sizes; for one "
+        "process on a GPU, without `compile`",
+    )
     kernels: Literal["auto", "eager"] = Field(
         "auto",
         description="auto: on a CUDA device edges are computed by kernels of Triton, where these give torch's numbers "
@@ -122,6 +127,7 @@ NEUTRAL = frozenset(
         "wandb",
         "recompute",
         "compile",
+        "capture",
         "kernels",
         "change_tasks",
     }

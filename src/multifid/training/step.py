@@ -38,6 +38,7 @@ from multifid.training.loss import (
 )
 from multifid.training.optimizer import MovingAverage, Named, Schedule, update
 from multifid.training.outcome import Outcome
+from multifid.training.recorded import Recordings
 
 ENCODER = "encoder"
 WIDE = len(COLUMNS)
@@ -149,7 +150,8 @@ class Trainer:
     clip: float | None
     lr: float
     pull: Pull | None = None  # towards the weights that a fine-tuned model began with
-    padded: bool = False  # batches have few sizes, for a potential that is compiled
+    padded: bool = False  # batches have few sizes, for a potential that is compiled, or passes that are recorded
+    recordings: Recordings | None = None  # of forward and backward passes
     updates: int = 0  # updates made; steps that were skipped do not count
     skipped_in_a_row: int = 0
     stopped: bool = False  # some rank was told to stop, as far as all ranks know
@@ -286,6 +288,22 @@ class Trainer:
 
     def _backward(self, batch: Batch, counts: Tensor, totals: Totals, last: bool) -> None:
         """Back-propagate this batch's share of the objective: its sums over the counts of the whole step."""
+        if self.recordings is None:
+            self._passes(batch, counts, totals, last)
+            return
+        self.begins("forward")
+        batch = batch.to(self.device, self._dtype)
+        self.recordings.run(batch, counts, totals.sums, self._passes_for_sums)
+        if last:
+            self.gradients.start(None)
+
+    def _passes_for_sums(self, batch: Batch, counts: Tensor, sums: Tensor) -> None:
+        """What is recorded: nothing that the host has to do each time."""
+        here = Totals([t.name for t in self.tasks], self.device)
+        self._passes(batch, counts, here, last=False)
+        sums += here.sums
+
+    def _passes(self, batch: Batch, counts: Tensor, totals: Totals, last: bool) -> None:
         self.begins("forward")
         share = objective(self._sums(batch, totals), counts, self.weights)
         if self.gradients.shards is not None:

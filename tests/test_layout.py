@@ -106,6 +106,32 @@ def test_auto_is_never_longer_than_the_plain_placements_and_even_where_holding_c
     assert predicted_step(place(tasks, "auto", ranks, loads=free), free) <= 1.0201 * mean
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_auto_lays_tasks_for_steps_that_differ(ranks):
+    """Random steps of five tasks: laid by their means, they wait for whichever task happens to be large."""
+    rnd = random.Random(3)
+    costs = {
+        "acac": (1.4, 0.01),
+        "alexandria": (3.3, 0.35),
+        "ani1x": (3.6, 0.17),
+        "mptrj": (4.5, 0.5),
+        "omol25": (3.7, 0.3),
+    }
+
+    def laid(kind, holding, spread):
+        loads = {t: Load(cost, holding, spread=s if spread else 0.0) for t, (cost, s) in costs.items()}
+        return place(list(costs), kind, ranks, loads=loads)
+
+    def waited(placement):
+        """The longest step by the mean one, in the mean over steps whose costs are of gamma distributions."""
+        drawn = [{t: rnd.gammavariate(1 / s**2, cost * s**2) for t, (cost, s) in costs.items()} for _ in range(200)]
+        longest = [predicted_step(placement, {t: Load(cost) for t, cost in step.items()}) for step in drawn]
+        return sum(longest) * ranks / sum(sum(step.values()) for step in drawn)
+
+    assert waited(laid("auto", 0.001, True)) < 1.02 < 1.06 < waited(laid("auto", 0.001, False))
+    assert laid("auto", 2.0, True) == laid("auto", 2.0, False), "branches that are dear to hold stay where they are"
+
+
 def test_auto_comes_close_to_the_best_of_all_placements():
     rnd = random.Random(5)
     ratios = []

@@ -8,7 +8,7 @@ constructions are made, their exact costs compared, and the best one is improved
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from multifid.parallel.balance import least_level, network
@@ -20,6 +20,8 @@ SLIVER = 0.02  # of a step: less than this is not worth another holder
 GOOD_ENOUGH = Fraction(51, 50)  # a simpler placement is taken if its step is at most this much longer
 HELPERS = 4  # ranks that are tried as one more holder of a unit
 HALVINGS = 30  # of a level at most: costs may be so small that no number lies between two levels
+STEPS = 16  # that stand for all, where costs differ between steps; a power of two
+EVEN = 0.15  # spreads below this are none: estimates of single structures are no better
 NODES = 2_000  # of the search for a packing, before it gives up
 
 
@@ -31,6 +33,7 @@ class Unit:
     cost: float
     holding: float
     bytes: int
+    spread: float = 0.0
 
 
 def even_groups(units: Sequence[Unit], ranks: int) -> Held:
@@ -145,18 +148,21 @@ def cheapest(units: Sequence[Unit], ranks: int, free: int | None) -> Held | None
 
     Constructions, from simple to not: every unit on ranks of its own (or packed, where units outnumber ranks), units
     laid end to end over the ranks so that neighbours share one, every unit everywhere. The simplest that is within 2 %
-    of the best is taken.
+    of the best is taken. Best is the mean over steps that differ by the spread of the costs: ranks that hold few units
+    in common cannot even out a step in which one of them is large.
     """
     options = [sized_groups(units, ranks) if len(units) <= ranks else pack(units, ranks, free)]
     by_cost = sorted(range(len(units)), key=lambda i: -units[i].cost)
     options += [_end_to_end(units, ranks, free, list(range(len(units)))), _end_to_end(units, ranks, free, by_cost)]
     options.append([list(range(ranks)) for _ in units])
-    times = [(step_time(units, held), held) for held in options if held is not None and _fits(units, held, ranks, free)]
+    fitting = [held for held in options if held is not None and _fits(units, held, ranks, free)]
+    times = [(mean_time(units, held), held) for held in fitting]
     if not times:
         return None
     best = min(time for time, _ in times)
     simplest = next(held for time, held in times if time <= best * GOOD_ENOUGH)
-    return _improve(units, ranks, free, simplest)
+    improved = _improve(units, ranks, free, simplest)
+    return min((simplest, improved), key=lambda held: mean_time(units, held))
 
 
 def _fits(units: Sequence[Unit], held: Held, ranks: int, free: int | None) -> bool:
@@ -237,6 +243,24 @@ def _improve(units: Sequence[Unit], ranks: int, free: int | None, held: Held) ->
 def step_time(units: Sequence[Unit], held: Held) -> Fraction:
     """The cost of the most loaded rank in a step, in the unit of the costs."""
     return _evaluate(units, held)[0]
+
+
+def mean_time(units: Sequence[Unit], held: Held) -> Fraction:
+    """`step_time` in the mean over steps in which every unit costs more or less than its mean by its spread.
+
+    Units go up and down by the columns of a Hadamard matrix: each as often up as down, and no two together (but every
+    15th), so that as few steps as these have the means and variances of many.
+    """
+    if max(unit.spread for unit in units) < EVEN:
+        return step_time(units, held)
+    times = []
+    for step in range(STEPS):
+        signs = [1 - 2 * ((step & (1 + i % (STEPS - 1))).bit_count() % 2) for i in range(len(units))]
+        changed = [
+            replace(u, cost=u.cost * (1 + sign * min(u.spread, 1.0))) for u, sign in zip(units, signs, strict=True)
+        ]
+        times.append(step_time(changed, held))
+    return sum(times, Fraction(0)) / STEPS
 
 
 def _evaluate(units: Sequence[Unit], held: Held) -> tuple[Fraction, list[int]]:

@@ -67,6 +67,7 @@ class Load:
     cost: float = 1.0  # processing its structures of a step, divided among its ranks: estimated or measured
     holding: float = 0.0  # on every rank that holds the branch: updating and reducing its parameters
     bytes: int = 0  # on every rank that holds the branch: parameters, gradients, moments, averages
+    spread: float = 0.0  # standard deviation of `cost` between steps, by its mean
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def place(
     * `split`: as few branches on a rank as possible. No more units than ranks: every unit has a sub-group of its own,
       equal ones where that divides, else sized by cost. More units than ranks: each on one rank, packed by cost.
     * a map: as given, checked.
-    * `auto`: the shortest step that the loads predict within the memory limit (see `assign.cheapest`).
+    * `auto`: the shortest steps that the loads predict within the memory limit (see `assign.cheapest`).
 
     ValueError, saying what would fit, for what is impossible: a map that leaves out a task or names an unknown one, a
     rank that is not there, an idle rank, a store torn apart, more bytes on a rank than the limit.
@@ -140,7 +141,8 @@ def _units(
     if loads and (missing := sorted(set(tasks) - set(loads))):
         raise ValueError(f"loads must be known of every task or of none: missing {missing}")
     for task, load in loads.items():
-        if not (0 <= load.cost < float("inf") and 0 <= load.holding < float("inf") and load.bytes >= 0):
+        numbers = (load.cost, load.holding, load.bytes, load.spread)
+        if not all(0 <= number < float("inf") for number in numbers):
             raise ValueError(f"the load of {task!r} must be finite and at least 0, got {load}")
     members = [tuple(sorted(store)) for store in together if store] + [(t,) for t in tasks if t not in set(joined)]
     of = {task: loads.get(task, Load()) for task in tasks}
@@ -150,6 +152,7 @@ def _units(
             cost=sum(of[t].cost for t in names),
             holding=sum(of[t].holding for t in names),
             bytes=sum(of[t].bytes for t in names),
+            spread=max(of[t].spread for t in names),  # of one store, so of the same structures
         )
         for names in sorted(members)
     ]

@@ -4,6 +4,8 @@ Work is counted in multiplications: two passes backward and one forward, each ov
 and over all branch parameters for an atom. That is too much by the same factor for all tasks, which is what matters.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import nn
@@ -39,8 +41,16 @@ def loads(config: Config, sources: list[Source], draws: list[Draw]) -> dict[str,
         for task in draw.tasks:  # tasks of one store share the encoder's pass, and their ranks
             work = 3 * float(draw.rate) * (edges * encoder / len(draw.tasks) + atoms * branch)
             own = config.branches != "shared"
-            out[task] = Load(cost=work, holding=UPDATE * branch * own, bytes=held * own)
+            spread = spread_of(source, draw, config.model.cutoff)
+            out[task] = Load(cost=work, holding=UPDATE * branch * own, bytes=held * own, spread=spread)
     return out
+
+
+def spread_of(source: Source, draw: Draw, cutoff: float) -> float:
+    """Standard deviation, by the mean, of the estimated edges that a step draws; the same number on every processor."""
+    costs = edge_costs(source, sample_of(source), cutoff).astype(np.int64)  # whole numbers: their sums are exact
+    n, total, squares = len(costs), int(costs.sum()), int((costs * costs).sum())
+    return math.sqrt((n * squares - total * total) / float(draw.rate)) / max(total, 1)
 
 
 def mean_edges(source: Source, cutoff: float) -> float:

@@ -57,6 +57,7 @@ def measured(config: Config, sources: list[Source], draws: list[Draw], world: Wo
             cost=max(cost[draw.name], least) / len(draw.tasks),
             holding=0.0 if config.branches == "shared" else empty * branch / held,
             bytes=estimated[task].bytes,
+            spread=estimated[task].spread,
         )
         for draw in draws
         for task in draw.tasks

@@ -153,7 +153,7 @@ def rates(args: argparse.Namespace) -> Iterator[Row]:
 def steps_of(args: argparse.Namespace, width: int, structures: int, label: str, **model: Any) -> Iterator[Row]:
     """Steps of every form in every precision on the same batches, by turns."""
     device = torch.device(args.device)
-    these = batches(args, structures, 3 if args.tiny else 12)
+    these = batches(args, structures, 3 if args.tiny else 12 if structures < 100 else 4)
     potential = potential_of(width, **model)
     forms = {(PLAIN, "fp32"): stepping(potential, PLAIN, "fp32", device)}
     why = no_kernels(args)

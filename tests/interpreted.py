@@ -12,7 +12,7 @@ import torch
 
 from multifid.graphs.edges import FASTER
 from multifid.model.encoders import egnn, painn
-from multifid.model.kernels.gpu import chosen
+from multifid.model.kernels.gpu import chosen, twice
 from multifid.model.suite.samples import (
     TIGHT,
     assert_alike,
@@ -28,7 +28,7 @@ from test_model import small
 FUNCTIONS = {"egnn": egnn.edge_message, "painn": painn.edge_message}
 FIRST = ["egnn", pytest.param("painn", marks=pytest.mark.full)]  # one stands for both in the ordinary suite
 SUMMED = {"egnn": (True, False), "painn": (True,)}
-ATOMS, EDGES, HIDDEN = 5, 12, 18
+ATOMS, EDGES, HIDDEN = 4, 8, 18
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def edges_of(name: str, dtype: torch.dtype, edges: int = EDGES, atoms: int = ATO
 
     i = torch.randint(0, max(atoms - 1, 1), (edges,), generator=random)
     i, j = (i + (i > 0)).sort().values, torch.randint(0, max(atoms, 1), (edges,), generator=random)
-    h, p, c = HIDDEN, 3, 2
+    h, p, c = HIDDEN, 2, 2
     if name == "painn":
         values = [some(edges, 1), some(edges, 3), some(edges, p)]
         return i, j, [[], [some(atoms, 3, h), some(atoms, 3, h)], values, [some(3 * h, p), some(3 * h)]]
@@ -80,7 +80,8 @@ def test_values_and_two_derivatives_are_the_functions(name, dtype):
             torch.testing.assert_close(one, other, rtol=limit, atol=limit * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.full
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_several_gradients_of_one_pass_may_be_differentiated(name):
     """As those of several tasks that share structures are; and none that the outputs' own gradient does not reach."""
     found = []
@@ -154,6 +155,20 @@ def test_kernels_that_are_wrong_are_not_used(name, on_cpu, monkeypatch):
         found = FASTER[FUNCTIONS[name]][0].run([slice(0, EDGES)], i, j, *tensors)
     expected = forms(name)[1](i, j, *tensors)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_of_weights_are_made_where_they_are_asked_for(name, monkeypatch):
+    """Not in the backward pass that gives forces."""
+    wanted, asked = twice._weights_wanted, []
+    monkeypatch.setattr(twice, "_weights_wanted", lambda *x: asked.append(wanted(*x)) or asked[-1])
+    i, j, (receivers, senders, edges, weights) = edges_of(name, torch.float64)
+    inputs = [x.requires_grad_() for part in (receivers, senders, edges, weights) for x in part]
+    energy = sum(x.square().sum() for x in forms(name)[0](i, j, receivers, senders, edges, [w * 1.0 for w in weights]))
+    torch.autograd.grad(energy, inputs[:2], create_graph=True)
+    energy.backward()
+    assert asked == [False, True] and all(x.grad is not None for x in inputs)
 
 
 def test_derivatives_that_kernels_have_not_are_errors():

@@ -35,7 +35,7 @@ def machine(device: torch.device, threads: int, clock: str) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
     capability = torch.backends.cpu.get_cpu_capability() + (" AMX" if torch.cpu._is_amx_tile_supported() else "")
-    used = f"{threads} thread{'s' * (threads > 1)}" + (", processor time" if clock == "processor" else "")
+    used = f"{threads} thread{'s' * (threads > 1)}" + clock.replace("wall", "").replace("processor", ", processor time")
     return f"{model}, {capability}, {used}, torch {torch.__version__}"
 
 

@@ -13,7 +13,8 @@ medians are taken over the turns. The plain form (`plain.py`) is always eager fl
 Peak memory and start-up are those of fresh processes. Rows of results.json are replaced by name and machine (model of
 the processor, its instructions, threads), so that parts can be run one by one. `--short` prints small models only and
 fails where a ratio is far below what it should be. `--clock processor` is for one thread on a machine that has other
-work to do: it counts the time that the thread was running, and such rows are rows of their own.
+work to do: it counts the time that the thread was running, and such rows are rows of their own, as are those of
+`--keep-memory`: a run keeps what a step frees (`training/heap.py`), the published form does not; with it both do.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from timed import (
 from multifid.feed.loader import Source, ahead, collate
 from multifid.graphs.batch import Batch
 from multifid.model.potential import Potential
+from multifid.training.heap import keep_freed_memory
 
 PHASES = ("forward", "backward", "optimizer")
 LEAST_RATIO = 1.2  # --short: well below what was measured (docs/performance.md)
@@ -248,6 +250,7 @@ def main() -> None:
         "--threads", type=int, nargs="+", default=None, help="one after the other; 1, and 2 if there are"
     )
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: of one thread only")
+    parser.add_argument("--keep-memory", action="store_true", help="freed memory stays with the process, in both forms")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="which figures")
     parser.add_argument("--short", action="store_true", help="small models; fails where a ratio is far too small")
@@ -264,6 +267,8 @@ def main() -> None:
     if args.clock == "processor" and args.threads != [1]:
         parser.error("--clock processor adds up the times of threads: give it --threads 1")
     Clock.use(args.clock)
+    if args.keep_memory and keep_freed_memory():
+        Clock.name += ", memory kept"
     if args.precisions is None:
         fast = args.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         args.precisions = ["fp32", "bf16"] if fast else ["fp32"]

@@ -95,13 +95,14 @@ def _is_right(
     device = i.device
     try:
         messages = importlib.import_module(f"{__package__}.{module}").messages
-        bad = compare(
-            lambda *x: messages([slice(0, len(x[0]))], *x),
-            lambda i, j, *x: _by_torch(function, summed, i, j, x),
-            i[:EDGES],
-            j[:EDGES],
-            [tensors[0], tensors[1], [x[:EDGES] for x in tensors[2]], tensors[3]],
-        )
+        with torch.inference_mode(False):  # clones of what was made in inference mode have derivatives
+            bad = compare(
+                lambda *x: messages([slice(0, len(x[0]))], *x),
+                lambda i, j, *x: _by_torch(function, summed, i, j, x),
+                i[:EDGES].clone(),
+                j[:EDGES].clone(),
+                [tensors[0], tensors[1], [x[:EDGES] for x in tensors[2]], tensors[3]],
+            )
     except Exception as error:
         bad = f"{type(error).__name__}: {str(error)[:500]}"
     if bad is not None:
@@ -148,7 +149,7 @@ def _derivatives(
 
     # What is kept here is of no layer whose values are computed again in the backward pass.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        parts = [[x.detach().to(dtype or x.dtype).requires_grad_() for x in part] for part in tensors]
+        parts = [[x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in part] for part in tensors]
         inputs = [x for part in parts for x in part]
         values = [x for part in parts[:3] for x in part]
         outputs = form(i, j, *parts)

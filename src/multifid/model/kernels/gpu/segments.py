@@ -26,7 +26,7 @@ class Segments(NamedTuple):
     first_sent: Tensor  # (N + 1,) int64: where those of each sender begin in `order`
 
 
-_LAST: list[tuple[weakref.ref, weakref.ref, tuple[int, int, int, bool], Segments]] = []  # of the newest graph
+_LAST: list[tuple[weakref.ref, weakref.ref, tuple[int, ...], Segments]] = []  # of the newest graph
 
 
 def segments(i: Tensor, j: Tensor, atoms: int) -> Segments:
@@ -36,7 +36,7 @@ def segments(i: Tensor, j: Tensor, atoms: int) -> Segments:
     replayed. Receivers that do not ascend are an error, on a GPU of the device: sums would be wrong.
     """
     recorded = _is_recorded(i.device)
-    version = (atoms, i._version, j._version, recorded)
+    version = (atoms, *(0 if x.is_inference() else x._version for x in (i, j)), recorded)
     if _LAST:
         old_i, old_j, old_version, found = _LAST[0]
         if old_i() is i and old_j() is j and old_version == version:

@@ -179,6 +179,7 @@ def step_and_data(start: Start, machine: Machine, ranks: int, local_batch: int) 
         f"  on disk {data.disk / 1e9:,.0f} GB; the largest store {max(s.bytes for s in sizes.values()) / 1e9:,.0f} GB"
     )
     print(f"  the host with most: {data.host / 1e9:,.0f} GB of stores, {data.windows / 1e9:,.1f} GB of windows")
+    print(f"  with train.share_data: {data.shared / 1e9:,.1f} GB of pieces")
     print(f"  every host: {data.costs / 1e9:,.1f} GB of rows by which steps are divided")
     print(
         f"  starting: {data.opens:,} files opened, {data.opening:,.0f} s; staging {data.staging:,.0f} s (assumed rates)"

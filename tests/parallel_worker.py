@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
@@ -30,7 +31,8 @@ from multifid.graphs.batch import Batch
 from multifid.model.potential import Potential
 from multifid.parallel import groups
 from multifid.parallel.gradients import Gradients
-from multifid.training import checkpoint
+from multifid.store.store import Store
+from multifid.training import checkpoint, share
 from multifid.training.build import build
 from multifid.training.checkpoint import load_checkpoint
 from multifid.training.counts import announced
@@ -304,6 +306,31 @@ def held_bytes(trainer: Trainer) -> dict[str, int]:
     return {kind: sum(storage.nbytes() for storage in found.values()) for kind, found in storages.items()}
 
 
+def shared_run(values: dict, block: int, window: int) -> tuple[int, int]:
+    """A run whose ranks hold blocks of so few places and exchange windows of so few steps.
+
+    How many reads of train structures windows served, and how many the store.
+    """
+    served, missed = [], []
+    read, from_store = share.Shared.read, Store.read
+
+    def counted(self, indices, tasks=None):
+        before = len(missed)
+        out = read(self, indices, tasks)
+        served.extend([1] if len(missed) == before else [])
+        return out
+
+    def of_store(self, indices, tasks=None):
+        exchanging = isinstance(self, share.Shared) and self.windows
+        missed.extend([1] if exchanging and np.isin(indices, self.index("train")).any() else [])
+        return from_store(self, indices, tasks)
+
+    changed = patch.multiple(share, BLOCK=block, WINDOW=window), patch.object(share.Shared, "read", counted)
+    with changed[0], changed[1], patch.object(Store, "read", of_store):
+        train(parse_config(values, "test"), Console(quiet=True))
+    return len(served), len(missed)
+
+
 def whole_run(values: dict, stop_at: int | None = None, told: int = 0) -> int:
     """A run by the front door; its exit code. With `stop_at`, rank `told` gets SIGTERM in that step."""
     original, steps = Trainer.step, []
@@ -417,6 +444,7 @@ JOBS = {
         contexts_after_a_run,
         groups_of,
         recorded_steps,
+        shared_run,
         stopped_by_callback,
         train_and_evaluate,
         updated_weights,

@@ -8,6 +8,7 @@ import signal
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,11 +25,15 @@ from multifid.parallel.groups import Group
 from multifid.parallel.launch import Launch, launch
 from multifid.parallel.layout import Load, place
 from multifid.preparation.prepare import prepare
+from multifid.store.store import Store
+from multifid.training import share
 from multifid.training.checkpoint import load_checkpoint
 from multifid.training.journal import read_journal
 from multifid.training.optimizer import OPTIMIZERS
 from multifid.training.resolve import needs_trial
+from multifid.training.share import Shared
 from parallel_worker import HOST, train_until_killed
+from test_train import assert_same_bits
 
 TASKS = ("apple", "berry", "cherry", "damson", "elder")
 LR = 1e-3
@@ -255,6 +260,39 @@ def test_the_ranks_of_a_host_train_from_one_copy_of_each_store(pool, five, tmp_p
     values = values_of(five, 3, str(tmp_path / "run"), "split", stage=str(tmp_path / "near"), steps=2)
     pool.run(3, "whole_run", values)
     assert sorted(p.name.partition("-")[0] for p in (tmp_path / "near").iterdir()) == ["apple", "berry", "cherry"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "placement"),
+    [(3, "replicated"), *(pytest.param(*x, marks=pytest.mark.full) for x in ((1, "replicated"), (4, "split")))],
+)
+def test_structures_that_travel_between_ranks_are_those_of_the_store(pool, five, tmp_path, ranks, placement):
+    """Across windows, with blocks of a few structures dealt to the ranks: the bits of reading from the store."""
+    common = {"steps": 24, "epoch_steps": 12, "checkpoint_every": 11}
+    pool.run(ranks, "whole_run", values_of(five, 3, str(tmp_path / "read"), placement, **common))
+    values = values_of(five, 3, str(tmp_path / "shared"), placement, share_data=True, **common)
+    for served, missed in pool.run(ranks, "shared_run", values, 5, 4):
+        assert served >= 24 and not missed
+    assert_same_bits(tmp_path / "read", tmp_path / "shared")
+
+
+def test_a_rank_holds_its_blocks_of_a_store_and_no_others(five):
+    """Together the ranks hold every train structure once, as the store has it."""
+    store = Shared(Store(five["apple"]), ["apple"])
+    with patch.object(share, "BLOCK", 7):
+        pieces = [store.piece(Group((0, 1, 2), rank)) for rank in range(3)]
+    size = store.size("train")
+    for rank, piece in enumerate(pieces):
+        places = [p for p in range(size) if p // 7 % 3 == rank]
+        packed = store.read(store.pick("train", np.array(places)))
+        assert np.array_equal(piece.natoms, packed.natoms)
+        assert np.array_equal(piece.rows["positions"], packed.positions)
+        assert np.array_equal(piece.rows["labels/apple/energy"], packed.labels["apple"].energy)
+        again = piece.take(np.arange(len(places))[::-1]).packed({"apple": None})
+        assert np.array_equal(
+            again.labels["apple"].forces[: again.natoms[0]], packed.labels["apple"].forces[-again.natoms[0] :]
+        )
+    assert sum(len(piece.natoms) for piece in pieces) == size
 
 
 def test_the_shared_branch_is_reduced_over_the_ranks_of_all_its_tasks(pool, five):
@@ -509,21 +547,26 @@ def test_a_store_that_does_not_answer_is_left():
 
 
 @pytest.mark.parametrize(
-    ("dead", "blow", "hosts_store", "writing"),
+    ("dead", "blow", "hosts_store", "writing", "sharing"),
     [
-        (1, signal.SIGKILL, False, False),
-        (1, signal.SIGSTOP, False, False),
-        (0, signal.SIGKILL, True, False),  # the store dies with it, as under srun
-        (1, signal.SIGKILL, False, True),
+        (1, signal.SIGKILL, False, False, False),
+        (1, signal.SIGSTOP, False, False, False),
+        (0, signal.SIGKILL, True, False, False),  # the store dies with it, as under srun
+        (1, signal.SIGKILL, False, True, False),
+        pytest.param(1, signal.SIGKILL, False, False, True, marks=pytest.mark.full),
+        pytest.param(2, signal.SIGSTOP, False, False, True, marks=pytest.mark.full),
     ],
 )
 def test_when_a_rank_is_gone_the_others_leave_and_the_run_goes_on(
-    five, pool, tmp_path, dead, blow, hosts_store, writing
+    five, pool, tmp_path, dead, blow, hosts_store, writing, sharing
 ):
-    """Killed or stopped in a step, with the store that it hosts, or in the midst of writing a checkpoint."""
+    """Killed or stopped in a step, with the store that it hosts, or in the midst of writing a checkpoint; also where
+    the others wait for structures that it holds."""
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     values = values_of(five, 3, run=run, epoch_steps=100_000) | {"parallel": {"placement": "split", "silence": 4.0}}
     values["train"] |= {"checkpoint_every": 2, "log_every": 2, "steps": 100_000}
+    if sharing:
+        values["parallel"]["placement"], values["train"]["share_data"] = "replicated", True
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     base = {"WORLD_SIZE": "3", "MASTER_ADDR": HOST, "MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": "0"}
     if hosts_store:

@@ -218,6 +218,7 @@ def test_hosts_hold_what_their_ranks_train_on():
     assert (data.disk, data.host, data.hosts) == (5000, 5000, 3)  # the second host has ranks 2 and 3
     assert data.windows == 2 * (10 * 30 + 10 * 30) and data.opens == 5 * 22
     assert data.costs == 80 * 6 + 300 * 81
+    assert data.shared == 2266  # ranks 2 and 3: a third of 80 rows, and two thirds of 300, of 10 bytes
 
 
 def test_many_tasks_on_many_ranks_are_planned_quickly_and_read_easily():

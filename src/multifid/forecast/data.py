@@ -70,7 +70,8 @@ class Data:
     """What the data of a run ask for, in bytes. Hosts: of the one that has most.
 
     disk: all stores. host: the stores whose tasks it trains on; `train.stage` copies them, and random order keeps them
-    in the page cache where they fit. windows: of these, two windows of `sampling.order: blocks`. costs: rows of all
+    in the page cache where they fit. windows: of these, two windows of `sampling.order: blocks`. shared: what its ranks
+    hold with `train.share_data`. costs: rows of all
     stores that every rank reads to divide the steps of a pass, in each host's page cache. opens: files that all ranks
     open. begin: what a host reads to open them (checksums).
     """
@@ -78,6 +79,7 @@ class Data:
     disk: int
     host: int
     windows: int
+    shared: int
     costs: int
     opens: int
     begin: int
@@ -106,10 +108,12 @@ def data_of(
     blocks: the order in blocks; None: the preset one.
     """
     blocks = blocks or Blocks(16384, 32)
-    on_host: dict[int, list[str]] = {}
+    on_host: dict[int, dict[str, int]] = {}  # host -> store -> how many of its ranks train on it
     for name in sizes:
-        for host in sorted({rank // per_node for rank in ranks_of[name]}):
-            on_host.setdefault(host, []).append(name)
+        for rank in ranks_of[name]:
+            own = on_host.setdefault(rank // per_node, {})
+            own[name] = own.get(name, 0) + 1
+    piece = {name: one.row * one.train / len(ranks_of[name]) for name, one in sizes.items()}
     most = 2 * (blocks.window + 1) * blocks.block  # structures
     window = {name: min(one.bytes, one.row * most) for name, one in sizes.items()}
     hosts = -(-ranks // per_node)
@@ -118,6 +122,7 @@ def data_of(
         disk=disk,
         host=max(sum(sizes[n].bytes for n in names) for names in on_host.values()),
         windows=int(max(sum(window[n] for n in names) for names in on_host.values())),
+        shared=int(max(sum(piece[n] * count for n, count in names.items()) for names in on_host.values())),
         costs=sum(one.train * one.costs for one in sizes.values()),
         opens=ranks * sum(one.files for one in sizes.values()),
         begin=8 * math.ceil(disk / BLOCK),

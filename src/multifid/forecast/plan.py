@@ -227,6 +227,7 @@ def data_table(data: Data) -> FittedTable:
         ("on disk, all stores", _gib(data.disk)),
         ("of the host with most: stores of its tasks (staged, or in its page cache)", _gib(data.host)),
         ("two windows of these (sampling.order: blocks)", _gib(data.windows)),
+        ("pieces of these in the memory of its ranks (train.share_data)", _gib(data.shared)),
         ("of every host: rows of all stores by which steps are divided", _gib(data.costs)),
     ]
     note = (

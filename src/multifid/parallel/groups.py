@@ -132,6 +132,12 @@ class World:
             self._made[where] = dist.new_group(list(where)) if len(where) > 1 else None
         return {key: Group(where, self.rank, self._made[where]) for key, where in sets.items()}
 
+    def apart_for_data(self, placement: Mapping[str, Sequence[int]]) -> dict[str, Group]:
+        """Groups like `groups`, for host data that a thread exchanges beside all else. Called on all ranks, once."""
+        sets = {key: tuple(sorted(where)) for key, where in placement.items()}
+        made = {w: dist.new_group(list(w), backend="gloo") if len(w) > 1 else None for w in sorted(set(sets.values()))}
+        return {key: Group(where, self.rank, made[where]) for key, where in sets.items()}
+
     def on_this_host(self) -> list[int]:
         """The ranks that run on the same host as this one, ascending, itself among them; called on all ranks."""
         name = blake2b(socket.gethostname().encode(), digest_size=7).digest()

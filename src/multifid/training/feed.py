@@ -22,11 +22,12 @@ from multifid.graphs.batch import Batch
 from multifid.graphs.candidates import missing
 from multifid.graphs.device_neighbors import DeviceLists
 from multifid.parallel.groups import World
-from multifid.parallel.shares import shares
 from multifid.store.store import Store
 from multifid.structures.properties import OF_ATOMS
 from multifid.training.counts import Known, labelled_parts
+from multifid.training.division import Division, divide, places_of
 from multifid.training.settings import TrainConfig
+from multifid.training.share import Exchange
 
 AT_ONCE = 1 << 16  # structures of a split that are shared out together
 
@@ -49,6 +50,7 @@ class Feed:
     placement: Mapping[str, Sequence[int]]  # task -> ranks
     rank: int = 0
     lists: Lists = host_lists  # make the neighbour lists
+    exchange: Exchange | None = None  # brings the structures of its windows
     _ahead: list[ReadAhead] = field(init=False, repr=False)  # of the sources
 
     def __post_init__(self) -> None:
@@ -70,14 +72,26 @@ class Feed:
 
     def step(self, step: int) -> Step:
         """What this rank processes in a step, and what all ranks know of it."""
+        kept = None if self.exchange is None else self.exchange.wait(step)
         for draw, ahead in zip(self.draws, self._ahead, strict=True):
             ahead(draw.places(step)[0])
-        chosen, identities = self._chosen(step), b""
+        division = kept or self._divided(self._chosen(step))
+        chosen, identities = division.chosen, b""
         for draw, indices in zip(self.draws, chosen, strict=True):
             identities += draw.name.encode() + indices.astype("<i8").tobytes()
-        mine, rounds = self._pieces(chosen)
+        mine, rounds = self._pieces(division)
         batches = [self.batch(piece) for piece in mine]
         return Step(batches, identities, Known(self._known_counts(chosen), rounds))
+
+    def reached(self, step: int) -> None:
+        """All ranks are about to make this step."""
+        if self.exchange is not None:
+            self.exchange.reached(step)
+
+    def finish(self) -> None:
+        """All ranks have made their last step."""
+        if self.exchange is not None:
+            self.exchange.finish()
 
     def split(self, split: str) -> Iterator[Batch]:
         """This rank's part of a whole split, store after store, in batches of about a training step's edges."""
@@ -85,7 +99,7 @@ class Feed:
 
     def pieces_of_step(self, step: int) -> list[Piece]:
         """Which structures the batches of this rank hold in a step."""
-        return self._pieces(self._chosen(step))[0]
+        return self._pieces(self._divided(self._chosen(step)))[0]
 
     def pieces_of_split(self, split: str) -> Iterator[Piece]:
         """Which structures the batches of this rank hold of a split; memory does not grow with the split."""
@@ -94,7 +108,7 @@ class Feed:
         for k in range(parts):
             bounds = [(k * n // parts, (k + 1) * n // parts) for n in sizes]
             chosen = [s.store.pick(split, slice(*b)) for s, b in zip(self.sources, bounds, strict=True)]
-            for source, index in zip(self.sources, self._mine(chosen)[0], strict=True):
+            for source, index in zip(self.sources, self._mine(self._divided(chosen))[0], strict=True):
                 if not len(index):
                     continue
                 costs = edge_costs(source, index, self.config.model.cutoff)
@@ -107,24 +121,21 @@ class Feed:
 
     def _chosen(self, step: int) -> list[np.ndarray]:
         """The structures of a step: of each source, by their indices in its store."""
-        return [
-            source.store.pick("train", draw.order(*draw.places(step)))
-            for source, draw in zip(self.sources, self.draws, strict=True)
-        ]
+        places = places_of(self.draws, step)
+        return [source.store.pick("train", at) for source, at in zip(self.sources, places, strict=True)]
 
-    def _pieces(self, chosen: list[np.ndarray]) -> tuple[list[Piece], int]:
+    def _divided(self, chosen: list[np.ndarray]) -> Division:
+        return divide(self.sources, self.draws, self.placement, self.config.model.cutoff, chosen)
+
+    def _pieces(self, division: Division) -> tuple[list[Piece], int]:
         """This rank's part of the structures of a step in micro-batches, and how many of these a rank has at most."""
-        mine, rounds = self._mine(chosen)
+        mine, rounds = self._mine(division)
         parts = [(s, i) for s, i in zip(self.sources, mine, strict=True) if len(i)]
         return pieces(parts, self.config.model.cutoff, self.config.train.max_edges), rounds
 
-    def _mine(self, chosen: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
+    def _mine(self, division: Division) -> tuple[list[np.ndarray], int]:
         """Of the structures of each source those that this rank processes, in their order; the most micro-batches."""
-        costs = {
-            draw.name: edge_costs(source, indices, self.config.model.cutoff)
-            for source, draw, indices in zip(self.sources, self.draws, chosen, strict=True)
-        }
-        owners = shares(costs, {draw.name: self.placement[draw.tasks[0]] for draw in self.draws})
+        chosen, costs, owners = division
         cost, owner = (np.concatenate([table[draw.name] for draw in self.draws]) for table in (costs, owners))
         mine = [indices[owners[draw.name] == self.rank] for draw, indices in zip(self.draws, chosen, strict=True)]
         return mine, most_pieces(cost, owner, self.config.train.max_edges)

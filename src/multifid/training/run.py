@@ -49,6 +49,7 @@ from multifid.training.opening import heading, opening
 from multifid.training.pace import Pace
 from multifid.training.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
 from multifid.training.resolve import needs_trial, open_run, placement_of, with_properties, write_config
+from multifid.training.share import Exchange
 from multifid.training.signals import stop_on_signals
 from multifid.training.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
 from multifid.training.step import ENCODER, Norms, Totals, Trainer
@@ -115,6 +116,7 @@ def train(
             with stop_on_signals(stop, A_SIGNAL) if signals else nullcontext():
                 keep_beginning(run)
                 loop(run, stop)
+            run.feed.finish()
             return finish(run, stop)
         except OtherRankFailed:
             log.note("ended because another rank failed, which says why in the output of the job")
@@ -170,7 +172,12 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
             write_config(config, folder, placement, world.size)
     if config.train.stage is not None:
         sources = near(sources, placement, Path(config.train.stage), world)
-    feed = Feed(config, sources, draws, placement, world.rank, lists)
+    exchange = None
+    if config.train.share_data:
+        with world.together():
+            exchange = Exchange(sources, draws, placement, config.model.cutoff, world)
+            sources = exchange.sources
+    feed = Feed(config, sources, draws, placement, world.rank, lists, exchange)
     with world.together():
         trainer = build(config, sources, placement, feed.epoch_steps, world, begins=found is None)
         position, state = Position(Totals([t.name for t in trainer.tasks], trainer.device)), None
@@ -235,10 +242,12 @@ def loop(run: Run, stop: list[str]) -> None:
     steps = ahead(prepared, position.step, end, t.workers, begin=partial(use, trainer.device))
     counted = announced(steps, lambda made: trainer.counts(made.batches, made.known))
     began = run.clock() - position.seconds
+    feed.reached(position.step)
     while position.step < length.total and not position.ended:
         (micro, identities, _), counts = next(counted)
         trainer.step(micro, position.totals, counts, stop=bool(stop))
         position.step += 1
+        feed.reached(position.step)
         position.seen = xxhash.xxh3_64_hexdigest(bytes.fromhex(position.seen) + identities)
         position.seconds = run.clock() - began
         run.saver.check()

@@ -77,6 +77,11 @@ class TrainConfig(BaseModel):
         None,
         description="directory of each host (/dev/shm, a local disk) that the stores of its tasks are copied to first",
     )
+    share_data: bool = Field(
+        False,
+        description="hold train splits in pieces in the memory of the ranks that train on them; structures travel to "
+        "where they are processed, some steps ahead",
+    )
     neighbors: Literal["auto", "host", "device"] = Field(
         "auto",
         description="where neighbour lists are made; device: on `device`, which needs `pip install multifid[gpu]`; "
@@ -119,6 +124,7 @@ NEUTRAL = frozenset(
         "log_every",
         "verify",
         "stage",
+        "share_data",
         "workers",
         "neighbors",
         "device",

@@ -1,0 +1,135 @@
+"""How fast structures travel between ranks that hold a train split in pieces (`train.share_data`), and what steps wait.
+
+    torchrun --nproc-per-node 2 benchmarks/share.py STORE RUNS [--windows 20] [--batch 32] [--hidden 128] [--steps 64]
+
+Exchanges alone: whole windows, with the arithmetic that says what goes where, and the exchange by itself; beside
+reading the same structures from the store. Then runs of EGNN with so many hidden units, with and without `share_data`
+in turns: what the loader waits for windows, and how long runs take. Set OMP_NUM_THREADS=1.
+"""
+
+import argparse
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from multifid.config import parse_config
+from multifid.feed.loader import open_sources
+from multifid.parallel import groups
+from multifid.training import share
+from multifid.training.feed import make_draws
+from multifid.training.run import train
+
+REFERENCE = 570e-6  # seconds that a sample takes from the reference's store, between two processes of one host
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--batch", type=float, default=32)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    with groups.world("cpu") as world:
+        if world.first:
+            print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+        exchanges(args, world)
+        if args.rounds:
+            waiting(args, world)
+
+
+def values(args: argparse.Namespace, run: str, sharing: bool) -> dict:
+    return {
+        "run": str(args.runs / run),
+        "tasks": {"task": {"store": str(args.store)}},
+        "model": {
+            "cutoff": 5.0,
+            "encoder": {"name": "egnn", "layers": 3, "hidden": args.hidden},
+            "branch": {"hidden": [args.hidden, args.hidden], "forces": "direct"},
+        },
+        "train": {"batch": args.batch, "steps": args.steps, "epoch_steps": args.steps, "share_data": sharing},
+        "parallel": {"placement": "replicated"},
+    }
+
+
+def exchanges(args: argparse.Namespace, world: groups.World) -> None:
+    config = parse_config(values(args, "none", True), "benchmark")
+    sources = open_sources(config.tasks)
+    draws = make_draws(config, sources)
+    placement = {"task": list(range(world.size))}
+    exchange = share.Exchange(sources, draws, placement, config.model.cutoff, world)
+    alone, shared, calls = [], exchange.sources[0].store, []
+    once = share._exchanged
+
+    def timed(*given):
+        began = time.perf_counter()
+        out = once(*given)
+        alone.append(time.perf_counter() - began)
+        calls.append(len(out[0]))
+        return out
+
+    share._exchanged = timed
+    whole = []
+    for window in range(args.windows):
+        world.share(window)  # all ranks begin together
+        began = time.perf_counter()
+        exchange._fetch(window)
+        whole.append(time.perf_counter() - began)
+    share._exchanged = once
+    known, _, _ = shared.windows[args.windows - 1]
+    reads = []
+    for _ in range(9):
+        began = time.perf_counter()
+        sources[0].store.read(np.random.default_rng(0).permutation(known))
+        reads.append((time.perf_counter() - began) / len(known))
+    count = np.array(calls)
+    if world.first:
+        mean = sum(x.nbytes for x in exchange.pieces["task"].rows.values()) / len(exchange.pieces["task"].natoms)
+        held = sum(x.nbytes for x in exchange.pieces["task"].rows.values())
+        print(f"a rank holds {held / 1e6:.1f} MB")
+        each = {"whole windows": np.array(whole) / count, "the exchange": np.array(alone) / count, "reading": reads}
+        print(
+            f"{world.size} ranks, {count.mean():.0f} structures of {mean:.0f} bytes a window and rank; us a structure:"
+        )
+        for name, seconds in each.items():
+            middle = float(np.median(seconds))
+            print(f"  {name:15} {1e6 * middle:8.2f}   {REFERENCE / middle:8.0f} times the reference's rate")
+
+
+def waiting(args: argparse.Namespace, world: groups.World) -> None:
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    waited = []
+    wait = share.Exchange.wait
+
+    def timed(self, step: int) -> None:
+        began = time.perf_counter()
+        wait(self, step)
+        if step >= share.WINDOW:  # the first window is waited for by everybody who begins
+            waited.append(time.perf_counter() - began)
+
+    share.Exchange.wait = timed
+    for turn in range(args.rounds):
+        for sharing in (False, True):
+            config = parse_config(values(args, f"{turn}-{sharing}", sharing), "benchmark")
+            began = time.perf_counter()
+            with world.apart(f"{turn}-{sharing}"):
+                ending = train(config, Console(quiet=True), joined=world)
+            assert ending.complete
+            seconds[sharing].append(time.perf_counter() - began)
+    share.Exchange.wait = wait
+    if world.first:
+        total = sum(seconds[True])
+        share_of = 100 * sum(waited) / total
+        print(f"loader waits for windows: {sum(waited):.3f} s in {total:.1f} s of runs ({share_of:.2f} %)")
+        for sharing, found in seconds.items():
+            print(f"  share_data {sharing!s:5}: runs of {args.steps} steps in {' '.join(f'{s:.2f}' for s in found)} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from conftest import write_molecules
+from multifid.environment import cache_directory
 from multifid.evaluation.rows import read_rows
-from multifid.parallel.launch import cache_directory
 from multifid.preparation import cache
 from multifid.preparation.cache import Files, cached, place_of
 from multifid.preparation.prepare import prepare

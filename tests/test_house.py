@@ -34,8 +34,9 @@ DATA = {"store", "readers", "quality", "feed", "preparation"}
 APART = [DATA, {"model"}, {"parallel"}]  # rooms of one set never import those of another
 ALONE = {"readers", "quality", "feed"}  # on one step, and none imports another
 NOT_BELOW = {"evaluation": {"parallel"}}  # lower floors that a room does not need: reductions are handed to it
-TOP = {"cli", "config", "__main__", "__init__"}  # the roof: compose the rooms; no room imports them...
-SHARED = {"__init__"}  # ... except the package's own __init__, which holds the version and imports nothing
+TOP = {"cli", "config", "environment", "__main__", "__init__"}  # the roof: compose the rooms; no room imports them...
+# ... except the package's own __init__, which holds the version, and what the user set; neither imports anything.
+SHARED = {"__init__", "environment"}
 
 
 def _name(path: Path) -> str:
@@ -185,7 +186,7 @@ def test_the_environment_is_read_in_one_place():
             imported = isinstance(node, ast.ImportFrom) and {a.name for a in node.names} & {"environ", "getenv"}
             if attribute or imported:
                 readers.add(module)
-    assert readers <= {"multifid.parallel.launch", "multifid.parallel.groups"}
+    assert readers <= {"multifid.environment", "multifid.parallel.launch", "multifid.parallel.groups"}
 
 
 def test_nothing_read_from_a_file_can_be_executed():

@@ -9,7 +9,8 @@ from plain import PLAIN, PlainEGNN, PlainLayer, segment_sum
 from multifid.graphs import edges as over
 from multifid.graphs.graph import graph_of
 from multifid.model.contract import Features
-from multifid.model.encoders import all_encoders, build_encoder
+from multifid.model.encoders import all_encoders, build_encoder, egnn
+from multifid.model.kernels.native.build import library
 from multifid.model.layers import TYPICAL_NEIGHBORS, draw_weights, envelope
 from multifid.model.suite.samples import (
     CUTOFF,
@@ -107,12 +108,16 @@ def gradients(model, batch):
 
 
 @pytest.mark.parametrize("forces", FORCES)
-@pytest.mark.parametrize("tile", [5, 1024])
+@pytest.mark.parametrize("tile", [5, 1024, "native"])
 @pytest.mark.parametrize("encoder", PLAIN_KINDS)
 def test_an_encoder_is_its_published_form(encoder, forces, tile, monkeypatch):
-    """Widths that are padded (12 to 16), several tiles or one, atoms and structures without edges."""
-    monkeypatch.setattr(over, "TILE_EDGES", tile)
-    monkeypatch.setattr(over, "TILE_VALUES", tile)
+    """Widths that are padded (12 to 16), several tiles or one or C++, atoms and structures without edges."""
+    if tile == "native" and library() is None:
+        pytest.skip("no C++ compiler is here")
+    if tile != "native":
+        monkeypatch.setattr(egnn, "usable", lambda *_: False)
+        monkeypatch.setattr(over, "TILE_EDGES", tile)
+        monkeypatch.setattr(over, "TILE_VALUES", tile)
     fast = potential_with(small(encoder), forces).train()
     plain = copy.deepcopy(fast)
     plain.encoder = PLAIN_KINDS[encoder](plain.encoder)

@@ -23,6 +23,7 @@ import xxhash
 from rich.console import Console
 
 from multifid.apply.model import Exported
+from multifid.environment import cache_directory
 from multifid.graphs.batch import Batch
 from multifid.model import aot
 from multifid.model.fixed import Fixed
@@ -30,7 +31,6 @@ from multifid.model.model_file import with_tasks
 from multifid.model.output import Answer
 from multifid.model.package import Package, instructions
 from multifid.model.predictor import Predictor
-from multifid.parallel.launch import cache_directory
 from multifid.structures.structure import Packed
 
 

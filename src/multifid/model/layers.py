@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
+from multifid.model.kernels import mlp_native
 from multifid.structures.elements import MAX_Z
 
 TYPICAL_NEIGHBORS = 16.0  # sums over neighbours are divided by this constant, never by their number
@@ -78,13 +79,20 @@ class MLP(nn.Module):
         return list(self.maps)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.maps[-1](self.before_last(x))
+        return bent_maps(x, self.linears(), bent=False)
 
     def before_last(self, x: Tensor) -> Tensor:
         """What the last map is applied to."""
-        for linear in self.maps[:-1]:
-            x = silu(linear(x))
-        return x
+        return bent_maps(x, self.linears()[:-1], bent=True)
+
+
+def bent_maps(x: Tensor, maps: list[Linear], bent: bool) -> Tensor:
+    """Linear maps with SiLU between them and, if `bent`, behind the last one."""
+    if mlp_native.usable(x, maps) and all(type(m) is Linear for m in maps):
+        return mlp_native.mlp(x, maps, bent)
+    for k, linear in enumerate(maps):
+        x = silu(linear(x)) if bent or k + 1 < len(maps) else linear(x)
+    return x
 
 
 SILU_GAIN = 1.6766  # 1 / sqrt(E[silu(x)^2]) for unit-normal x: keeps the variance through layers of SiLU

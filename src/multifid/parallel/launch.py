@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 
 class OtherRankFailed(RuntimeError):
@@ -53,12 +52,6 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if not address:
         raise ValueError(f"{found.size} ranks were launched, but MASTER_ADDR (the host of rank 0) is not set")
     return Launch(found.rank, found.size, found.local_rank, address, port)
-
-
-def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where this user's caches lie: $XDG_CACHE_HOME/multifid, else ~/.cache/multifid."""
-    home = environment.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "multifid"
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from multifid.environment import cache_directory
 from multifid.evaluation.baselines import no_better, with_references
 from multifid.evaluation.data import Data, Share, size_of
 from multifid.evaluation.evaluate import evaluate_model, evaluate_run
@@ -23,7 +24,6 @@ from multifid.model.predictor import Predictor
 from multifid.model.saved import load_description
 from multifid.parallel import groups
 from multifid.parallel.groups import World
-from multifid.parallel.launch import cache_directory
 from multifid.store.store import Store
 from multifid.structures.properties import Property
 from multifid.workflows.asked import open_data

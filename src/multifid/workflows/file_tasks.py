@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from multifid.config import Config
+from multifid.environment import cache_directory
 from multifid.parallel.groups import World
-from multifid.parallel.launch import cache_directory
 from multifid.preparation.cache import Files, cached, place_of
 from multifid.readers.formats import FORMATS
 from multifid.readers.recognise import read_as_one

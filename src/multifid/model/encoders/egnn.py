@@ -21,6 +21,7 @@ see more. With y_ij the quadratic harmonics of r_ij / sqrt(|r_ij|^2 + 1):
     phi_h      also of  the inner products of vectors and of tensors, and v T v
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,8 +34,10 @@ from multifid.graphs.graph import Graph
 from multifid.model.contract import Encoder, EncoderConfig, Features
 from multifid.model.encoders.tensors import Invariants, along, bounded, harmonics
 from multifid.model.kernels import egnn as kernels
+from multifid.model.kernels import egnn_native as native
 from multifid.model.kernels.egnn import EdgeWeights, aligned, matmul_type, pad_columns, padded
 from multifid.model.kernels.gpu.chosen import on_gpu
+from multifid.model.kernels.native.build import usable
 from multifid.model.layers import (
     MLP,
     SILU_GAIN,
@@ -43,6 +46,7 @@ from multifid.model.layers import (
     Linear,
     NodeEmbedding,
     RadialBasis,
+    bent_maps,
     call,
     envelope,
     sum_over,
@@ -117,6 +121,52 @@ faster_form_of(edge_message)(kernels.messages)
 on_gpu(edge_message, "egnn", summed=(True, False))
 
 
+def edges_of_layer(
+    i: Tensor,
+    j: Tensor,
+    per_area: float,
+    angles: bool,
+    a: Tensor,
+    c: Tensor,
+    v: Tensor,
+    r: Tensor,
+    b: Tensor,
+    u: Tensor,
+    *rest: Tensor,
+) -> tuple[Tensor, ...]:
+    """Sums over the neighbours of each atom: of messages (N, K), of moves (N, C, 3) and, with y, of tensors (N, T, 5).
+
+    a, c (N, K): the parts of the first map that depend on receiver and sender. rest: the harmonics y (E, 5), where
+    there are tensors, and the weights.
+    """
+    weights = EdgeWeights(*rest[-len(EdgeWeights._fields) :])
+    y = rest[0] if len(rest) > len(weights) else None
+    atoms, vectors = v.shape[0], v.shape[1]
+    v_j, v_i = v.index_select(0, j), v.index_select(0, i)
+    x = r[:, None, :] + v_j - v_i  # (E, C, 3)
+    x2 = x.square().sum(dim=2)  # (E, C)
+    of_angles = [along(v_i, r * per_area), along(v_j, r * per_area)] if angles else []
+    m_sum, phi = over_edges(
+        edge_message,
+        i,
+        j,
+        atoms,
+        u,
+        width=a.shape[1],
+        receivers=[a],
+        senders=[c],
+        edges=[torch.cat([x2 * per_area, b, *of_angles], dim=1)],
+        weights=weights,
+        summed=(True, False),
+    )
+    weight = u * phi[:, :vectors] * torch.rsqrt(x2 + 1.0)  # (E, C)
+    moves = sum_over(weight[:, :, None] * x, i, atoms)
+    if y is None:
+        return m_sum, moves
+    weight = u * phi[:, vectors:]  # (E, T)
+    return m_sum, moves, sum_over(weight[:, :, None] * y[:, None, :], i, atoms)
+
+
 class EGNNLayer(nn.Module):
     """One layer; the equations stand at the head of this file. The `first` sees vectors that are zero."""
 
@@ -143,37 +193,27 @@ class EGNNLayer(nn.Module):
 
         With tensors also the harmonics y (E, 5).
         """
-        n, atoms, vectors = self.norm(h), h.shape[0], v.shape[1]
-        v_j, v_i = v.index_select(0, j), v.index_select(0, i)
-        x = r[:, None, :] + v_j - v_i  # (E, C, 3)
-        x2 = x.square().sum(dim=2)  # (E, C)
-        width = aligned(h.shape[1])
-        of_receiver, of_sender = (pad_columns(x.to(u.dtype), width) for x in (self.receiver(n), self.sender(n)))
-        angles = [] if self.angle is None else [along(v_i, r * self.per_area), along(v_j, r * self.per_area)]
-        pair = torch.cat([x2 * self.per_area, b, *angles], dim=1)
-        m_sum, phi = over_edges(
-            edge_message,
-            i,
-            j,
-            atoms,
-            u,
-            width=width,
-            receivers=[of_receiver],
-            senders=[of_sender],
-            edges=[pair],
-            weights=self.edge_weights(width),
-            summed=(True, False),
+        n, width = self.norm(h), aligned(h.shape[1], matmul_type(u))
+        of_receiver, of_sender = (
+            pad_columns(bent_maps(n, [linear], bent=False).to(u.dtype), width)
+            for linear in (self.receiver, self.sender)
         )
-
-        weight = u * phi[:, :vectors] * torch.rsqrt(x2 + 1.0)  # (E, C)
-        v = v + sum_over(weight[:, :, None] * x, i, atoms) / TYPICAL_NEIGHBORS**0.5
+        known = partial(edges_of_layer, i, j, self.per_area, self.angle is not None)
+        inputs = [of_receiver, of_sender, v, r, b, u, *([] if y is None else [y])]
+        weights = self.edge_weights(width)
+        if usable(u, width):
+            m_sum, moves, *of_tensors = native.edges(
+                known, i, j, self.per_area, self.angle is not None, inputs, weights
+            )
+        else:
+            m_sum, moves, *of_tensors = known(*inputs, *weights)
+        v = v + moves / TYPICAL_NEIGHBORS**0.5
         m_sum = m_sum[:, : h.shape[1]] / TYPICAL_NEIGHBORS
-        known = [n, m_sum, torch.log1p(v.square().sum(dim=2))]
-        if self.invariants is not None and y is not None:
-            weight = u * phi[:, vectors:]  # (E, T)
-            t = sum_over(weight[:, :, None] * y[:, None, :], i, atoms) / TYPICAL_NEIGHBORS**0.5
-            known.append(self.invariants(v, t))
-        return h + self.node(torch.cat(known, dim=1)), v
+        parts = [n, m_sum, torch.log1p(v.square().sum(dim=2))]
+        if self.invariants is not None:
+            (t,) = of_tensors
+            parts.append(self.invariants(v, t / TYPICAL_NEIGHBORS**0.5))
+        return h + self.node(torch.cat(parts, dim=1)), v
 
     def edge_weights(self, width: int) -> EdgeWeights:
         """The maps that act on edges, padded to `width` hidden units."""

@@ -38,8 +38,10 @@ class EdgeWeights(NamedTuple):
         return EdgeWeights(*(x.to(kind) for x in self))
 
 
-def aligned(width: int) -> int:
-    return -(-width // ALIGNMENT) * ALIGNMENT
+def aligned(width: int, kind: torch.dtype = torch.float32) -> int:
+    """The width that products of a type are made with."""
+    multiple = 2 * ALIGNMENT if kind == torch.bfloat16 else ALIGNMENT
+    return -(-width // multiple) * multiple
 
 
 def padded(x: Tensor, rows: int, columns: int | None = None) -> Tensor:

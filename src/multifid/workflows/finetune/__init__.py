@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from multifid.config import Config, apply_override, load_config, parse_config
+from multifid.environment import cache_directory
 from multifid.evaluation.data import label_sets
 from multifid.evaluation.evaluate import evaluate_model
 from multifid.evaluation.properties import property_rows, property_table
@@ -21,7 +22,6 @@ from multifid.model.model_file import load_model
 from multifid.model.predictor import Predictor
 from multifid.model.saved import load_description
 from multifid.parallel import groups
-from multifid.parallel.launch import cache_directory
 from multifid.preparation.cache import ONLY_TEST
 from multifid.store.store import Store
 from multifid.training.callbacks import Callback

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from multifid.config import apply_override, load_config, parse_config
+from multifid.environment import cache_directory
 from multifid.evaluation.data import Data, Share
 from multifid.evaluation.evaluate import evaluate
 from multifid.evaluation.figures import save
@@ -26,7 +27,6 @@ from multifid.evaluation.rows import read_rows, write_rows
 from multifid.model.predictor import Predictor
 from multifid.model.saved import load_description, load_potential
 from multifid.parallel import groups
-from multifid.parallel.launch import cache_directory
 from multifid.store.store import Store
 from multifid.training.ending import Ending
 from multifid.training.run import train as train_run

@@ -1,0 +1,32 @@
+// What Python calls. Numbers of types: 0 float32, 1 float64, 2 bfloat16 products with float32 sums, 3 the same where the
+// processor has none. Numbers of functions: 0 forward, 1 backward, 2 tangent, 3 again (egnn.h).
+#include "egnn.h"
+#include "mlp.h"
+
+using namespace multifid;
+
+template <template <class> class Layer, class Type, class Call> void run_as(const Call &call, int what) {
+  Layer<Type> layer(call);
+  if (what == 0) layer.forward();
+  if (what == 1) layer.backward();
+  if (what == 2) layer.tangent();
+  if (what == 3) layer.again();
+}
+
+template <template <class> class Layer, class Call> void run(const Call &call, int what) {
+  if (call.type == 0) return run_as<Layer, Full<float>>(call, what);
+  if (call.type == 1) return run_as<Layer, Full<double>>(call, what);
+#if defined(MULTIFID_AMX)
+  static const bool allowed = Tiled::allowed();
+  if (call.type == 2 && allowed) return run_as<Layer, Tiled>(call, what);
+#endif
+  run_as<Layer, Rounded>(call, what);
+}
+
+extern "C" {
+
+long multifid_widest() { return STRIDES[sizeof(STRIDES) / sizeof(long) - 1] - 16; }
+long multifid_maps() { return MAPS; }
+void multifid_egnn(const EGNNCall *call, int what) { run<EGNN>(*call, what); }
+void multifid_mlp(const MLPCall *call, int what) { run<MLP>(*call, what); }
+}

@@ -1,0 +1,228 @@
+"""What autograd is told of a function in C++: values, gradients, and gradients of gradients.
+
+    values                outputs; differentiable
+      backward            gradients; by `gradients`, where they are differentiated in turn (forces, while training)
+    gradients             differentiable, once
+      backward            hands its direction on to the backward pass of `values`, which then takes both at once
+
+Energies and forces need the backward pass through the same products: gradients of the loss with respect to energies
+and to forces meet before every product, so that a training step with forces that are a gradient has six products of
+matrices where a step with direct ones has three. `values` therefore has one more output, that says nothing, so that
+the backward pass of `gradients` comes before its own.
+"""
+
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from multifid.model.kernels.native.build import library
+
+FORWARD, BACKWARD, TANGENT, AGAIN = range(4)
+TYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+}  # of products of matrices, as native/kernels.cpp has them
+
+Tensors = Mapping[str, Tensor | None]
+
+
+@dataclass
+class Layer(ABC):
+    """One call of a function: what it is about beside its differentiable inputs, and the arrays that it needs.
+
+    Names are those of the C structure: `x` of an input; `g_x` of its gradient, `d_x` of its direction; of an output `y`
+    `sum_y`, its gradient `G_y`, its change `d_sum_y`, and `N_y`, the gradient in the second backward pass.
+    """
+
+    function: ClassVar[str]  # in the library
+    outputs: tuple[str, ...]
+    names: tuple[str, ...]  # of the inputs, in order
+    weights: tuple[str, ...]  # those of them that gradients of all or of none are made of
+    always: tuple[str, ...]  # those whose gradients and directions are never missing
+    type: int
+    # What `gradients` left for the backward pass of `values`, and in which backward pass.
+    left: dict[str, Tensor | None] = field(default_factory=dict, init=False)
+    left_in: int = field(default=-1, init=False)
+
+    @abstractmethod
+    def structure(self, tensors: Tensors, addresses: Mapping[str, int]) -> ctypes.Structure:
+        """What C is given: addresses of arrays by name, and numbers."""
+
+    @abstractmethod
+    def sums(self, tensors: Tensors) -> list[Tensor]:
+        """Arrays of zeros for the outputs."""
+
+    @abstractmethod
+    def kept(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Arrays for what is kept for the backward pass."""
+
+    @abstractmethod
+    def back(self, kept: Tensors) -> dict[str, Tensor]:
+        """Arrays for what the backward pass keeps for the second one."""
+
+    @abstractmethod
+    def changes(self, kept: Tensors) -> dict[str, Tensor]:
+        """Arrays for the changes of what is kept, under the names that C has for them."""
+
+    @abstractmethod
+    def plain(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The outputs, in torch."""
+
+    @property
+    def kept_type(self) -> torch.dtype | None:
+        """The type of wide arrays that are kept; None: that of the inputs."""
+        return torch.bfloat16 if self.type >= TYPES[torch.bfloat16] else None
+
+    def named(self, inputs: Sequence[Tensor | None]) -> Tensors:
+        return dict(zip(self.names, inputs, strict=True))
+
+    def of_outputs(self, prefix: str, tensors: Sequence[Tensor | None]) -> Tensors:
+        return {prefix + name: x for name, x in zip(self.outputs, tensors, strict=True)}
+
+    def gradients(self, tensors: Tensors, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """Zeros for the gradients of inputs."""
+        weights = self.weights if any(name in wanted for name in self.weights) else ()
+        names = [x for x in self.names if x in weights or x in self.always or (x in wanted and x not in self.weights)]
+        return {f"g_{x}": torch.zeros_like(tensors[x]) for x in names}  # type: ignore[arg-type]
+
+    def call(self, what: int, arrays: Tensors) -> None:
+        """Run one of the four functions over arrays."""
+        made = library()
+        assert made is not None
+        structure = self.structure(arrays, {k: x.data_ptr() for k, x in arrays.items() if x is not None})
+        getattr(made, self.function)(ctypes.byref(structure), what)
+
+
+def apply(layer: Layer, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a layer for contiguous inputs; differentiable, twice by C++ and further by torch."""
+    # The engine can be asked whether it goes on with a gradient, but not of leaves: views stand for them.
+    *outputs, _ = _Values.apply(layer, *(x.view_as(x) if x.is_leaf and x.requires_grad else x for x in inputs))
+    return outputs
+
+
+def _executed(ctx: Any, names: Sequence[str]) -> list[str]:
+    """Those of the inputs whose gradients this backward pass goes on with."""
+    nodes = [node for node, _ in ctx.next_functions]  # of tensors; None where no gradient is needed
+    return [
+        name
+        for name, node in zip(names, nodes, strict=True)
+        if node is not None and torch._C._will_engine_execute_node(node)
+    ]
+
+
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layer: Layer, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tensors = layer.named(inputs)
+        kept = layer.kept(tensors) if any(ctx.needs_input_grad) else {}
+        sums = layer.sums(tensors)
+        layer.call(FORWARD, {**tensors, **kept, **layer.of_outputs("sum_", sums)})
+        order = inputs[0].new_zeros(())
+        ctx.layer, ctx.given, ctx.kept = layer, len(inputs), tuple(kept)
+        ctx.save_for_backward(*inputs, order, *kept.values())
+        return (*sums, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        given: Sequence[Tensor] = gradients[:-1]
+        layer, saved = ctx.layer, ctx.saved_tensors  # asked for once, as recomputation wants it
+        inputs, token, kept = saved[: ctx.given], saved[ctx.given], saved[ctx.given + 1 :]
+        tensors = layer.named(inputs)
+        wanted = _executed(ctx, layer.names)
+        if torch.is_grad_enabled():
+            if any(name in layer.weights for name in wanted):
+                return (None, *_by_torch(layer, inputs, given, wanted))
+            found = _Gradients.apply(layer, tuple(wanted), ctx.kept, token, *given, *kept, *inputs)
+            return (None, *(dict(zip(wanted, found, strict=True)).get(name) for name in layer.names))
+        g = layer.gradients(tensors, wanted)
+        arrays = {**tensors, **dict(zip(ctx.kept, kept, strict=True)), **g}
+        given = [x.contiguous() for x in given]
+        if layer.left and layer.left_in == torch._C._current_graph_task_id():
+            layer.call(AGAIN, {**arrays, **layer.left, **layer.of_outputs("N_", given)})
+        else:
+            layer.call(BACKWARD, {**arrays, **layer.of_outputs("G_", given)})
+        layer.left = {}
+        return (None, *(g.get(f"g_{name}") if name in wanted else None for name in layer.names))
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass of `_Values` for gradients of inputs that are differentiated in turn."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Layer, wanted: tuple[str, ...], names: tuple[str, ...], token: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs, ends = len(layer.outputs), len(layer.outputs) + len(names)
+        given, inputs = [x.contiguous() for x in rest[:outputs]], rest[ends:]
+        kept = dict(zip(names, rest[outputs:ends], strict=True))
+        tensors = layer.named(inputs)
+        g, back = layer.gradients(tensors, wanted), layer.back(kept)
+        layer.call(BACKWARD, {**tensors, **kept, **layer.of_outputs("G_", given), **g, **back})
+        ctx.layer, ctx.wanted, ctx.kept, ctx.back = layer, wanted, names, tuple(back)
+        ctx.save_for_backward(*given, *kept.values(), *inputs, *back.values())
+        return tuple(g[f"g_{name}"] for name in wanted)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
+        layer, saved, outputs = ctx.layer, ctx.saved_tensors, len(ctx.layer.outputs)
+        ends = outputs + len(ctx.kept), outputs + len(ctx.kept) + len(layer.names)
+        given, inputs = saved[:outputs], saved[ends[0] : ends[1]]
+        kept = dict(zip(ctx.kept, saved[outputs : ends[0]], strict=True))
+        tensors = layer.named(inputs)
+        if torch.is_grad_enabled():  # third derivatives
+            found = _twice_by_torch(layer, ctx.wanted, given, inputs, directions)
+            return (None, None, None, None, *found[:outputs], *[None] * len(kept), *found[outputs:])
+        direction = {f"d_{name}": x.contiguous() for name, x in zip(ctx.wanted, directions, strict=True)}
+        for name in layer.always:
+            direction.setdefault(f"d_{name}", torch.zeros_like(tensors[name]))
+        direction |= layer.changes(kept)
+        sums = layer.sums(tensors)
+        arrays = {**tensors, **kept, **direction}
+        layer.call(TANGENT, {**arrays, **layer.of_outputs("d_sum_", sums)})
+        back = dict(zip(ctx.back, saved[ends[1] :], strict=True))
+        left = {**direction, **layer.of_outputs("G_", given), **back}
+        none: list[Tensor | None] = [None] * len(inputs)
+        task = torch._C._current_graph_task_id()
+        if not (layer.left and layer.left_in == task):
+            layer.left, layer.left_in = left, task
+        else:  # two gradients of the same values: only one of them can wait
+            g, zeros = layer.gradients(tensors, layer.names), [torch.zeros_like(x) for x in sums]
+            layer.call(AGAIN, {**arrays, **left, **g, **layer.of_outputs("N_", zeros)})
+            none = [g[f"g_{name}"] for name in layer.names]
+        return (None, None, None, inputs[0].new_zeros(()), *sums, *[None] * len(kept), *none)
+
+
+def _differentiable(outputs: Any, inputs: Any, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(outputs, inputs, given, create_graph=True, materialize_grads=True, allow_unused=True)
+
+
+def _by_torch(
+    layer: Layer, inputs: Sequence[Tensor], given: Sequence[Tensor], wanted: Sequence[str]
+) -> list[Tensor | None]:
+    """Gradients that are differentiable in everything."""
+    tensors = layer.named(inputs)
+    found = _differentiable(layer.plain(inputs), [tensors[n] for n in wanted], given)
+    by_name = dict(zip(wanted, found, strict=True))
+    return [by_name.get(name) for name in layer.names]
+
+
+def _twice_by_torch(
+    layer: Layer,
+    wanted: Sequence[str],
+    given: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    directions: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of gradients, with respect to those of the outputs and to inputs, differentiable in everything."""
+    first = dict(zip(layer.names, _by_torch(layer, inputs, given, wanted), strict=True))
+    of = [*given, *inputs]
+    reached = [x for x in of if x.requires_grad]
+    found = _differentiable([first[name] for name in wanted], reached, directions)
+    by_id = {id(x): g for x, g in zip(reached, found, strict=True)}
+    return [by_id.get(id(x)) for x in of]

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
@@ -18,20 +19,22 @@ from torch import nn
 from torch.distributed import HashStore, TCPStore
 
 from multifid.config import parse_config
+from multifid.feed.loader import open_sources
 from multifid.model.encoders import ENCODERS
 from multifid.parallel import heartbeat
 from multifid.parallel.gradients import Gradients, ModelPart
-from multifid.parallel.groups import Group
+from multifid.parallel.groups import Group, alone
 from multifid.parallel.launch import Launch, launch
 from multifid.parallel.layout import Load, place
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
 from multifid.training import share
 from multifid.training.checkpoint import load_checkpoint
+from multifid.training.feed import make_draws
 from multifid.training.journal import read_journal
 from multifid.training.optimizer import OPTIMIZERS
 from multifid.training.resolve import needs_trial
-from multifid.training.share import Shared
+from multifid.training.share import WINDOW, Exchange, Shared
 from parallel_worker import HOST, train_until_killed
 from test_train import assert_same_bits
 
@@ -274,6 +277,23 @@ def test_structures_that_travel_between_ranks_are_those_of_the_store(pool, five,
     for served, missed in pool.run(ranks, "shared_run", values, 5, 4):
         assert served >= 24 and not missed
     assert_same_bits(tmp_path / "read", tmp_path / "shared")
+
+
+def test_who_waits_for_structures_leaves_with_the_run(five):
+    """Steps far ahead have windows of their own; where the run has ended nobody waits, and the thread ends."""
+    config = parse_config(values_of(five, 1), "test")
+    sources = open_sources(config.tasks)
+    draws = make_draws(config, sources)
+    exchange = Exchange(sources, draws, {"apple": [0]}, 3.0, alone(), ahead=3 * WINDOW)
+    exchange.reached(2 * WINDOW + 5)
+    assert exchange.wait(5 * WINDOW + 4).chosen[0].size and sorted(exchange.sources[0].store.windows) == [2, 3, 4, 5]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(exchange.wait, 9 * WINDOW)
+        exchange.leave()
+        with pytest.raises(RuntimeError, match="the run has ended"):
+            waiting.result(timeout=30)
+    exchange._thread.join(timeout=30)
+    assert not exchange._thread.is_alive()
 
 
 def test_a_rank_holds_its_blocks_of_a_store_and_no_others(five):

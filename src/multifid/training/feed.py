@@ -72,10 +72,12 @@ class Feed:
 
     def step(self, step: int) -> Step:
         """What this rank processes in a step, and what all ranks know of it."""
-        kept = None if self.exchange is None else self.exchange.wait(step)
-        for draw, ahead in zip(self.draws, self._ahead, strict=True):
-            ahead(draw.places(step)[0])
-        division = kept or self._divided(self._chosen(step))
+        if self.exchange is not None:
+            division = self.exchange.wait(step)
+        else:
+            for draw, ahead in zip(self.draws, self._ahead, strict=True):
+                ahead(draw.places(step)[0])
+            division = self._divided(self._chosen(step))
         chosen, identities = division.chosen, b""
         for draw, indices in zip(self.draws, chosen, strict=True):
             identities += draw.name.encode() + indices.astype("<i8").tobytes()
@@ -92,6 +94,11 @@ class Feed:
         """All ranks have made their last step."""
         if self.exchange is not None:
             self.exchange.finish()
+
+    def leave(self) -> None:
+        """The run has ended, however it did."""
+        if self.exchange is not None:
+            self.exchange.leave()
 
     def split(self, split: str) -> Iterator[Batch]:
         """This rank's part of a whole split, store after store, in batches of about a training step's edges."""

@@ -131,6 +131,7 @@ def train(
 
 def close(run: Run) -> None:
     """Whatever happened: nothing is written any more, and what was written is complete."""
+    run.feed.leave()
     run.saver.give_up()
     for recorder in run.recorders:
         recorder.close()
@@ -175,7 +176,7 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
     exchange = None
     if config.train.share_data:
         with world.together():
-            exchange = Exchange(sources, draws, placement, config.model.cutoff, world)
+            exchange = Exchange(sources, draws, placement, config.model.cutoff, world, config.train.workers + 2)
             sources = exchange.sources
     feed = Feed(config, sources, draws, placement, world.rank, lists, exchange)
     with world.together():

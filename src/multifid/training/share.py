@@ -33,7 +33,6 @@ from multifid.training.division import Division, divide, places_of
 
 BLOCK = 4096  # places of the train index that one rank holds together
 WINDOW = 16  # steps
-KEPT = 3  # windows: one that is used, one that is there, one that the last batches are of
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,10 @@ class Shared(Store):
 
 
 class Exchange:
-    """Fetches windows a window ahead of the steps. Every rank must reach the same steps, in order."""
+    """Fetches windows a window ahead of the steps. Every rank must reach the same steps, in order.
+
+    ahead: so many steps ahead of the one that was reached are prepared.
+    """
 
     def __init__(
         self,
@@ -142,7 +144,10 @@ class Exchange:
         placement: Mapping[str, Sequence[int]],
         cutoff: float,
         world: World,
+        ahead: int = 0,
     ) -> None:
+        self.ahead = max(WINDOW, ahead)
+        self.kept = 2 + self.ahead // WINDOW  # windows: of the last step, those ahead, and one that just came
         self.draws, self.placement, self.cutoff = draws, placement, cutoff
         self.sources = [replace(s, store=Shared(s.store, s.label_sets)) for s in sources]
         groups = world.apart_for_data({draw.name: placement[draw.tasks[0]] for draw in draws})
@@ -161,8 +166,8 @@ class Exchange:
         self._thread.start()
 
     def reached(self, step: int) -> None:
-        """All ranks are about to make this step: its window and the next one are fetched, if they are not there."""
-        last = step // WINDOW + 1
+        """All ranks are about to make this step: its window and those ahead are fetched, if they are not there."""
+        last = (step + self.ahead) // WINDOW
         first = step // WINDOW if self._newest < 0 else self._newest + 1
         for window in range(first, last + 1):
             self._asked.put(window)
@@ -180,6 +185,14 @@ class Exchange:
         """All ranks have made their last step: what was asked for is fetched by all, and no more."""
         self._asked.put(None)
         self._thread.join()
+
+    def leave(self) -> None:
+        """The run has ended, however: nobody waits any longer, and what this rank holds can go."""
+        with self._ready:
+            self._error = self._error or RuntimeError("the run has ended")
+            self._ready.notify_all()
+        self._asked.put(None)
+        self.pieces = {}
 
     def _work(self) -> None:
         try:
@@ -210,10 +223,10 @@ class Exchange:
                     np.concatenate([division.owners[draw.name] for division in divisions]),
                 )
                 store.windows[window] = _exchanged(store, self.pieces[draw.name], self.groups[draw.name], *whole)
-                store.windows.pop(window - KEPT, None)
+                store.windows.pop(window - self.kept, None)
         self._divisions |= dict(zip(steps, divisions, strict=True))
         for step in steps:
-            self._divisions.pop(step - KEPT * WINDOW, None)
+            self._divisions.pop(step - self.kept * WINDOW, None)
 
 
 def _shared(source: Source) -> Shared:

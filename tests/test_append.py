@@ -11,6 +11,7 @@ import pytest
 from conftest import write_molecules
 from multifid.feed.stage import stage
 from multifid.preparation import append
+from multifid.preparation import prepare as prepare_module
 from multifid.preparation.prepare import prepare
 from multifid.preparation.split import appended
 from multifid.store.fields import BLOCK
@@ -152,6 +153,8 @@ def killed(place: str, store: Path, file: Path) -> int:
         def die(*given) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
+        if place == "before the part":
+            prepare_module.finish = die
         if place == "before the manifest":
             append._commit = die
         append.to_disk = lambda entry: die() if entry.name == place else whole(entry)
@@ -162,14 +165,15 @@ def killed(place: str, store: Path, file: Path) -> int:
     return os.WTERMSIG(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("place", ["before the manifest", ".manifest.json.partial"])
+@pytest.mark.parametrize("place", ["before the part", "before the manifest", ".manifest.json.partial"])
 def test_killed_in_the_middle_the_store_is_as_it_was_and_the_same_command_adds(place, tmp_path):
     store, more = prepared(tmp_path, "s", made(tmp_path, "x")), made(tmp_path, "y", seed=2)
     expected = Store(shutil.copytree(store, tmp_path / "other"))
     expected = add(tmp_path / "other", [more], **LATER)
     before = Store(store)
     assert killed(place, store, more) == signal.SIGKILL
-    assert (store / "part-1" / "manifest.json").exists()
+    assert (store / "part-1" / "manifest.json").exists() == (place != "before the part")
+    assert bool(list(store.glob(".part-1.parts/*.piece"))) == (place == "before the part")  # gone on with
     after = Store(store, verify="open")
     assert (after.checksum, after.structures) == (before.checksum, before.structures)
     assert add(store, [more], **LATER).checksum == expected.checksum

@@ -30,6 +30,8 @@ def summary(store: Store) -> Table:
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     table.add_row("structures, atoms", f"{store.structures:,}, {store.atoms:,}")
+    if store.additions:
+        table.add_row("in parts", ", ".join(f"{part.structures:,}" for part in store.parts.each))
     table.add_row("elements", " ".join(SYMBOLS[z] for z in store.elements))
     splits = manifest["splits"]
     table.add_row("splits", ", ".join(f"{name} {splits[name]:,}" for name in SPLITS) + f" ({splits['rule']})")

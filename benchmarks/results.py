@@ -1,6 +1,7 @@
 """Rows of `results.json`: what was measured, of what, on which processor with how many threads."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,15 +40,17 @@ def machine(device: torch.device, threads: int, clock: str) -> str:
     return f"{model}, {capability}, {used}, torch {torch.__version__}"
 
 
-def show(rows: list[dict]) -> None:
-    """A table for each machine."""
-    for machine in dict.fromkeys(r["machine"] for r in rows):
-        print(f"\n{machine}\n{'':58}{'':>10} {'':14}{'edges/s':>10}{'ratio':>7}{'of limit':>9}")
-        for r in rows:
-            if r["machine"] == machine:
-                edges = "" if r["edges_per_second"] is None else f"{r['edges_per_second']:,.0f}"
-                ratio, part = ("" if r[k] is None else f"{r[k]:.2f}" for k in ("ratio_to_plain", "fraction_of_limit"))
-                print(f"{r['name']:58}{r['value']:10.4g} {r['unit']:14}{edges:>10}{ratio:>7}{part:>9}", flush=True)
+def shown(rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows, each printed as it comes, under the machine where that changes."""
+    machine = None
+    for r in rows:
+        if r["machine"] != machine:
+            machine = r["machine"]
+            print(f"\n{machine}\n{'':58}{'':>10} {'':14}{'edges/s':>10}{'ratio':>7}{'of limit':>9}")
+        edges = "" if r["edges_per_second"] is None else f"{r['edges_per_second']:,.0f}"
+        ratio, part = ("" if r[k] is None else f"{r[k]:.2f}" for k in ("ratio_to_plain", "fraction_of_limit"))
+        print(f"{r['name']:58}{r['value']:10.4g} {r['unit']:14}{edges:>10}{ratio:>7}{part:>9}", flush=True)
+        yield r
 
 
 def keep(rows: list[dict], path: Path) -> None:

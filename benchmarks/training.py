@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results import keep, machine, row, show
+from results import keep, machine, row, shown
 from timed import (
     CUTOFF,
     Clock,
@@ -275,8 +275,7 @@ def main() -> None:
     if args.short:
         args.widths, args.precisions, args.only, args.threads = [128], ["fp32"], ["step"], args.threads[:1]
     for threads in args.threads:
-        rows = list(measured(threads, args))
-        show(rows)
+        rows = list(shown(measured(threads, args)))
         if args.short:
             slow = [r["name"] for r in rows if r["name"].endswith("step") and r["ratio_to_plain"] < LEAST_RATIO]
             sys.exit(f"slower than it should be: {', '.join(slow)}" if slow else 0)

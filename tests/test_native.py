@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from multifid.environment import cache_directory, compiler_named, native_wanted
+from multifid.model.encoders import painn
 from multifid.model.encoders.egnn import EGNNLayer, edges_of_layer
 from multifid.model.kernels import egnn_native as native
-from multifid.model.kernels import mlp_native
+from multifid.model.kernels import mlp_native, painn_native
 from multifid.model.kernels.egnn import EdgeWeights
 from multifid.model.kernels.native import build, twice
 from multifid.model.layers import MLP, bent_maps, draw_weights
@@ -150,6 +151,28 @@ def test_bfloat16_is_float32_to_its_precision(case, number, monkeypatch):
             assert x.dtype == torch.float32
             assert torch.linalg.vector_norm(x - y) <= 0.03 * torch.linalg.vector_norm(y)
         assert not all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+PAINNS = {"wide": (32, 8, 40, 900), "odd": (20, 5, 7, 130), "no edges": (16, 8, 3, 0)}  # channels, radial, atoms, edges
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", PAINNS)
+def test_edges_of_painn_are_those_of_torch(case, dtype, set_threads):
+    set_threads(2)
+    channels, radial, atoms, edges = PAINNS[case]
+    random = torch.Generator().manual_seed(1)
+    i = torch.randint(0, atoms - 1, (edges,), generator=random).sort()[0]
+    j = torch.randint(0, atoms, (edges,), generator=random)
+    shapes = [(atoms, 3, channels), (atoms, 3, channels), (edges, 3), (edges, radial), (edges, 1)]
+    given = directions([torch.empty(s, dtype=dtype) for s in (*shapes, (3 * channels, radial), (3 * channels,))])
+    plain = partial(painn.edges_of_layer, i, j)
+    found = []
+    for function in (lambda *x: painn_native.edges(plain, i, j, x), plain):
+        outputs, gradients = first(lambda *x, f=function: (f(*x),), given[:5], given[5:])
+        twice_over = second(lambda *x, f=function: (f(*x),), given[:5], given[5:])
+        found.append([*outputs, *gradients, *twice_over])
+    assert_near(*found, TOLERANCE[dtype])
 
 
 MLPS = {  # widths, SiLU behind the last map, rows

@@ -13,6 +13,7 @@ takes |V v_i| and the bare product: the gradient of the one is undefined at zero
 with the square of v, which made forces of 1e7 scales out of untrained weights.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,9 @@ from multifid.graphs.edges import faster_form_of, over_edges
 from multifid.graphs.graph import Graph
 from multifid.model.contract import Encoder, EncoderConfig, Features
 from multifid.model.kernels import painn as kernels
+from multifid.model.kernels import painn_native as native
 from multifid.model.kernels.gpu.chosen import on_gpu
+from multifid.model.kernels.native.build import usable
 from multifid.model.kernels.painn import filters
 from multifid.model.layers import (
     MLP,
@@ -32,6 +35,7 @@ from multifid.model.layers import (
     Linear,
     NodeEmbedding,
     RadialBasis,
+    bent_maps,
     call,
     envelope,
 )
@@ -96,6 +100,16 @@ faster_form_of(edge_message)(kernels.messages)
 on_gpu(edge_message, "painn", summed=(True,))
 
 
+def edges_of_layer(
+    i: Tensor, j: Tensor, phi: Tensor, v: Tensor, direction: Tensor, basis: Tensor, u: Tensor, *filter: Tensor
+) -> Tensor:
+    """Sums over the neighbours of each atom of scalar and vector messages, (N, 4, H)."""
+    atoms, _, hidden = phi.shape
+    edges = [direction, basis]
+    (sums,) = over_edges(edge_message, i, j, atoms, u, width=3 * hidden, senders=[phi, v], edges=edges, weights=filter)
+    return sums
+
+
 class PaiNNLayer(nn.Module):
     """Message block and update block; the equations stand at the head of this file."""
 
@@ -112,21 +126,15 @@ class PaiNNLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """s (N, H), v (N, 3, H), receivers i and senders j (E,), direction (E, 3), basis (E, R), envelope u (E, 1)."""
         atoms, hidden = s.shape
-        (message,) = over_edges(
-            edge_message,
-            i,
-            j,
-            atoms,
-            u,
-            width=3 * hidden,
-            senders=[self.phi(self.norm(s)).view(atoms, 3, hidden).to(v.dtype), v],
-            edges=[direction, basis],
-            weights=[self.filter.weight, self.filter.bias],
-        )
+        phi = self.phi(self.norm(s)).view(atoms, 3, hidden).to(v.dtype)
+        inputs = (phi, v, direction, basis, u, self.filter.weight, self.filter.bias)
+        known = partial(edges_of_layer, i, j)
+        message = native.edges(known, i, j, inputs) if usable(u, hidden) else known(*inputs)
         s = s + message[:, 0] / TYPICAL_NEIGHBORS
         v = v + message[:, 1:] / TYPICAL_NEIGHBORS**0.5
 
-        uv, vv = self.mix(v).to(v.dtype).chunk(2, dim=2)  # (N, 3, H) each
+        mixed = bent_maps(v.reshape(3 * atoms, hidden), [self.mix], bent=False)
+        uv, vv = mixed.view(atoms, 3, 2 * hidden).to(v.dtype).chunk(2, dim=2)  # (N, 3, H) each
         vv2 = vv.square().sum(dim=1)
         a, b, c = self.update(torch.cat([self.norm(s), torch.log1p(vv2)], dim=1)).chunk(3, dim=1)
         return s + a + b * (uv * vv).sum(dim=1) * torch.rsqrt(vv2 + 1.0), v + c[:, None] * uv

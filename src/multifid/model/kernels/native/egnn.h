@@ -130,6 +130,9 @@ private:
     return e;
   }
 
+  // Rows whose gates are taken at once, so that none waits for the sum of another.
+  static constexpr long TOGETHER = 16;
+
   // Rows four by four, then one by one.
   template <class Do> static void by_rows(long rows, Do work) {
     long n = 0;
@@ -346,22 +349,31 @@ private:
     });
     message.times(rows, o, step, b, step);
     const T *gate = in(p.gate), *bias = in(p.message_bias);
-    for (long n = 0; n < rows; ++n) {
-      T *to = out(p.sum_m) + p.i[e + n] * K;
-      V<T> dot = {};
-      for (long k = 0; k < K; k += L) {
-        const V<T> x = load(b + n * step + k) + load(bias + k);
-        if (second) store(second + (e + n) * K + k, x);
-        const V<T> y = x * sigmoid(x);
-        dot += y * load(gate + k);
-        store(row + k, y);
+    for (long n0 = 0; n0 < rows; n0 += TOGETHER) {
+      const long n1 = std::min(n0 + TOGETHER, rows);
+      T open[TOGETHER] = {};
+      for (long n = n0; n < n1; ++n) {
+        T *row = b + n * step;
+        V<T> dot = {};
+        for (long k = 0; k < K; k += L) {
+          const V<T> x = load(row + k) + load(bias + k);
+          if (second) store(second + (e + n) * K + k, x);
+          const V<T> y = x * sigmoid(x);
+          dot += y * load(gate + k);
+          store(row + k, y);
+        }
+        open[n - n0] = sum<T>(dot) + in(p.gate_bias)[0];
       }
-      const T open = sigmoid_of(sum<T>(dot) + in(p.gate_bias)[0]), u = in(p.u)[e + n];
-      if (p.gates) out(p.gates)[e + n] = open;
-      for (long k = 0; k < K; k += L) {
-        const V<T> m = load(row + k) * open;
-        Type::put(o + n * step + k, m);
-        store(to + k, load(to + k) + u * m);
+      for (long n = 0; n < TOGETHER; n += L) store(open + n, sigmoid(load(open + n)));
+      for (long n = n0; n < n1; ++n) {
+        const T *row = b + n * step, u = in(p.u)[e + n];
+        T *to = out(p.sum_m) + p.i[e + n] * K;
+        if (p.gates) out(p.gates)[e + n] = open[n - n0];
+        for (long k = 0; k < K; k += L) {
+          const V<T> m = load(row + k) * open[n - n0];
+          Type::put(o + n * step + k, m);
+          store(to + k, load(to + k) + u * m);
+        }
       }
     }
     move.times(rows, o, step, b, step);
@@ -533,32 +545,42 @@ private:
       for (long o = 0; o < O; ++o) t.weight_bias[o] += s[n * step_p + o];
   }
 
-  // Gradients of a row of messages by way of the moves (b1) -> of the second input of SiLU; returns that of u.
-  T back_gate(const Back &x, Tile &t, long n) const {
-    const long e = x.e + n;
-    const T *G = in(p.G_m) + p.i[e] * K, *gate = in(p.gate);
-    const T u = in(p.u)[e], open = in(p.gates)[e];
-    T *row = x.b1 + n * step, *ys = t.row.of(2 * K), *slopes = ys + K;
-    V<T> at_gate = {}, at_u = {};
-    for (long k = 0; k < K; k += L) {
-      const SiLU<V<T>> silu(load(kept(p.second) + e * K + k));
-      const V<T> of_sum = load(G + k), of_m = load(row + k) + u * of_sum;
-      if (p.back_m) store(keep(p.back_m) + e * K + k, of_m);
-      store(row + k, of_m), store(ys + k, silu.y), store(slopes + k, silu.slope);
-      if (weights) Type::put(x.m + n * step + k, silu.y * open);
-      at_gate += of_m * silu.y;
-      at_u += of_sum * silu.y;
+  // Gradients of messages by way of the moves (b1) -> of the second input of SiLU; of u by way of the sums to of_u.
+  void back_gates(const Back &x, Tile &t, T *of_u) const {
+    const T *gate = in(p.gate);
+    T *room = t.row.of(2 * TOGETHER * K), of_gate[TOGETHER];
+    for (long n0 = 0; n0 < x.rows; n0 += TOGETHER) {
+      const long n1 = std::min(n0 + TOGETHER, x.rows);
+      for (long n = n0; n < n1; ++n) {
+        const long e = x.e + n;
+        const T *G = in(p.G_m) + p.i[e] * K, u = in(p.u)[e], open = in(p.gates)[e];
+        T *row = x.b1 + n * step, *ys = room + 2 * (n - n0) * K, *slopes = ys + K;
+        V<T> at_gate = {}, at_u = {};
+        for (long k = 0; k < K; k += L) {
+          const SiLU<V<T>> silu(load(kept(p.second) + e * K + k));
+          const V<T> of_sum = load(G + k), of_m = load(row + k) + u * of_sum;
+          if (p.back_m) store(keep(p.back_m) + e * K + k, of_m);
+          store(row + k, of_m), store(ys + k, silu.y), store(slopes + k, silu.slope);
+          if (weights) Type::put(x.m + n * step + k, silu.y * open);
+          at_gate += of_m * silu.y;
+          at_u += of_sum * silu.y;
+        }
+        of_gate[n - n0] = sum<T>(at_gate) * open * (1 - open);
+        of_u[n] = sum<T>(at_u) * open;
+      }
+      for (long n = n0; n < n1; ++n) {
+        const T open = in(p.gates)[x.e + n], of = of_gate[n - n0];
+        const T *row = x.b1 + n * step, *ys = room + 2 * (n - n0) * K, *slopes = ys + K;
+        for (long k = 0; k < K; k += L) {
+          const V<T> change = (load(row + k) * open + of * load(gate + k)) * load(slopes + k);
+          Type::put(x.second + n * step + k, change);
+          if (!weights) continue;
+          increase(t.message_bias + k, change);
+          increase(t.gate + k, of * load(ys + k));
+        }
+        if (weights) t.gate_bias[0] += of;
+      }
     }
-    const T of_gate = sum<T>(at_gate) * open * (1 - open);
-    for (long k = 0; k < K; k += L) {
-      const V<T> change = (load(row + k) * open + of_gate * load(gate + k)) * load(slopes + k);
-      Type::put(x.second + n * step + k, change);
-      if (!weights) continue;
-      increase(t.message_bias + k, change);
-      increase(t.gate + k, of_gate * load(ys + k));
-    }
-    if (weights) t.gate_bias[0] += of_gate;
-    return sum<T>(at_u) * open;
   }
 
   // The same for changes; returns the change of the gradient of u.
@@ -664,10 +686,13 @@ private:
     }
     back_last<AGAIN>(x, t);
     move.times(rows, AGAIN ? x.d_third : x.third, step, x.b1, step);
-    for (long n = 0; n < rows; ++n) {
-      const T of_u = AGAIN ? back_gate_again(x, t, n) : back_gate(x, t, n);
-      if (p.g_u) out(p.g_u)[e + n] = of_u + last(moved[n].u);
-    }
+    T of_u[Type::EDGES];
+    if (AGAIN)
+      for (long n = 0; n < rows; ++n) of_u[n] = back_gate_again(x, t, n);
+    else
+      back_gates(x, t, of_u);
+    if (p.g_u)
+      for (long n = 0; n < rows; ++n) out(p.g_u)[e + n] = of_u[n] + last(moved[n].u);
     gradient<AGAIN>(t, rows, x.third, x.d_third, x.m, x.dm, t.move);
     message.times(rows, AGAIN ? x.d_second : x.second, step, x.b2, step);
     back_first<AGAIN>(x, t);

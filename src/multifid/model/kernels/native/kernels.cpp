@@ -2,6 +2,7 @@
 // processor has none. Numbers of functions: 0 forward, 1 backward, 2 tangent, 3 again (egnn.h).
 #include "egnn.h"
 #include "mlp.h"
+#include "painn.h"
 
 using namespace multifid;
 
@@ -29,4 +30,7 @@ long multifid_widest() { return STRIDES[sizeof(STRIDES) / sizeof(long) - 1] - 16
 long multifid_maps() { return MAPS; }
 void multifid_egnn(const EGNNCall *call, int what) { run<EGNN>(*call, what); }
 void multifid_mlp(const MLPCall *call, int what) { run<MLP>(*call, what); }
+void multifid_painn(const PaiNNCall *call, int what) {
+  call->type == 1 ? run_as<PaiNN, Full<double>>(*call, what) : run_as<PaiNN, Full<float>>(*call, what);
+}
 }

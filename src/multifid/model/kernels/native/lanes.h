@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -103,7 +103,7 @@ template <class T> inline void put_group(T *p, G<T> x) { *(typename Group<T>::An
 template <class T> inline T sum_group(G<T> x) { return sum_of<T, GROUP>(x); }
 
 inline V<float> exponential(V<float> x) {
-  const V<float> top = V<float>{} + 88.0f, bottom = V<float>{} - 87.0f;
+  const V<float> top = V<float>{} + 80.0f, bottom = V<float>{} - 87.0f;
   x = (x > top) ? top : x;
   x = (x < bottom) ? bottom : x;
   const V<float> shifted = x * 1.44269504088896f + 12582912.0f; // 1.5 * 2^23: the whole number stands in the last bits
@@ -134,7 +134,21 @@ inline V<double> exponential(V<double> x) {
   return (V<double>)((I64)p + ((I64)shifted << 52));
 }
 
-template <class X> inline X sigmoid(X x) { return 1 / (1 + exponential(-x)); }
+// 1 / x to the last bit or two, x positive and no larger than 1e36: an estimate and Newton's step, where division is slow.
+inline V<double> reciprocal(V<double> x) { return 1 / x; }
+inline V<float> reciprocal(V<float> x) {
+#if defined(__AVX512F__)
+  const V<float> near = (V<float>)_mm512_rcp14_ps((__m512)x);
+  return near * (2 - x * near);
+#elif defined(__AVX2__)
+  const V<float> near = (V<float>)_mm256_rcp_ps((__m256)x);
+  return near * (2 - x * near);
+#else
+  return 1 / x;
+#endif
+}
+
+template <class X> inline X sigmoid(X x) { return reciprocal(1 + exponential(-x)); }
 inline float sigmoid_of(float x) { return 1 / (1 + std::exp(-x)); }
 inline double sigmoid_of(double x) { return 1 / (1 + std::exp(-x)); }
 

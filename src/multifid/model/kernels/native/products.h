@@ -101,9 +101,14 @@ public:
     T *to = room.of(depth * up(width, L));
     for (long n0 = 0; n0 < width; n0 += 2 * L) {
       const long columns = panel(n0);
-      for (long k = 0; k < depth; ++k)
-        for (long n = 0; n < columns; ++n)
-          to[depth * n0 + k * columns + n] = n0 + n < width ? from[k * down + (n0 + n) * across] : T(0);
+      const long there = std::min(columns, width - n0);
+      T *panel = to + depth * n0;
+      for (long n = there; n < columns; ++n)
+        for (long k = 0; k < depth; ++k) panel[k * columns + n] = T(0);
+      for (long k0 = 0; k0 < depth; k0 += 16) // blocks, so that lines of the cache are read once
+        for (long n = 0; n < there; ++n)
+          for (long k = k0; k < std::min(k0 + 16, depth); ++k)
+            panel[k * columns + n] = from[k * down + (n0 + n) * across];
     }
   }
   long panel(long n0) const { return std::min(2 * L, up(width - n0, L)); }

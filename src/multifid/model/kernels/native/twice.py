@@ -89,7 +89,9 @@ class Layer(ABC):
         """Zeros for the gradients of inputs."""
         weights = self.weights if any(name in wanted for name in self.weights) else ()
         names = [x for x in self.names if x in weights or x in self.always or (x in wanted and x not in self.weights)]
-        return {f"g_{x}": torch.zeros_like(tensors[x]) for x in names}  # type: ignore[arg-type]
+        like = [x for x in (tensors[name] for name in names) if x is not None]
+        parts = like[0].new_zeros(sum(x.numel() for x in like)).split([x.numel() for x in like])  # one call for all
+        return {f"g_{name}": part.view(x.shape) for name, part, x in zip(names, parts, like, strict=True)}
 
     def call(self, what: int, arrays: Tensors) -> None:
         """Run one of the four functions over arrays."""

@@ -26,7 +26,8 @@ template <template <class> class Layer, class Call> void run(const Call &call, i
 
 extern "C" {
 
-long multifid_widest() { return STRIDES[sizeof(STRIDES) / sizeof(long) - 1] - 16; }
+// Wide layers are all products of matrices: with short vectors a library's are faster than those here.
+long multifid_widest() { return BYTES == 64 ? STRIDES[sizeof(STRIDES) / sizeof(long) - 1] - 16 : 512; }
 long multifid_maps() { return MAPS; }
 void multifid_egnn(const EGNNCall *call, int what) { run<EGNN>(*call, what); }
 void multifid_mlp(const MLPCall *call, int what) { run<MLP>(*call, what); }

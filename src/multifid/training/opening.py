@@ -10,6 +10,7 @@ import multifid
 from multifid.config import Config
 from multifid.feed.loader import Source, TaskConfig
 from multifid.feed.order import Draw
+from multifid.model.kernels.native.build import library
 from multifid.model.potential import ModelConfig
 from multifid.parallel.groups import World
 from multifid.parallel.layout import ranges
@@ -58,7 +59,9 @@ def _place(world: World) -> str:
     if world.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(world.device)})"
     ranks = f"{world.size} ranks" if world.size > 1 else "1 rank"
-    return f"{socket.gethostname()}, {device}, {ranks}, threads {torch.get_num_threads()}, torch {torch.__version__}"
+    made = "C++ and torch" if world.device.type == "cpu" and library() is not None else "torch"
+    threads = f"threads {torch.get_num_threads()}"
+    return f"{socket.gethostname()}, {device}, {ranks}, {threads}, {made} {torch.__version__}"
 
 
 def _model(model: ModelConfig) -> str:

@@ -30,6 +30,7 @@ from multifid.training.build import build
 from multifid.training.checkpoint import load_checkpoint
 from multifid.training.feed import Feed, make_draws
 from multifid.training.journal import read_journal
+from multifid.training.optimizer import Schedule
 from multifid.training.run import train
 from multifid.training.step import Totals, Trainer
 
@@ -202,6 +203,27 @@ def test_training_goes_on_while_a_checkpoint_is_being_written(stores, tmp_path, 
     for file in (run / "checkpoints" / "step-000003").glob("*.safetensors"):
         written |= load_file(file)
     assert weights and all(torch.equal(written[f"weight/{name}"], held) for name, held in weights.items())
+
+
+def test_what_is_learned_while_a_checkpoint_is_written_is_not_in_it(stores, tmp_path, monkeypatch):
+    """The disk stands still until the next validation has told the schedule of a better value."""
+    values, further, original = [], threading.Event(), Schedule.validated
+
+    def validated(self, value):
+        original(self, value)
+        values.append(value)
+        if len(values) == 2:
+            further.set()
+
+    def slow_disk(tensors, path):
+        assert further.wait(60)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(Schedule, "validated", validated)
+    monkeypatch.setattr("multifid.training.checkpoint.save_file", slow_disk)
+    run = start(config_of(stores, tmp_path / "run", train={"steps": 6, "epoch_steps": 3, "keep": 9}))
+    state = json.loads((run / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert state["schedule"]["best"] == values[0] > values[1]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(stores, tmp_path, capsys):

@@ -4,6 +4,7 @@ Nothing depends on the layout: any number of ranks, with any placement, goes on 
 joined or left in between: a branch without a file starts fresh, a file without a branch is not read.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -85,10 +86,10 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def state_of(trainer: Trainer, position: Position, draws: list[Draw]) -> dict[str, Any]:
-    """What is not a tensor; the same on every rank."""
+    """What is not a tensor; the same on every rank. A copy: training goes on while it is written."""
     trainer.settle()
     names = position.totals.tasks
-    return {
+    state = {
         "updates": trainer.updates,
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "schedule": trainer.schedule.state,
@@ -107,6 +108,7 @@ def state_of(trainer: Trainer, position: Position, draws: list[Draw]) -> dict[st
         "places": {task: draw.places(position.step)[0] for draw in draws for task in draw.tasks},
         "draws": {task: [str(draw.rate), draw.base, draw.since] for draw in draws for task in draw.tasks},
     }
+    return copy.deepcopy(state)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """`multifid add`: a store grows by a part behind it, holds what it would hold at once, and is never half a store."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -178,6 +179,17 @@ def test_killed_in_the_middle_the_store_is_as_it_was_and_the_same_command_adds(p
     assert (after.checksum, after.structures) == (before.checksum, before.structures)
     assert add(store, [more], **LATER).checksum == expected.checksum
     assert state_of(store) == state_of(tmp_path / "other")
+
+
+def test_two_additions_at_once_are_refused(tmp_path, monkeypatch):
+    store, more = prepared(tmp_path, "s", made(tmp_path, "x")), made(tmp_path, "y", seed=2)
+    monkeypatch.setattr(append, "PATIENCE", 0.1)
+    held = os.open(store, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(BlockingIOError, match=f"another process is adding to {store}"):
+        add(store, [more], **LATER)
+    os.close(held)
+    assert add(store, [more], **LATER).structures > Store(tmp_path / "s", additions=0).structures
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ The content is that of a store of the same structures, labels and splits that wa
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,17 +76,25 @@ def append(path: Path | str, prepare: Prepare, refit: bool = False) -> Store:
     return Store(path)
 
 
+PATIENCE = 3.0  # seconds to wait for a store: what a killed addition had begun holds it until it sees that
+
+
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Hold the store until the end: two additions at once would make the same part."""
     if not path.is_dir():
         raise FileNotFoundError(f"there is no store {path}: `multifid prepare` makes one")
     handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise BlockingIOError(f"another process is adding to {path}") from error
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise BlockingIOError(f"another process is adding to {path}") from error
+            time.sleep(0.05)
     try:
         yield
     finally:

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from multifid.evaluation.data import Data, label_sets
-from multifid.model.kernels.native import build
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
 
@@ -156,9 +155,6 @@ LONG = re.compile(
         )
     )
 )
-
-
-build.FEW = 0  # small systems too are computed by the compiled kernels, in this process
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups, and before marks are selected

@@ -33,7 +33,7 @@ class _Call(ctypes.Structure):
 def usable(x: Tensor, maps: Sequence[torch.nn.Linear]) -> bool:
     """Whether the library has such maps for such features."""
     widest = max((max(m.in_features, m.out_features) for m in maps), default=0)
-    return x.dim() == 2 and 0 < len(maps) <= MAPS and build.usable(x, -(-widest // 32) * 32, build.FEW // 16)
+    return x.dim() == 2 and 0 < len(maps) <= MAPS and build.usable(x, -(-widest // 32) * 32)
 
 
 def mlp(x: Tensor, maps: Sequence[torch.nn.Linear], bent: bool) -> Tensor:

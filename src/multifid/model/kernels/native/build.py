@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp")
 TIME_LIMIT = 300.0  # seconds that a compiler may take
-FEW = 256  # edges: below, a call costs more than the operations of torch that it saves
 
 
 @cache
@@ -97,13 +96,8 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def usable(x: Tensor, width: int, few: int | None = None) -> bool:
-    """Whether the library is to compute what rows of a tensor ask for: real numbers on a CPU, which nobody traces.
-
-    few: the rows from which on it pays; None: of edges.
-    """
-    if x.shape[0] < (FEW if few is None else few):
-        return False
+def usable(x: Tensor, width: int) -> bool:
+    """Whether edges that a tensor is of may be computed by the library: real numbers on a CPU, which nobody traces."""
     if x.device.type != "cpu" or type(x) is not Tensor or x.dtype not in (torch.float32, torch.float64):
         return False
     if IN_TILES.get() is False or CUT.get() is not None or torch.compiler.is_compiling():

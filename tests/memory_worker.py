@@ -82,6 +82,7 @@ def measured_run(values: dict) -> dict:
         run.saver.wait()  # so that the copy in host memory, and its end, belong to the phase
 
     with ExitStack() as stack:
+        stack.enter_context(patch.object(multifid.training.run, "keep_freed_memory"))  # or nothing would be given back
         optimizers = multifid.training.build.OPTIMIZERS
         stack.enter_context(patch.dict(optimizers, adamw=marks.around("adamw", optimizers["adamw"])))
         for room, name in PHASES:

@@ -18,7 +18,7 @@ from multifid.training.costs import parameters
 from parallel_worker import Pool
 
 MIB = 2**20
-NOISE = 24 * MIB  # the interpreter, libraries, the batch and its activations; tiles of the kernels (8 at 866 units)
+NOISE = 10 * MIB  # the interpreter, libraries, the batch and its activations
 TRANSIENT = BUCKET_BYTES  # buffers of a reduction, a tensor on its way to a file; the design allows two buckets
 # Copies of the parameters that may live during each phase of a run: weights, gradients, average, moments.
 COPIES = {"load_checkpoint": 0, "Potential": 1, "start_from": 1, "Gradients": 2, "adamw": 2, "MovingAverage": 3}

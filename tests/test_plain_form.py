@@ -9,8 +9,8 @@ from plain import PLAIN, PlainEGNN, PlainLayer, segment_sum
 from multifid.graphs import edges as over
 from multifid.graphs.graph import graph_of
 from multifid.model.contract import Features
-from multifid.model.encoders import all_encoders, build_encoder, egnn
-from multifid.model.kernels.native.build import library
+from multifid.model.encoders import all_encoders, build_encoder
+from multifid.model.kernels.native import build
 from multifid.model.layers import TYPICAL_NEIGHBORS, draw_weights, envelope
 from multifid.model.suite.samples import (
     CUTOFF,
@@ -112,10 +112,10 @@ def gradients(model, batch):
 @pytest.mark.parametrize("encoder", PLAIN_KINDS)
 def test_an_encoder_is_its_published_form(encoder, forces, tile, monkeypatch):
     """Widths that are padded (12 to 16), several tiles or one or C++, atoms and structures without edges."""
-    if tile == "native" and library() is None:
+    if tile == "native" and build.library() is None:
         pytest.skip("no C++ compiler is here")
     if tile != "native":
-        monkeypatch.setattr(egnn, "usable", lambda *_: False)
+        monkeypatch.setattr(build, "library", lambda: None)
         monkeypatch.setattr(over, "TILE_EDGES", tile)
         monkeypatch.setattr(over, "TILE_VALUES", tile)
     fast = potential_with(small(encoder), forces).train()
@@ -134,6 +134,7 @@ def test_an_encoder_is_its_published_form(encoder, forces, tile, monkeypatch):
 @pytest.mark.parametrize("encoder", every_kind)
 def test_a_backward_pass_goes_through_the_tiles_of_its_forward_pass(encoder, monkeypatch):
     """Another number of threads, or another model that is counted in between, cuts tiles otherwise."""
+    monkeypatch.setattr(build, "library", lambda: None)
     found, whole, batch = [], potential_with(small(encoder), "direct").train(), batch_of(*mixed())
     for later in (8, 32):
         monkeypatch.setattr(over, "TILE_EDGES", 8)

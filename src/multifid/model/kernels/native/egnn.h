@@ -102,18 +102,15 @@ private:
     T *g_c = nullptr, *g_v = nullptr;
     T *pair, *message, *message_bias, *gate, *gate_bias, *move, *move_bias, *weight, *weight_bias; // pair: (P, K)
   };
-  std::vector<Tile *> tiles; // of the threads
+  Tiles<Tile> tiles;
 
   template <class Work> void over_tiles(Work work) {
     const int threads = std::max<int64_t>(1, std::min<int64_t>(p.threads, up(p.edges, Type::EDGES) / Type::EDGES));
-    tiles.resize(threads);
+    tiles.resize(threads, K <= NARROW);
 #pragma omp parallel num_threads(threads)
     {
-      static thread_local Tile tile; // stays, because new memory costs as much as a product of matrices
-      Tile &t = tile;
       const int k = omp_get_thread_num(), of = omp_get_num_threads();
-      t.began = false;
-      tiles[k] = &t;
+      Tile &t = tiles.begin(k);
       Type::begin();
       const long from = edge_of(k, of), all = edge_of(k + 1, of) - from;
       const long count = (all + Type::EDGES - 1) / Type::EDGES;

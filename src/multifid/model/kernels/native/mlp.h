@@ -64,7 +64,7 @@ private:
     bool began = false;
     T *g_w[MAPS], *g_b[MAPS];
   };
-  std::vector<Tile *> tiles;
+  Tiles<Tile> tiles;
 
   template <class Work> void over_tiles(bool forwards, Work work) {
     for (long l = 0; l < p.maps; ++l) {
@@ -74,21 +74,19 @@ private:
     }
     const long count = up(p.rows, Type::EDGES) / Type::EDGES;
     const int threads = std::max<int64_t>(1, std::min<int64_t>(p.threads, count));
-    tiles.resize(threads);
+    tiles.resize(threads, step <= stride(NARROW));
 #pragma omp parallel num_threads(threads)
     {
-      static thread_local Tile tile;
-      Tile &t = tile;
       const long k = omp_get_thread_num(), of = omp_get_num_threads();
-      t.began = false;
-      tiles[k] = &t;
+      Tile &t = tiles.begin(k);
       Type::begin();
       for (long n = count * k / of; n < count * (k + 1) / of; ++n)
         work(t, p.rows * n / count, p.rows * (n + 1) / count - p.rows * n / count);
       Type::end();
     }
     if (forwards || !weights) return;
-    for (Tile *t : tiles) {
+    for (size_t thread = 0; thread < tiles.size(); ++thread) {
+      const Tile *t = tiles[thread];
       if (!t || !t->began) continue;
       for (long l = 0; l < p.maps; ++l) {
         for (long r = 0; r < p.width[l + 1]; ++r)

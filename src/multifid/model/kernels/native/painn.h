@@ -63,18 +63,15 @@ private:
     bool began = false;
     T *g_phi = nullptr, *g_v = nullptr, *weight = nullptr, *bias = nullptr; // weight: (3, R up to ROWS, H)
   };
-  std::vector<Tile *> tiles;
+  Tiles<Tile> tiles;
 
   template <class Work> void over_tiles(Work work) {
     const int threads = std::max<int64_t>(1, std::min<int64_t>(p.threads, up(p.edges, EDGES) / EDGES));
-    tiles.resize(threads);
+    tiles.resize(threads, H <= NARROW);
 #pragma omp parallel num_threads(threads)
     {
-      static thread_local Tile tile;
-      Tile &t = tile;
       const int k = omp_get_thread_num(), of = omp_get_num_threads();
-      t.began = false;
-      tiles[k] = &t;
+      Tile &t = tiles.begin(k);
       const long from = edge_of(k, of), all = edge_of(k + 1, of) - from;
       const long count = (all + EDGES - 1) / EDGES;
       for (long n = 0; n < count; ++n)

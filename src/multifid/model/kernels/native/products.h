@@ -5,6 +5,7 @@
 #pragma once
 #include "lanes.h"
 #include <cstdlib>
+#include <memory>
 #include <vector>
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define MULTIFID_AMX 1
@@ -46,6 +47,31 @@ private:
   T *p = nullptr;
   long size = 0;
 };
+
+// What the threads of a call have for their tiles. That of narrow layers stays with the thread, because new memory costs
+// them as much as a product of matrices; of wide ones it is given back with the call, after sums over threads were taken.
+template <class Tile> class Tiles {
+public:
+  void resize(long threads, bool stay) {
+    of.assign(threads, nullptr), own.resize(threads);
+    stays = stay;
+  }
+  Tile &begin(long thread) {
+    static thread_local Tile kept;
+    if (!stays) own[thread].reset(new Tile);
+    of[thread] = stays ? &kept : own[thread].get();
+    of[thread]->began = false;
+    return *of[thread];
+  }
+  size_t size() const { return of.size(); }
+  Tile *operator[](size_t thread) const { return of[thread]; } // null where a thread did not come
+
+private:
+  std::vector<Tile *> of;
+  std::vector<std::unique_ptr<Tile>> own;
+  bool stays = true;
+};
+constexpr long NARROW = 256; // hidden units
 
 constexpr long DEPTH = 256; // of a product at a time: a panel of so many rows stays in the smallest cache
 

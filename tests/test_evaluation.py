@@ -15,7 +15,7 @@ from conftest import data_of, write_molecules
 from multifid.config import parse_config
 from multifid.evaluation import batches
 from multifid.evaluation import evaluate as asking
-from multifid.evaluation.baselines import no_better, with_references
+from multifid.evaluation.baselines import no_better, no_better_in_study, with_references
 from multifid.evaluation.data import Share
 from multifid.evaluation.evaluate import evaluate_run
 from multifid.evaluation.failures import Failures
@@ -196,6 +196,11 @@ def test_a_model_that_is_no_better_than_nothing_is_named_beside_it():
         "m is no better than nothing on d: forces 300, zero forces alone 250 meV/" in warned and "energy" not in warned
     )
     assert no_better([row | {"forces_mae": 0.2}]) == [] and len(no_better([row | {"forces_mae": math.nan}])) == 1
+    study = [row | {"model": name, "seed": 1} for name in ("GFM-MTL-All", "Model-d", "Model-of-others")]
+    assert [line.split(" is no")[0] for line in no_better_in_study([row | {"model": "References"}, *study])] == [
+        "warning: GFM-MTL-All (seed 1)",
+        "warning: Model-d (seed 1)",
+    ]
     nothing, *_ = with_references([row, row | {"model": "n"}])
     assert (nothing["model"], nothing["energy_mae"], nothing["forces_mae"]) == ("References", 0.2, 0.25)
     other = row | {"model": "n", "counted_structures": 1, "unseen_structures": 1}  # its labels are others

@@ -42,6 +42,8 @@ def test_the_errors_of_the_page_are_those_of_evaluate(run, stores):
         assert np.nanmean([s.energy_error for s in found.structures]) == pytest.approx(row["energy_mae"], rel=1e-5)
         forces = np.concatenate([np.abs(s.forces[1] - s.forces[0]).ravel() for s in found.structures])
         assert np.nanmean(forces) == pytest.approx(row["forces_mae"], rel=1e-5)
+        worse = row["forces_mae"] >= row["zero_forces_mae"] or row["energy_mae"] >= row["zero_energy_mae"]
+        assert worse == any(f"no better than nothing on {task}" in line for line in content.warnings)
 
 
 def test_the_page_holds_everything_and_asks_no_network(run, tmp_path):
@@ -57,7 +59,7 @@ def test_the_page_holds_everything_and_asks_no_network(run, tmp_path):
     shown = {int(n) for n in re.findall(r'data-figure="(\d+)"', own)}
     assert shown == set(range(len(drawn))) and len(drawn) > 15
     assert [p.name for p in out.parent.iterdir()] == ["page.html"]
-    assert "multifid train config.yaml" in own
+    assert "multifid train config.yaml" in own and "zero forces" in own
 
 
 @pytest.mark.full

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from multifid.evaluation.matrix import REFERENCES, UNITS, Row
+from multifid.evaluation.matrix import BASELINE, REFERENCES, TWO_LEVEL, UNITS, Row, own_model
 
 KEPT = ("data", "split", "structures", "atoms", "counted_structures", "unseen", "source")
 
@@ -39,3 +39,9 @@ def no_better(rows: Sequence[Row]) -> list[str]:
         if told:
             lines.append(f"warning: {row['model']} is no better than nothing on {row['data']}: {'; '.join(told)}")
     return lines
+
+
+def no_better_in_study(rows: Sequence[Row]) -> list[str]:
+    """`no_better` for the models of a study, each on the datasets that it was trained on, seed by seed."""
+    of_own = [row for row in rows if row["model"] in (TWO_LEVEL, BASELINE, own_model(row["data"]))]
+    return no_better([row | {"model": f"{row['model']} (seed {row['seed']})"} for row in of_own])

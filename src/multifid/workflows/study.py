@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from multifid.config import Config, StudyConfig, differences, dump_config, load_config, parse_config
+from multifid.evaluation.baselines import no_better_in_study
 from multifid.evaluation.data import Data, Share
 from multifid.evaluation.evaluate import evaluate, references_row
 from multifid.evaluation.figures import Parity, convergence, error_matrix, parity, save
@@ -80,6 +81,8 @@ def _write(root: Path, rows: list[Row], console: Console) -> None:
     save(error_matrix(rows), root / "matrix.png")
     for quantity in quantities(rows):
         console.print(rich_table(rows, quantity))
+    for line in no_better_in_study(rows):
+        console.print(line, highlight=False, markup=False)
     console.print(f"tables and figures: {root}")
 
 

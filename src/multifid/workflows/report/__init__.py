@@ -13,6 +13,7 @@ from rich.console import Console
 
 import multifid
 from multifid.config import Config, dump_config, load_config
+from multifid.evaluation.baselines import no_better
 from multifid.evaluation.calibrate import Points, points
 from multifid.evaluation.data import Share
 from multifid.evaluation.matrix import TWO_LEVEL
@@ -96,6 +97,7 @@ def gather(path: Path, structures: int) -> PageContent:
             if model.rigidity is not None and task in model.rigidity.tasks:
                 deviations[task] = points(model, source, task, model.rigidity, "test", Share())
     warnings += _warnings(journal, description, errors)
+    warnings += [line.removeprefix("warning: ") for line in no_better([one.row for one in errors.values()])]
     rows, old = read_rows(path), read_rows(run, OLD_TASKS)
     checks, scans = checks_of(run), scans_of(run)
     return PageContent(

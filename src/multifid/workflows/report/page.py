@@ -153,14 +153,16 @@ def _data_table(content: PageContent) -> list[dict[str, Any]]:
 
 
 def _test_table(content: PageContent) -> list[dict[str, str]]:
-    """Errors on the sample of each task's own test split."""
+    """Errors on the sample of each task's own test split, and those of reference energies and zero forces on it."""
     return [
         {
             "task": task,
             "structures": f"{found.row['counted_structures']:,}",
-            "energy": _milli(found.row.get("energy_mae")),
-            "forces": _milli(found.row.get("forces_mae")),
-            "stress": _milli(found.row.get("stress_mae")),
+            **{
+                f"{nothing}{quantity}": _milli(found.row.get(f"{nothing}{quantity}_mae"))
+                for quantity in ("energy", "forces", "stress")
+                for nothing in ("", "zero_")
+            },
         }
         for task, found in content.errors.items()
     ]

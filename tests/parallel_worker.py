@@ -40,6 +40,7 @@ from multifid.training.feed import Feed, make_draws
 from multifid.training.resolve import placement_of, resolve
 from multifid.training.run import train
 from multifid.training.step import Totals, Trainer
+from multifid.training.task_gradients import TaskGradients, tasks_of_ranks
 from multifid.training.trial import measured
 from multifid.workflows.calibrate import calibrate_run
 from multifid.workflows.evaluate import evaluate
@@ -208,6 +209,40 @@ def updated_weights(values: dict) -> dict:
             assert trainer.step(batches, Totals(list(config.tasks), trainer.device)).updated
         weights, averages = wholes(trainer, trainer.parameters), wholes(trainer, trainer.average.average)
         return {"weights": weights, "averages": averages, "micro": micro}
+
+
+def products_of_gradients(values: dict, held: int) -> dict:
+    """Inner products of the tasks' gradients in the first step, and the most bytes of them that this rank held."""
+    with groups.world("cpu") as world:
+        config = resolve(parse_config(values, "test"), world.size)
+        sources = open_sources(config.tasks)
+        draws = make_draws(config, sources)
+        placement = placement_of(config, sources, draws, world.size)
+        feed = Feed(config, sources, draws, placement, world.rank)
+        trainer = build(config, sources, placement, 10, world)
+        of_ranks = tasks_of_ranks(list(config.tasks), placement, world.size)
+        gradients, most = TaskGradients(trainer, of_ranks, held), []
+        pieces = [[part] for piece in feed.pieces_of_step(0) for part in piece]
+        counts = trainer.counts([trainer.ready(batch) for batch in feed.step(0).batches])
+        slopes = gradients._slopes
+
+        def watched(*arguments):
+            out = slopes(*arguments)
+            most.append(sum(p.nbytes for p in arguments[-1]) * len(out))
+            return out
+
+        gradients._slopes = watched
+        before, random = [p.grad.clone() for p in trainer.parameters.values()], torch.get_rng_state()
+        products = gradients.products([trainer.ready(feed.batch(piece)) for piece in pieces], counts.wait()[0])
+        same = [torch.equal(p.grad, g) for p, g in zip(trainer.parameters.values(), before, strict=True)]
+        return {
+            "products": products.numpy(),
+            "most": max(most),
+            "largest": max(p.nbytes for p in trainer.potential.encoder.parameters()),
+            "own": len(of_ranks[world.rank]),
+            "chunks": len(gradients.chunks),
+            "untouched": all(same) and torch.equal(random, torch.get_rng_state()),
+        }
 
 
 def recorded_steps(values: dict, poisoned: int) -> dict:
@@ -450,6 +485,7 @@ JOBS = {
         updated_weights,
         whole_run,
         newest_checkpoint,
+        products_of_gradients,
         error_of,
         evaluated,
         predicted,

@@ -17,7 +17,7 @@ from multifid.model.potential import ModelConfig
 from multifid.parallel.layout import ParallelConfig
 from multifid.training.finetune import FinetuneConfig
 from multifid.training.loss import ObjectiveConfig
-from multifid.training.settings import TrainConfig
+from multifid.training.settings import MEASURING, TrainConfig
 from multifid.workflows.tune.settings import TuneConfig
 
 
@@ -79,6 +79,8 @@ class Config(BaseModel):
                 "train.neighbors: device works on the device from other threads, which must not be while a CUDA graph "
                 f"is recorded: with train.{graphs} set it to host"
             )
+        self._diagnosed()
+        self._balanced()
         encoder, low = self.model.encoder.name, self.train.precision in ("bf16", "tf32")
         if low and self.model.branch.forces == "conservative" and all_encoders()[encoder].slopes_need_float32:
             raise ValueError(
@@ -90,6 +92,43 @@ class Config(BaseModel):
         if self.finetune is not None:
             self._fine_tunes(self.finetune)
         return self
+
+    def _diagnosed(self) -> None:
+        """ValueError where gradients of tasks are to be measured that cannot be had apart."""
+        asked = {"parallel.shard_encoder": self.parallel.shard_encoder, "train.compile": self.train.compile}
+        asked["train.capture"] = self.train.capture
+        refusing = [key for key, wanted in asked.items() if wanted]
+        if isinstance(self.train.diagnose_every, int) and refusing:
+            raise ValueError(
+                f"train.diagnose_every: {self.train.diagnose_every} needs gradients of single tasks, which "
+                f"{refusing[0]} does not give: set one of the two to null or false"
+            )
+
+    def _balanced(self) -> None:
+        """ValueError where tasks are to be balanced and that makes no sense, or cannot be."""
+        train, method = self.train, f"train.balance: {self.train.balance}"
+        if train.balance == "none":
+            return
+        if len(self.tasks) == 1:
+            raise ValueError(f"{method} balances tasks, and there is one: set it to none")
+        if train.capture:
+            raise ValueError(
+                f"{method} makes passes that train.capture does not record: set one of them to none or false"
+            )
+        if train.balance not in MEASURING:
+            return
+        if self.branches == "shared":
+            raise ValueError(f"{method} is for branches: per_task; a shared branch would need a direction of its own")
+        for key, wanted in {
+            "parallel.shard_encoder": self.parallel.shard_encoder,
+            "train.compile": train.compile,
+        }.items():
+            if wanted:
+                raise ValueError(
+                    f"{method} needs gradients of single tasks, which {key} does not give: set it to false"
+                )
+        if self.finetune is not None and self.finetune.moves == "branch":
+            raise ValueError(f"{method} is about the encoder's gradients, and finetune.moves: branch keeps it still")
 
     def _fine_tunes(self, finetune: FinetuneConfig) -> None:
         if self.init is None:

@@ -275,3 +275,16 @@ def watch(
     from multifid.workflows.watch import watch as run_watch
 
     run_watch(run, interval, once)
+
+
+@command(PANEL)
+def diagnose(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the directory of a run")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FIGURE", help="the figure that is drawn; default: RUN/diagnosis.png")
+    ] = None,
+) -> None:
+    """How the tasks of a run pull at its encoder, whether they agree, and which of them it learns by heart."""
+    from multifid.workflows.diagnose import diagnose as run_diagnose
+
+    run_diagnose(run, out)

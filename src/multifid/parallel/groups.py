@@ -89,6 +89,14 @@ class Group:
         dist.gather(tensor, None if out is None else list(out), group=self.process_group, group_dst=0)
         return out
 
+    def exchange(self, rows: Tensor, to: list[int], come: list[int]) -> Tensor:
+        """Rows for each rank of the group, rank after rank, `to` says how many; alike what `come`s from them."""
+        if self.process_group is None:
+            return rows
+        out = rows.new_empty(sum(come), *rows.shape[1:])
+        dist.all_to_all_single(out, rows.contiguous(), come, to, group=self.process_group)
+        return out
+
     def sum_later(self, tensor: Tensor) -> dist.Work | None:
         """Begin to sum in place; `tensor` is ready when the work has been waited for, or at once where that is None."""
         if self.process_group is None:

@@ -20,10 +20,12 @@ from multifid.model.property import PropertyBranch
 from multifid.parallel.gradients import Gradients, ModelPart
 from multifid.parallel.groups import World, in_one_order
 from multifid.parallel.shard import Shards, shard
+from multifid.training.balance import balance_of
 from multifid.training.finetune import Pull, prepare_moves, pulled
 from multifid.training.optimizer import OPTIMIZERS, MovingAverage, Named, Schedule, with_factors
 from multifid.training.recorded import CudaGraphs, Recordings
 from multifid.training.step import ENCODER, Task, Trainer, part_of_branch
+from multifid.training.task_gradients import tasks_of_ranks
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def build(
         with_factors(optimizer, moving, factors)
     scales = task_scales(config.objective.scale, config.branches, sources)
     gradients = Gradients(parts)
-    return Trainer(
+    trainer = Trainer(
         potential=potential,
         parameters=parameters,
         gradients=gradients,
@@ -104,6 +106,9 @@ def build(
         clip=t.clip,
         lr=t.lr,
     )
+    of_ranks = tasks_of_ranks(list(config.tasks), placement, world.size)
+    trainer.balance = balance_of(t.balance, trainer, of_ranks, t.balance_rate, t.balance_every, config.seed)
+    return trainer
 
 
 def _recordings(potential: Potential, gradients: Gradients, precision: str, world: World) -> Recordings:

@@ -26,7 +26,7 @@ from multifid.store.store import Store
 from multifid.structures.properties import OF_ATOMS
 from multifid.training.counts import Known, labelled_parts
 from multifid.training.division import Division, divide, places_of
-from multifid.training.settings import TrainConfig
+from multifid.training.settings import MEASURING, TrainConfig
 from multifid.training.share import Exchange
 
 AT_ONCE = 1 << 16  # structures of a split that are shared out together
@@ -138,14 +138,24 @@ class Feed:
         """This rank's part of the structures of a step in micro-batches, and how many of these a rank has at most."""
         mine, rounds = self._mine(division)
         parts = [(s, i) for s, i in zip(self.sources, mine, strict=True) if len(i)]
-        return pieces(parts, self.config.model.cutoff, self.config.train.max_edges), rounds
+        together = [[part] for part in parts] if self._apart else [parts]
+        cutoff, most = self.config.model.cutoff, self.config.train.max_edges
+        return [piece for one in together for piece in pieces(one, cutoff, most)], rounds
+
+    @property
+    def _apart(self) -> bool:
+        """Whether each store's structures make micro-batches of their own."""
+        return self.config.train.balance in MEASURING
 
     def _mine(self, division: Division) -> tuple[list[np.ndarray], int]:
         """Of the structures of each source those that this rank processes, in their order; the most micro-batches."""
         chosen, costs, owners = division
         cost, owner = (np.concatenate([table[draw.name] for draw in self.draws]) for table in (costs, owners))
         mine = [indices[owners[draw.name] == self.rank] for draw, indices in zip(self.draws, chosen, strict=True)]
-        return mine, most_pieces(cost, owner, self.config.train.max_edges)
+        most = self.config.train.max_edges
+        if self._apart:  # no rank has more
+            return mine, sum(most_pieces(costs[d.name], owners[d.name], most) for d in self.draws)
+        return mine, most_pieces(cost, owner, most)
 
     def _known_counts(self, chosen: list[np.ndarray]) -> np.ndarray:
         """S_t, A_t, V_t and P_t of the structures of a step (tasks, 4), NaN where some of them may lack the label."""

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object per task and log step or epoch."""
+"""metrics.jsonl: one object per task and log step or epoch; diagnosis.jsonl: one per task and measured step."""
 
 import json
 import math
@@ -7,12 +7,14 @@ from pathlib import Path
 
 from multifid.training.record import Row, finite
 
+METRICS = "metrics.jsonl"
+
 
 class Journal:
     """Appends rows; opening at a step cuts off what was written after it, so that resuming repeats nothing."""
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.path = run / "metrics.jsonl"
+    def __init__(self, run: Path, step: int, name: str = METRICS) -> None:
+        self.path = run / name
         self._cut(step)
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -44,6 +46,6 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def read_journal(run: Path) -> list[Row]:
-    """All rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_journal(run: Path, name: str = METRICS) -> list[Row]:
+    """All rows of a run's metrics.jsonl, or of another journal of it."""
+    return [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]

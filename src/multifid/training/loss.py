@@ -161,14 +161,6 @@ def _residual(predicted: Tensor, rows: LabelRows, scales: Tensor, natoms: Tensor
     return torch.where(labelled, residual, 0.0)
 
 
-def objective(sums: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-    """Sum over tasks of weight x sum over kinds of sums / counts, zero where the count is zero.
-
-    sums, counts (tasks, 4), weights (tasks,).
-    """
-    return (weights * task_objectives(sums, counts)).sum()
-
-
 def task_objectives(sums: Tensor, counts: Tensor) -> Tensor:
     """Of each task, the sum over kinds of sums / counts, zero where the count is zero: (tasks,)."""
     return torch.where(counts > 0, sums / counts.clamp(min=1), 0.0).sum(dim=1)

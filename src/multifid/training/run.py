@@ -35,6 +35,7 @@ from multifid.training.build import build, settings_of_torch_kept, started
 from multifid.training.callbacks import Callback, Callbacks
 from multifid.training.checkpoint import Saver, folder_of, load_checkpoint
 from multifid.training.counts import announced
+from multifid.training.diagnosis import Diagnosis, open_diagnosis
 from multifid.training.ending import Ending
 from multifid.training.feed import Feed, Step, lists_of, make_draws, near, total_steps
 from multifid.training.finetune import with_references
@@ -80,6 +81,7 @@ class Run:
     recorders: list[Recorder]  # of what is said at log steps and validations; on rank 0
     clock: Callable[[], float]  # seconds
     watch: Watch
+    diagnosis: Diagnosis | None = None
     said: Moment | None = None  # last
 
 
@@ -133,7 +135,7 @@ def close(run: Run) -> None:
     """Whatever happened: nothing is written any more, and what was written is complete."""
     run.feed.leave()
     run.saver.give_up()
-    for recorder in run.recorders:
+    for recorder in [*run.recorders, *([] if run.diagnosis is None else [run.diagnosis])]:
         recorder.close()
 
 
@@ -191,7 +193,10 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
         recorders = open_recorders(config, folder, position.step, log, world.device) if world.first else []
     saver, pace = Saver(folder, world, config.train.keep), Pace(position, length.pace.validated)
     watch = Watch(folder, world, trainer, feed, position, saver, log, config.train.nonfinite)
-    run = Run(config, folder, world, feed, trainer, position, length, saver, pace, log, recorders, clock, watch)
+    diagnosis = open_diagnosis(config, trainer, feed, position.step, world.first)
+    run = Run(
+        config, folder, world, feed, trainer, position, length, saver, pace, log, recorders, clock, watch, diagnosis
+    )
     if world.first:
         log.print(f"[bold]{escape(heading(str(folder), position.step))}[/bold]", highlight=False)
         log.record(opening(config, sources, draws, placement, world, length_in_words(run)))
@@ -246,6 +251,8 @@ def loop(run: Run, stop: list[str]) -> None:
     feed.reached(position.step)
     while position.step < length.total and not position.ended:
         (micro, identities, _), counts = next(counted)
+        if run.diagnosis is not None:
+            run.diagnosis.step(position.step, counts)
         trainer.step(micro, position.totals, counts, stop=bool(stop))
         position.step += 1
         feed.reached(position.step)

@@ -2,7 +2,12 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Balances = Literal[
+    "none", "uncertainty", "average", "gradnorm", "famo", "pcgrad", "cagrad", "nash", "aligned", "config"
+]
+MEASURING = frozenset({"gradnorm", "pcgrad", "cagrad", "nash", "aligned", "config"})  # gradients of single tasks
 
 
 class TrainConfig(BaseModel):
@@ -72,6 +77,27 @@ class TrainConfig(BaseModel):
     log_every: int = Field(
         50, gt=0, description="steps between lines of the log, and between training rows of metrics.jsonl"
     )
+    balance: Balances = Field(
+        "none",
+        description="how tasks are balanced while the encoder is trained ([balance.md](balance.md)); by weights of "
+        "their losses: uncertainty, average, gradnorm, famo; by turning their gradients: pcgrad, cagrad, nash, "
+        "aligned, config",
+    )
+    balance_every: int | None = Field(
+        None,
+        gt=0,
+        description="balance: steps between measurements of gradients (each costs about one step), or the steps "
+        "whose mean losses `average` compares; null: 1, and 50 for `average`",
+    )
+    balance_rate: float = Field(
+        0.025, gt=0.0, description="balance: rate at which uncertainty, gradnorm and famo learn their weights"
+    )
+    diagnose_every: Literal["auto"] | int | None = Field(
+        "auto",
+        description="steps between measurements of how the tasks' gradients on the encoder agree, for `multifid "
+        "diagnose`; each costs about one step; auto: 200, so many times more where it takes several passes, and never "
+        "with one task, `shard_encoder`, `compile` or `capture`; null: never",
+    )
     verify: Literal["touch", "open", "off"] = Field("touch", description="when the stores' checksums are verified")
     stage: str | None = Field(
         None,
@@ -108,6 +134,13 @@ class TrainConfig(BaseModel):
         5, gt=0, description="updates skipped in a row, for a loss or gradient that is not finite, before the run stops"
     )
 
+    @field_validator("diagnose_every")
+    @classmethod
+    def _some_steps(cls, value: str | int | None) -> str | int | None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{value} is no number of steps between measurements: at least 1, or null for none")
+        return value
+
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if self.minutes is not None and self.steps is not None:
@@ -122,6 +155,7 @@ NEUTRAL = frozenset(
         "checkpoint_every",
         "keep",
         "log_every",
+        "diagnose_every",
         "verify",
         "stage",
         "share_data",

@@ -94,6 +94,7 @@ def state_of(trainer: Trainer, position: Position, draws: list[Draw]) -> dict[st
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "schedule": trainer.schedule.state,
         "norms": trainer.norms.state,
+        "balance": None if trainer.balance is None else trainer.balance.state(),
         "rng": rng_state(),
         "position": {
             "seen": position.seen,
@@ -117,6 +118,8 @@ def restore(trainer: Trainer, state: dict[str, Any], files: Mapping[str, Mapping
     trainer.updates, trainer.skipped_in_a_row = state["updates"], state["skipped_in_a_row"]
     trainer.schedule.state = dict(state["schedule"])
     trainer.norms = Norms(*state.get("norms", ()))
+    if trainer.balance is not None:
+        trainer.balance.restore(state["balance"])
     set_rng_state(state["rng"])
     shards = trainer.gradients.shards
     for name, parameter in trainer.parameters.items():

@@ -6,10 +6,11 @@ backward pass (see `parallel/gradients.py`), and a report after it: loss sums, t
 told to stop. All ranks decide the same from the same bits.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, repeat
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,12 +34,14 @@ from multifid.training.loss import (
     in_rows,
     label_counts,
     loss_sums,
-    objective,
     task_objectives,
 )
 from multifid.training.optimizer import MovingAverage, Named, Schedule, update
 from multifid.training.outcome import Outcome
 from multifid.training.recorded import Recordings
+
+if TYPE_CHECKING:
+    from multifid.training.balance import Balance
 
 ENCODER = "encoder"
 WIDE = len(COLUMNS)
@@ -152,6 +155,7 @@ class Trainer:
     pull: Pull | None = None  # towards the weights that a fine-tuned model began with
     padded: bool = False  # batches have few sizes, for a potential that is compiled, or passes that are recorded
     recordings: Recordings | None = None  # of forward and backward passes
+    balance: "Balance | None" = None  # of tasks: sets `weights` for each step
     updates: int = 0  # updates made; steps that were skipped do not count
     skipped_in_a_row: int = 0
     stopped: bool = False  # some rank was told to stop, as far as all ranks know
@@ -184,6 +188,9 @@ class Trainer:
         self.begins("communication")
         whole, rounds = counts.wait()
         self.begins("bookkeeping")
+        if self.balance is not None:
+            self.balance.begin(micro_batches, whole)
+            rounds = max(1, len(micro_batches)) if self.balance.turns else rounds
         here = Totals([t.name for t in self.tasks], self.device)
         self.gradients.zero()
         for k in range(rounds):
@@ -207,6 +214,8 @@ class Trainer:
         # The slope of |x| is 0 at NaN, so that a loss may be NaN and its gradient finite.
         squares = report["squares"] + 0.0 * losses.sum()
         self._update(squares)
+        if self.balance is not None:
+            self.balance.end(micro_batches, whole, task_objectives(losses, counted), torch.isfinite(squares))
         self.pending = Outcome(squares, report["stop"], (counted != whole).any())
         outcome = self.pending
         if self.at_once:
@@ -278,6 +287,14 @@ class Trainer:
         totals.add(sums, self.labels_of(labels), errors)
         return sums
 
+    def losses(self, micro_batches: Sequence[Batch], counts: Tensor) -> Tensor:
+        """Each task's part of the objective of a step, before its weight, over all ranks: (tasks,) float64."""
+        here = Totals([t.name for t in self.tasks], self.device)
+        with torch.no_grad():
+            for batch in micro_batches:
+                self._sums(batch, here)
+        return task_objectives(self.world.sum_(here.as_tensor()[:, :WIDE].contiguous()), counts)
+
     def predicted(self, batch: Batch) -> tuple[Batch, dict[str, Tensor]]:
         """A batch that is ready, on the device, and what the potential says of its rows of labels, in scaled units."""
         batch = batch.to(self.device, self._dtype)
@@ -305,14 +322,21 @@ class Trainer:
 
     def _passes(self, batch: Batch, counts: Tensor, totals: Totals, last: bool) -> None:
         self.begins("forward")
-        share = objective(self._sums(batch, totals), counts, self.weights)
-        if self.gradients.shards is not None:
-            share = share + self.gradients.shards.touch()
-        self.begins("backward")
-        if last:
-            self.gradients.start(share)
-        if share.requires_grad:  # not where no structure here has a label that counts
-            share.backward()
+        shares = self.weights * task_objectives(self._sums(batch, totals), counts)  # of the objective
+        turned = self.balance is not None and self.balance.turns  # then the encoder hears of one task at a time
+        parts = [(self.number[t], shares[self.number[t]]) for t in batch.slices] if turned else [(None, shares.sum())]
+        for k, (task, share) in enumerate(parts, start=1):
+            if self.gradients.shards is not None:
+                share = share + self.gradients.shards.touch()
+            self.begins("backward")
+            if last and k == len(parts):
+                self.gradients.start(share)
+            if self.balance is not None:
+                self.balance.passes(task)
+            if share.requires_grad:  # not where no structure here has a label that counts
+                share.backward(retain_graph=k < len(parts))
+        if self.balance is not None:
+            self.balance.passes(None)
 
     def _update(self, squared_norm: Tensor) -> None:
         """Clip and move, unless the norm is not finite: decided where the gradients are."""

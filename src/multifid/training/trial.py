@@ -33,7 +33,8 @@ def measured(config: Config, sources: list[Source], draws: list[Draw], world: Wo
     estimated edges of that share carried over to a mean step. Holding a branch costs its part of a step without
     structures: sums, clipping, AdamW, average.
     """
-    one_branch = config.model_copy(update={"branches": "shared", "init": None})
+    plain = config.train.model_copy(update={"balance": "none"})
+    one_branch = config.model_copy(update={"branches": "shared", "init": None, "train": plain})
     everywhere = {task: list(range(world.size)) for source in sources for task in source.tasks}
     trainer = build(one_branch, sources, everywhere, 1, world)
     empty = _seconds(trainer, [EMPTY_BATCH], world)

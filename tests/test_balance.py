@@ -21,8 +21,8 @@ from test_parallel import difference, values_of
 from test_train import assert_same_bits, config_of, feed_of, start
 
 MEASURED = [  # ranks, placement, forces, most edges of a micro-batch, bytes of gradients
-    (2, "replicated", "conservative", 20, 900),
-    (3, "split", "direct", None, 1 << 20),
+    pytest.param(2, "replicated", "conservative", 20, 900, marks=pytest.mark.full),
+    pytest.param(3, "split", "direct", None, 1 << 20, marks=pytest.mark.full),
     (3, {"apple": [0, 2], "berry": [1], "cherry": [1, 2], "figs": [0, 1], "figs2": [0, 1]}, "direct", 20, 3_000),
 ]
 
@@ -131,6 +131,14 @@ def test_measurements_that_cannot_be_made_are_refused_where_they_are_asked_for(s
         parse_config(values, "test")
 
 
+METHODS = ["uncertainty", "average", "gradnorm", "famo", *DIRECTIONS]
+
+
+def ordinary(*methods: str, of=METHODS) -> list:
+    """All methods; those that are not named are left to the full product."""
+    return [m if m in methods else pytest.param(m, marks=pytest.mark.full) for m in of]
+
+
 def encoder_and_branches(values: dict, **train) -> tuple[np.ndarray, dict[str, torch.Tensor], list[float]]:
     """The gradient that the first step leaves on the encoder, those of the branches, and the coefficients."""
     values = values | {"train": values["train"] | {"clip": None} | train}  # clipping would change them in place
@@ -146,7 +154,7 @@ def encoder_and_branches(values: dict, **train) -> tuple[np.ndarray, dict[str, t
     return encoder, branches, [] if trainer.balance is None else trainer.balance.coefficients()
 
 
-@pytest.mark.parametrize("method", DIRECTIONS)
+@pytest.mark.parametrize("method", ordinary("pcgrad", "config", of=DIRECTIONS))
 def test_a_turned_step_has_the_direction_on_the_encoder_and_leaves_branches_alone(five, method):
     """Two tasks of one store among them, which one pass of the encoder serves; in micro-batches."""
     for forces, max_edges in (("direct", 20), ("conservative", None)):
@@ -163,10 +171,7 @@ def test_a_turned_step_has_the_direction_on_the_encoder_and_leaves_branches_alon
             assert torch.allclose(same[name], slope, rtol=1e-10, atol=1e-13), name
 
 
-METHODS = ["uncertainty", "average", "gradnorm", "famo", *DIRECTIONS]
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ordinary("gradnorm", "config"))
 def test_balanced_updates_of_any_number_of_ranks_are_those_of_one_process(pool, five, method):
     def values(placement="auto", max_edges=None) -> dict:
         out = {"balance": method, "balance_every": 2, "balance_rate": 0.1, "steps": 6, "optimizer": "adamw"}
@@ -181,14 +186,13 @@ def test_balanced_updates_of_any_number_of_ranks_are_those_of_one_process(pool, 
             assert difference(one["weights"][name], tensor) <= 1e-10, name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ordinary("famo", "nash"))
 def test_a_balanced_run_that_goes_on_ends_with_the_bits_of_one_that_was_never_stopped(stores, tmp_path, method):
     train = {"balance": method, "balance_every": 4, "steps": 8, "checkpoint_every": 6, "epoch_steps": 100}
     whole = start(config_of(stores, tmp_path / "whole", train=train))
     values = config_of(stores, tmp_path / "parts", train=train)
     start(values)
-    for folder in ("step-000008",):
-        (tmp_path / "parts" / "checkpoints" / folder / "state.json").unlink()
+    (tmp_path / "parts" / "checkpoints" / "step-000008" / "state.json").unlink()
     start(values)
     assert_same_bits(whole, tmp_path / "parts")
 

@@ -135,8 +135,10 @@ def close(run: Run) -> None:
     """Whatever happened: nothing is written any more, and what was written is complete."""
     run.feed.leave()
     run.saver.give_up()
-    for recorder in [*run.recorders, *([] if run.diagnosis is None else [run.diagnosis])]:
+    for recorder in run.recorders:
         recorder.close()
+    if run.diagnosis is not None:
+        run.diagnosis.close()
 
 
 def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], float]) -> Run:

@@ -39,10 +39,10 @@ def read(run: Path) -> tuple[list[str], list[Row], list[Row]]:
     """The tasks of a run, its metrics and its measurements. ValueError where it has neither."""
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is no run: it has no config.yaml; `multifid diagnose` takes the directory of a run")
-    journals = [read_journal(run, name) if (run / name).is_file() else [] for name in (METRICS, NAME)]
-    if not any(journals):
+    journal, rows = (read_journal(run, name) if (run / name).is_file() else [] for name in (METRICS, NAME))
+    if not journal and not rows:
         raise ValueError(f"{run} has no metrics yet: they come every train.log_every steps")
-    return list(load_config(run).tasks), *journals
+    return list(load_config(run).tasks), journal, rows
 
 
 def screen(run: str, tasks: list[str], journal: list[Row], rows: list[Row]) -> RenderableType:

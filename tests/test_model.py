@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from angular import Angular
+from ase.data import covalent_radii
 
 from multifid.graphs.graph import Graph, graph_of
 from multifid.model.encoders import ENCODERS, announced, build_encoder
-from multifid.model.layers import draw_weights, sum_over
+from multifid.model.layers import NodeEmbedding, SizedBasis, draw_weights, sum_over
 from multifid.model.potential import ModelConfig, Potential
 from multifid.model.suite import cases, check_encoder
 from multifid.model.suite.domains import halves_of_a_system
@@ -28,12 +29,13 @@ from multifid.model.suite.samples import (
     system,
 )
 from multifid.model.suite.symmetry import rotation
+from multifid.structures.periodic import electrons, properties
 
 FORCES = ("direct", "conservative")
 # One is of another package (tests/elsewhere, with tests of its own): scalars only, triplets.
 KINDS = {name: {"name": name} for name in [*ENCODERS, "angular"]} | {
-    "egnn with tensors": {"name": "egnn", "tensors": 3},
-    "painn with attention": {"name": "painn", "attention": {"heads": 2}},
+    "egnn with tensors": {"name": "egnn", "tensors": 3, "sized": 2, "elements": "periodic"},
+    "painn with attention": {"name": "painn", "attention": {"heads": 2}, "sized": 2, "elements": "periodic"},
 }
 # `make test` holds these to everything and the others to what is likeliest to break; the full product holds all to all.
 THOROUGH = ("egnn with tensors", "painn")
@@ -204,6 +206,31 @@ def test_with_tensors_atoms_see_what_distances_and_sums_of_vectors_do_not():
         draw_weights(encoder, torch.Generator().manual_seed(0))
         energies = encoder.double()(graph_of(batch)).scalars[[0, 5]]
         assert torch.allclose(energies[0], energies[1], atol=TIGHT) == same
+
+
+def test_elements_that_are_alike_begin_alike_and_their_bonds_look_alike():
+    embedding = NodeEmbedding(16, "periodic").double()
+    draw_weights(embedding, torch.Generator().manual_seed(0))
+    numbers, zero = torch.tensor([11, 19, 17, 57, 58]), torch.zeros(1, dtype=torch.int64)
+    sodium, potassium, chlorine, lanthanum, cerium = embedding(numbers, zero, zero + 1, zero.expand(5))
+    assert (sodium - potassium).norm() < 0.7 * (sodium - chlorine).norm()
+    assert (lanthanum - cerium).norm() < 0.2 * (lanthanum - sodium).norm()
+    basis, pairs = SizedBasis(6).double(), torch.tensor([[0, 1], [1, 2]])
+    radii = torch.from_numpy(covalent_radii[numbers.numpy()])
+    bonds = 1.1 * (radii[pairs[0]] + radii[pairs[1]])
+    seen = basis(bonds, numbers, *pairs)
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-12)
+    assert (basis(1.2 * bonds, numbers, *pairs) - seen).abs().max() > 0.1
+
+
+def test_electrons_fill_shells_as_the_periodic_table_is_built():
+    for z, (period, s, p, d, f) in {1: (1, 1, 0, 0, 0), 8: (2, 2, 4, 0, 0), 26: (4, 2, 0, 6, 0), 64: (6, 2, 0, 0, 8),
+                                    79: (6, 2, 0, 9, 14), 82: (6, 2, 2, 10, 14)}.items():  # fmt: skip
+        assert electrons(z) == (period, s, p, d, f), z
+    rows = properties()
+    assert rows.shape[0] == 119 and (rows[1:, 6:].sum(axis=1) == 2).all() and np.isfinite(rows).all()
+    alike = [[3, 11, 19, 37, 55, 87], [9, 17, 35, 53, 85], [2, 10, 18, 36, 54, 86], [26, 44, 76], [58, 92]]
+    assert all((rows[column, 13:] == rows[column[0], 13:]).all() for column in alike)
 
 
 def test_encoders_of_other_packages_are_found_and_broken_ones_named():

@@ -5,16 +5,18 @@ from the same numbers whatever else is built beside it and whatever the global r
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from multifid.model.kernels import mlp_native
 from multifid.structures.elements import MAX_Z
+from multifid.structures.periodic import RADIUS, properties
 
 TYPICAL_NEIGHBORS = 16.0  # sums over neighbours are divided by this constant, never by their number
 LARGEST_CHARGE = 15  # e: beyond, a structure is embedded as a neutral one
@@ -40,18 +42,22 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors with unit-normal entries, or, with a `neutral` row that stays zero for good, all zero."""
+    """A table of vectors with unit-normal entries, or, with a `neutral` row that stays zero for good, all zero.
 
-    def __init__(self, rows: int, width: int, neutral: int | None = None):
+    spread: of the entries, 0: all zero.
+    """
+
+    def __init__(self, rows: int, width: int, neutral: int | None = None, spread: float = 1.0):
         super().__init__(rows, width, padding_idx=neutral)
+        self.spread = spread if neutral is None else 0.0
 
     def reset_parameters(self) -> None:
         """Left to `draw`."""
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
-        if self.padding_idx is None:
-            self.weight.normal_(generator=generator)
+        if self.spread:
+            self.weight.normal_(std=self.spread, generator=generator)
         else:
             self.weight.zero_()
 
@@ -110,6 +116,20 @@ def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
     assert drawn == len(list(module.parameters())), "a parameter lives outside the blocks that know how to draw it"
 
 
+Elements = Literal["table", "periodic"]
+ELEMENTS = Field(
+    default="table",
+    description="table: a vector for each element; periodic: also a linear map of what the periodic table says of it, "
+    "and vectors begin at zero, so that elements that are alike begin alike.",
+)
+SIZED = Field(
+    default=0,
+    ge=0,
+    description="Radial functions of the distance in units of both atoms' covalent radii, beside the others.",
+)
+PROPERTIES_GAIN = 3.0  # rows of `structures.periodic.properties` have lengths near two: so embeddings are near one
+
+
 class NodeEmbedding(nn.Module):
     """What an atom is before it sees its neighbours: its element, and the charge and spin of its structure.
 
@@ -121,9 +141,13 @@ class NodeEmbedding(nn.Module):
     that see the total cannot know that they are not one dication.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, elements: Elements = "table"):
         super().__init__()
-        self.element = Embedding(MAX_Z + 1, width)
+        self.element = Embedding(MAX_Z + 1, width, spread=1.0 if elements == "table" else 0.0)
+        self.properties = self.of_properties = None
+        if elements == "periodic":
+            self.properties = Constant(properties())
+            self.of_properties = Linear(self.properties.exact.shape[1], width, bias=False, gain=PROPERTIES_GAIN)
         self.charge = Embedding(2 * LARGEST_CHARGE + 1, width, neutral=LARGEST_CHARGE)
         self.spin = Embedding(LARGEST_SPIN + 1, width, neutral=1)
 
@@ -132,7 +156,10 @@ class NodeEmbedding(nn.Module):
         charge_row = torch.where(charge.abs() <= LARGEST_CHARGE, charge + LARGEST_CHARGE, LARGEST_CHARGE)
         spin_row = torch.where((spin >= 0) & (spin <= LARGEST_SPIN), spin, 1)
         of_structure = self.charge(charge_row) + self.spin(spin_row)  # (S, width)
-        return self.element(numbers) + of_structure.index_select(0, structure)
+        of_element = self.element(numbers)
+        if self.properties is not None and self.of_properties is not None:
+            of_element = of_element + product(self.properties.value, self.of_properties.weight.t())[numbers]
+        return of_element + of_structure.index_select(0, structure)
 
 
 class RadialBasis(nn.Module):
@@ -150,6 +177,42 @@ class RadialBasis(nn.Module):
         """(E,) angstrom -> (E, size)."""
         x = (distance / self.cutoff)[:, None]
         return torch.sin(self.waves * x) / x  # type: ignore[operator]
+
+
+class SizedBasis(nn.Module):
+    """Gaussians of the distance in units of both atoms' covalent radii, exp(-(d / (R_i + R_j) - c_n)^2 / w^2).
+
+    Bonds of all elements are near one in this unit, and so what is learnt of one pair holds for others.
+    """
+
+    LEAST, MOST = 0.5, 2.5  # centres c_1 and c_size; beyond both nothing changes
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.radii = Constant(RADIUS)
+        self.centres = Constant(np.linspace(self.LEAST, self.MOST, size))
+        self.width = 1.5 * (self.MOST - self.LEAST) / max(size - 1, 1)
+
+    def forward(self, distance: Tensor, numbers: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """(E,) angstrom, numbers (N,), receivers and senders (E,) -> (E, size)."""
+        radii = self.radii.value.index_select(0, numbers)
+        x = distance / (radii.index_select(0, i) + radii.index_select(0, j))
+        return torch.exp(-(((x[:, None] - self.centres.value) / self.width) ** 2))
+
+
+class PairBasis(nn.Module):
+    """`RadialBasis`, and with `sized` functions of the distance in units of radii also `SizedBasis`, side by side."""
+
+    def __init__(self, radial: int, sized: int, cutoff: float):
+        super().__init__()
+        self.size = radial + sized
+        self.radial = RadialBasis(radial, cutoff)
+        self.sized = SizedBasis(sized) if sized else None
+
+    def forward(self, distance: Tensor, numbers: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """(E,) angstrom, numbers (N,), receivers and senders (E,) -> (E, size)."""
+        basis = self.radial(distance)
+        return basis if self.sized is None else torch.cat([basis, self.sized(distance, numbers, i, j)], dim=1)
 
 
 def envelope(distance: Tensor, cutoff: float) -> Tensor:

@@ -39,13 +39,16 @@ from multifid.model.kernels.egnn import EdgeWeights, aligned, matmul_type, pad_c
 from multifid.model.kernels.gpu.chosen import on_gpu
 from multifid.model.kernels.native.build import usable
 from multifid.model.layers import (
+    ELEMENTS,
     MLP,
     SILU_GAIN,
+    SIZED,
     TYPICAL_NEIGHBORS,
+    Elements,
     LayerNorm,
     Linear,
     NodeEmbedding,
-    RadialBasis,
+    PairBasis,
     bent_maps,
     call,
     envelope,
@@ -68,6 +71,8 @@ class EGNN(Encoder):
             "neighbours; 8 take about twice as long for a step, and learn more from few structures.",
         )
         radial: int = Field(default=8, ge=1, description="Radial basis functions of the distance.")
+        sized: int = SIZED
+        elements: Elements = ELEMENTS
 
         @field_validator("vectors", mode="before")
         @classmethod
@@ -77,15 +82,15 @@ class EGNN(Encoder):
 
     def __init__(self, config: Config, cutoff: float):
         super().__init__()
-        hidden, vectors, tensors, radial = config.hidden, config.vectors, config.tensors, config.radial
+        hidden, vectors, tensors = config.hidden, config.vectors, config.tensors
         self.degrees = {0: hidden, 1: vectors}
         self.readouts = config.layers - 1
         self.tensors = tensors
         self.cutoff = cutoff
-        self.embedding = NodeEmbedding(hidden)
-        self.radial = RadialBasis(radial, cutoff)
+        self.embedding = NodeEmbedding(hidden, config.elements)
+        self.basis = PairBasis(config.radial, config.sized, cutoff)
         self.layers = nn.ModuleList(
-            EGNNLayer(hidden, vectors, tensors, radial, cutoff, first=k == 0) for k in range(config.layers)
+            EGNNLayer(hidden, vectors, tensors, self.basis.size, cutoff, first=k == 0) for k in range(config.layers)
         )
         self.norm = LayerNorm(hidden)
 
@@ -93,7 +98,7 @@ class EGNN(Encoder):
         h = self.embedding(graph.numbers, graph.charge, graph.spin, graph.structure)
         v = graph.vectors.new_zeros((graph.atoms, self.degrees[1], 3))
         r, d = graph.vectors, graph.distances
-        b, u = self.radial(d), envelope(d, self.cutoff)
+        b, u = self.basis(d, graph.numbers, graph.receivers, graph.senders), envelope(d, self.cutoff)
         y = [harmonics(bounded(r))] if self.tensors else []
         of_layers = []
         for number, layer in enumerate(self.layers):

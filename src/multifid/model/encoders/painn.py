@@ -29,12 +29,15 @@ from multifid.model.kernels.gpu.chosen import on_gpu
 from multifid.model.kernels.native.build import usable
 from multifid.model.kernels.painn import filters
 from multifid.model.layers import (
+    ELEMENTS,
     MLP,
+    SIZED,
     TYPICAL_NEIGHBORS,
+    Elements,
     LayerNorm,
     Linear,
     NodeEmbedding,
-    RadialBasis,
+    PairBasis,
     bent_maps,
     call,
     envelope,
@@ -49,6 +52,8 @@ class PaiNN(Encoder):
         layers: int = Field(default=4, ge=1, description="Rounds of message passing.")
         hidden: int = Field(default=64, ge=1, description="Width of the scalar features, and vector channels per atom.")
         radial: int = Field(default=8, ge=1, description="Radial basis functions of the distance.")
+        sized: int = SIZED
+        elements: Elements = ELEMENTS
 
         @model_validator(mode="before")
         @classmethod
@@ -59,13 +64,13 @@ class PaiNN(Encoder):
 
     def __init__(self, config: Config, cutoff: float):
         super().__init__()
-        hidden, radial = config.hidden, config.radial
+        hidden = config.hidden
         self.degrees = {0: hidden, 1: hidden}
         self.readouts = config.layers - 1
         self.cutoff = cutoff
-        self.embedding = NodeEmbedding(hidden)
-        self.radial = RadialBasis(radial, cutoff)
-        self.layers = nn.ModuleList(PaiNNLayer(hidden, radial) for _ in range(config.layers))
+        self.embedding = NodeEmbedding(hidden, config.elements)
+        self.basis = PairBasis(config.radial, config.sized, cutoff)
+        self.layers = nn.ModuleList(PaiNNLayer(hidden, self.basis.size) for _ in range(config.layers))
         self.norm = LayerNorm(hidden)
 
     def forward(self, graph: Graph) -> Features:
@@ -73,7 +78,7 @@ class PaiNN(Encoder):
         v = graph.vectors.new_zeros((graph.atoms, 3, self.degrees[1]))
         r, d = graph.vectors, graph.distances
         direction = r / d[:, None]
-        basis, u = self.radial(d), envelope(d, self.cutoff)
+        basis, u = self.basis(d, graph.numbers, graph.receivers, graph.senders), envelope(d, self.cutoff)
         of_layers = []
         for number, layer in enumerate(self.layers):
             if number:

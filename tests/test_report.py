@@ -23,7 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def run(stores, tmp_path_factory):
-    length = {"steps": 12, "epoch_steps": 4}
+    length = {"steps": 12, "epoch_steps": 4, "diagnose_every": 4}
     return start(config_of(stores, tmp_path_factory.mktemp("report") / "run <1>", train=length))
 
 
@@ -60,6 +60,7 @@ def test_the_page_holds_everything_and_asks_no_network(run, tmp_path):
     assert shown == set(range(len(drawn))) and len(drawn) > 15
     assert [p.name for p in out.parent.iterdir()] == ["page.html"]
     assert "multifid train config.yaml" in own and "zero forces" in own
+    assert "How tasks share the encoder" in own
 
 
 @pytest.mark.full

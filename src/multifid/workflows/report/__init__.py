@@ -24,6 +24,7 @@ from multifid.model.predictor import Predictor, load
 from multifid.model.saved import Description, load_description
 from multifid.model.undetermined import stale
 from multifid.store.store import Store
+from multifid.training.diagnosis import NAME
 from multifid.training.journal import read_journal
 from multifid.workflows.finetune.robustness import checks_of, scans_of
 from multifid.workflows.report.sample import TaskErrors, errors_of
@@ -49,6 +50,7 @@ class PageContent:
     old_tasks: list[Errors] = field(default_factory=list)  # of a fine-tuned run: rows of `before` and `after`
     checks: list[Errors] = field(default_factory=list)  # the same of data unlike the new ones
     scans: list[tuple[str, list[tuple[str, str, str]]]] = field(default_factory=list)  # of dimers: see `falling`
+    measured: list[dict[str, Any]] = field(default_factory=list)  # how tasks pull at the encoder: diagnosis.jsonl
 
 
 def report(path: Path, out: Path, structures: int = STRUCTURES, console: Console | None = None) -> Path:
@@ -115,6 +117,7 @@ def gather(path: Path, structures: int) -> PageContent:
         old,
         checks,
         scans,
+        read_journal(run, NAME) if (run / NAME).is_file() else [],
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from multifid.evaluation.matrix import Estimate, matrix, quantities
+from multifid.evaluation.pulls import gaps, pulls
 from multifid.structures.elements import SYMBOLS
 from multifid.structures.structure import SPLITS
 from multifid.workflows.report import PageContent, reproduce, version
@@ -86,6 +87,7 @@ def _parts(content: PageContent) -> dict[str, Any]:
                 ("Stress", "stress_mae", "meV/Å³"),
             )
         ],
+        "sharing": _sharing(content),
         "test": _test_table(content),
         "matrices": _matrices(content),
         "old_tasks": _before_and_after(content.old_tasks),
@@ -106,6 +108,26 @@ def _parts(content: PageContent) -> dict[str, Any]:
         "config": config,
         "figures": charted.figures,
     }
+
+
+def _sharing(content: PageContent) -> list[dict[str, str]]:
+    """How each task pulls at the encoder, and how far training and validation are apart."""
+    tasks = list(content.config.tasks)
+    found, apart = pulls(content.measured, tasks), gaps(content.journal, tasks)
+    rows = []
+    for task in tasks if content.measured else []:
+        pull, gap = found[task], apart.get(task)
+        rows.append(
+            {
+                "task": task,
+                "norm": "-" if pull.norm is None else f"{pull.norm:.3g}",
+                "share": "-" if pull.share is None else f"{100 * pull.share:.1f} %",
+                "worst": "-" if pull.worst is None else f"{pull.worst[1]:+.2f} with {pull.worst[0]}",
+                "gap": "-" if gap is None or gap.ratio is None else f"{gap.ratio:.2f}",
+                "above": "-" if gap is None or gap.above_best is None else f"{100 * gap.above_best:.1f} %",
+            }
+        )
+    return rows
 
 
 class Charted:

@@ -102,7 +102,7 @@ def figure(rows: Sequence[Row], journal: Sequence[Row], tasks: Sequence[str]) ->
     if rows:
         _matrix(made, matrix, cosines(later(rows), tasks), tasks)
     for k, task in enumerate(tasks):
-        for split, style in (("train", ":"), ("validation", "-")):
+        for split, style in (("train", ":"), ("validation", ".-")):
             own = [r for r in journal if r["task"] == task and r["split"] == split and r.get("loss")]
             losses.plot([r["step"] for r in own], [r["loss"] for r in own], style, color=f"C{k % 10}")
     losses.set(yscale="log", title="objective: dotted in training, solid in validation", xlabel="step")

@@ -86,7 +86,7 @@ class TrainConfig(BaseModel):
     balance_every: int | None = Field(
         None,
         gt=0,
-        description="balance: steps between measurements of gradients (each costs about one step), or the steps "
+        description="balance: steps between measurements of gradients (each costs 1.2 to 1.5 steps), or the steps "
         "whose mean losses `average` compares; null: 1, and 50 for `average`",
     )
     balance_rate: float = Field(
@@ -95,7 +95,7 @@ class TrainConfig(BaseModel):
     diagnose_every: Literal["auto"] | int | None = Field(
         "auto",
         description="steps between measurements of how the tasks' gradients on the encoder agree, for `multifid "
-        "diagnose`; each costs about one step; auto: 200, so many times more where it takes several passes, and never "
+        "diagnose`; each costs 1.2 to 1.5 steps; auto: 300, so many times more where it takes several passes, and never "
         "with one task, `shard_encoder`, `compile` or `capture`; null: never",
     )
     verify: Literal["touch", "open", "off"] = Field("touch", description="when the stores' checksums are verified")

@@ -95,7 +95,7 @@ class TrainConfig(BaseModel):
     diagnose_every: Literal["auto"] | int | None = Field(
         "auto",
         description="steps between measurements of how the tasks' gradients on the encoder agree, for `multifid "
-        "diagnose`; each costs 1.2 to 1.5 steps; auto: 300, so many times more where it takes several passes, and never "
+        "diagnose`; each costs 1.2 to 1.5 steps; auto: 300, so many times more where it takes several passes; never "
         "with one task, `shard_encoder`, `compile` or `capture`; null: never",
     )
     verify: Literal["touch", "open", "off"] = Field("touch", description="when the stores' checksums are verified")

@@ -9,8 +9,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 from conftest import write_molecules
+from multifid.cli import app
+from multifid.config import dump_config
 from multifid.environment import cache_directory
 from multifid.evaluation.rows import read_rows
 from multifid.preparation import cache
@@ -18,6 +22,7 @@ from multifid.preparation.cache import Files, cached, place_of
 from multifid.preparation.prepare import prepare
 from multifid.readers.recognise import recognise
 from multifid.store.store import Store
+from multifid.workflows import study as study_module
 from multifid.workflows.asked import Asked, parse
 from multifid.workflows.evaluate import evaluate
 from multifid.workflows.export_adios import export_adios
@@ -264,3 +269,17 @@ def test_a_run_of_a_file_is_the_run_of_its_store_to_the_bits_and_needs_the_file_
     assert_same_bits(tmp_path / "one", tmp_path / "two")
     with pytest.raises(ValueError, match=r"no store and no file|is not a store"):
         train(config_of({"a": file}, tmp_path / "three", train=steps), quiet=True)
+
+
+def test_a_plan_and_a_study_take_files_as_a_run_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_molecules(tmp_path / "x.xyz", 40, 1.0, 0.0, seed=1)
+    config = config_of({"a": tmp_path / "x.xyz"}, tmp_path / "run")
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    told = CliRunner().invoke(app, ["plan", str(tmp_path / "c.yaml"), "--machine", "perlmutter", "--json"])
+    assert told.exit_code == 0 and json.loads(told.stdout)["ranks"] == 1
+    (store,) = (tmp_path / "cache" / "multifid").glob("x-*")
+    seen = []
+    monkeypatch.setattr(study_module, "_study", lambda config, world, console: seen.append(config.tasks["a"].store))
+    study_module.study(config, Console(quiet=True))
+    assert [str(path) for path in seen] == [str(store)]

@@ -200,10 +200,13 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="print JSON in place of tables")] = False,
 ) -> None:
     """Placement, memory of a rank, largest batch and time of a step, before anything is run."""
+    from rich.console import Console
+
     from multifid.config import load_config
     from multifid.forecast.plan import plan as run
+    from multifid.workflows.file_tasks import alone_with_stores
 
-    run(load_config(config, overrides), ranks, machine, json)
+    run(alone_with_stores(load_config(config, overrides), Console(stderr=True)), ranks, machine, json)
 
 
 @command(PANEL)

@@ -18,6 +18,7 @@ Beside the two, a reader's module says what prepare writes into the manifest:
     resolved  function(inputs, files of splits, options) -> the same, where an input says which files are meant and how
     label_sets, lineage   of files that say themselves what their labels are, and where they come from (`stores` only)
     Options   pydantic model of what the user may choose, each field with a description
+    looks_like  function(path): of files that have no structure until an option says more: whether one is of the format
     holds     function(path): names and examples of values of the first record, for the error where none can be used
 """
 

@@ -1,4 +1,4 @@
-"""ASE databases in LMDB (`*.aselmdb`): OMat24, sAlex, OMol25, newer OC20.
+"""ASE databases in LMDB (`*.aselmdb`): OMat24, sAlex, OMol25, OPoly26, OMC25, OC25, ODAC25, newer OC20.
 
 One LMDB file; keys are ascii integers from 1, each value is zlib(JSON) of a database row. Other keys (`nextid`,
 `metadata`, `deleted_ids`) are not rows. Arrays come in two encodings, as plain nested lists and as
@@ -21,13 +21,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import lmdb
 import numpy as np
 from pydantic import Field
 
 from multifid.readers.charges import ChargeOptions, charge_of, of_atoms, spin_of, spin_of_moments
 from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip, cut
 from multifid.readers.holdings import listed
+from multifid.readers.lmdb_file import opened_lmdb
 from multifid.readers.properties import PropertyOptions, Seeker
 from multifid.readers.records import (
     BadRecord,
@@ -48,8 +48,15 @@ TASKS = {
     "omat24": LabelSet("PBE / PBE+U (VASP, PBE_54 potentials)", "total, uncorrected (VASP)"),
     "salex": LabelSet("PBE / PBE+U (VASP, Alexandria)", "total, uncorrected (VASP)"),
     "omol25": LabelSet("wB97M-V/def2-TZVPD (ORCA 6)", "total"),
+    "opoly26": LabelSet("wB97M-V/def2-TZVPD (ORCA 6)", "total"),
+    "omc25": LabelSet("PBE+D3 (VASP)", "total, uncorrected (VASP)"),
     "oc20": LabelSet("RPBE (VASP)", "total, uncorrected (VASP)"),
+    "oc22": LabelSet("PBE+U (VASP)", "total, uncorrected (VASP)"),
+    "oc25": LabelSet("RPBE+D3 (VASP)", "total, uncorrected (VASP)"),
+    "odac23": LabelSet("PBE+D3 (VASP)", "total, uncorrected (VASP)"),
+    "odac25": LabelSet("PBE+D3 (VASP)", "total, uncorrected (VASP)"),
 }
+CHARGED = ("omol25", "opoly26")  # data sets whose rows must state a charge
 RELATIVE = "material or formula"
 ENDINGS = (".aselmdb",)
 
@@ -61,7 +68,9 @@ MATERIAL = re.compile(r"(agm\d+|mp-\d+|mvc-\d+|wbm-\d+-\d+)(?:_|$)")
 class Options(ChargeOptions, UnitOptions, PropertyOptions):
     """What to read of an ASE database."""
 
-    dataset: Literal["aselmdb", "omat24", "salex", "omol25", "oc20"] = Field(
+    dataset: Literal[
+        "aselmdb", "omat24", "salex", "omol25", "opoly26", "omc25", "oc20", "oc22", "oc25", "odac23", "odac25"
+    ] = Field(
         "aselmdb", description="the data set the file is part of, and with it the level of theory in the manifest"
     )
 
@@ -129,22 +138,10 @@ def holds(path: Path) -> list[str]:
 
 @contextmanager
 def _rows(path: Path) -> Iterator[tuple[Any, int, set[int]]]:
-    """(cursor, number of keys, deleted rows). LMDB maps the file: a truncated one would end the process, not raise."""
-    size = path.stat().st_size
-    try:
-        with lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=True, max_readers=1) as database:
-            needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
-            if size < needed:
-                raise ValueError(f"{path}: truncated: {size:,} bytes, but its header says {needed:,}")
-            with database.begin() as transaction:
-                deleted = transaction.get(b"deleted_ids")
-                yield (
-                    transaction.cursor(),
-                    max(database.stat()["entries"], 1),
-                    _ids(deleted, path) if deleted else set(),
-                )
-    except lmdb.Error as error:
-        raise ValueError(f"{path}: damaged or not an LMDB file: {error}") from error
+    """(cursor, number of keys, deleted rows)."""
+    with opened_lmdb(path) as (transaction, entries):
+        deleted = transaction.get(b"deleted_ids")
+        yield transaction.cursor(), entries, _ids(deleted, path) if deleted else set()
 
 
 def _ids(value: bytes, path: Path) -> set[int]:
@@ -256,7 +253,7 @@ def _charge_and_spin(
         charge = of_atoms(_optional(row.get("initial_charges")))
     if molecule and spin is None:
         spin = spin_of_moments(row.get("magmom"), _optional(row.get("initial_magmoms")), numbers, charge)
-    if charge is None and options.dataset == "omol25":
+    if charge is None and options.dataset in CHARGED:
         raise BadRecord("no charge is stated (--option charge=0 states it)")
     return charge, spin
 

@@ -55,14 +55,15 @@ def datasets_of(group: h5py.Group, needed: Sequence[str], wanted: Sequence[str] 
     for key in (*needed, *wanted):
         values = group.get(key) if isinstance(group, h5py.Group) else None
         if isinstance(values, h5py.Dataset):
-            _plausible(values)
+            plausible(values)
             found[key] = values
         elif key in needed:
             raise BadRecord(f"record without {key}")
     return found
 
 
-def _plausible(values: h5py.Dataset) -> None:
+def plausible(values: h5py.Dataset) -> None:
+    """BadRecord where a dataset lies in another file, or unpacks to far more than it takes in this one."""
     size = math.prod(values.shape or (0,)) * values.dtype.itemsize
     if values.is_virtual or values.external:
         raise BadRecord("a dataset lies in another file")

@@ -203,18 +203,25 @@ class _Content(io.RawIOBase):
 
 
 @contextmanager
+def opened_bytes(path: Path, progress: Progress) -> Generator[io.BufferedReader, None, None]:
+    """The bytes of a file, packed or not, to be read once. progress: as for `opened_text`."""
+    packing = packing_of(path)
+    if packing is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    chunks = unpacked(path, packing, 1 << 18, progress)
+    try:
+        yield io.BufferedReader(_Content(chunks), 1 << 18)
+    finally:
+        chunks.close()
+
+
+@contextmanager
 def opened_text(path: Path, progress: Progress) -> Generator[TextIO, None, None]:
     """The text of a file, packed or not (UTF-8; bytes that are none are replaced).
 
     progress(bytes of the file that are read) is called while a packed file is read.
     """
-    packing = packing_of(path)
-    if packing is None:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield file
-        return
-    chunks = unpacked(path, packing, 1 << 18, progress)
-    try:
-        yield io.TextIOWrapper(io.BufferedReader(_Content(chunks), 1 << 18), encoding="utf-8", errors="replace")
-    finally:
-        chunks.close()
+    with opened_bytes(path, progress) as file:
+        yield io.TextIOWrapper(file, encoding="utf-8", errors="replace")

@@ -19,6 +19,9 @@ class Published(NamedTuple):
     checksum: str = ""
 
 
+FAIRCHEM = "https://github.com/facebookresearch/fairchem"
+OPEN_CATALYST = "https://dl.fbaipublicfiles.com/opencatalystproject/data"
+
 PUBLISHED: dict[str, Published] = {
     "ani1x": Published(
         "4,956,005 conformations of organic molecules (H C N O), wB97X/6-31G(d) and up to CCSD(T)*/CBS",
@@ -72,6 +75,119 @@ PUBLISHED: dict[str, Published] = {
         "https://huggingface.co/datasets/facebook/OMAT24",
         licence="CC BY 4.0",
     ),
+    "oc20": Published(
+        "adsorbates on slabs along relaxations, RPBE: 133,934,018 training frames, validation and test beside them",
+        (
+            f"{OPEN_CATALYST}/s2ef_train_all.tar (also s2ef_train_2M.tar, s2ef_val_id.tar, ...; N.extxyz.xz in them)",
+            f"{OPEN_CATALYST}/is2res_train_val_test_lmdbs.tar.gz (pyg_lmdb DIR --option dataset=oc20)",
+        ),
+        "extxyz 's2ef_train_all/**/*.extxyz.xz'",
+        ("Chanussot et al., ACS Catal. (2021), doi 10.1021/acscatal.0c04525",),
+        f"{FAIRCHEM} docs on OC20",
+        licence="CC BY 4.0",
+        size="225 GB, 1.1 TB unpacked (s2ef_train_all.tar)",
+        checksum="md5 12a7087bfd189a06ccbec9bc7add2bcd (s2ef_train_all.tar)",
+    ),
+    "oc22": Published(
+        "adsorbates on oxides, about 62,000 systems along relaxations, total energies, PBE+U",
+        (f"{OPEN_CATALYST}/oc22/s2ef_total_train_val_test_lmdbs.tar.gz",),
+        "pyg_lmdb DIR --option dataset=oc22",
+        ("Tran et al., ACS Catal. (2023), The Open Catalyst 2022 (OC22) dataset",),
+        f"{FAIRCHEM} docs on OC22",
+        licence="CC BY 4.0",
+        size="20 GB, 71 GB unpacked",
+        checksum="md5 ebea523c6f8d61248a37b4dd660b11e6",
+    ),
+    "oc25": Published(
+        "nearly 8 million structures of solid-liquid interfaces, 144 atoms on average, RPBE+D3",
+        ("https://huggingface.co/facebook/OC25 (its conditions must be accepted there)",),
+        "aselmdb DIR --option dataset=oc25",
+        (),
+        f"{FAIRCHEM} docs on OC25",
+        licence="CC BY 4.0",
+    ),
+    "odac23": Published(
+        "carbon dioxide and water in metal-organic frameworks along relaxations, PBE+D3",
+        (
+            "https://dl.fbaipublicfiles.com/large_objects/dac/datasets/extxyz_train.tar.gz",
+            "https://dl.fbaipublicfiles.com/dac/datasets/extxyz_val.tar.gz",
+        ),
+        "extxyz 'train/**/*.extxyz'",
+        ("Sriram et al., arXiv 2311.00341 (2023)",),
+        "https://pypi.org/project/fairchem-data-odac; addresses as HydraGNN's example has them",
+    ),
+    "odac25": Published(
+        "nearly 70 million structures of metal-organic frameworks with carbon dioxide, water, nitrogen, oxygen, PBE+D3",
+        ("https://huggingface.co/facebook/ODAC25 (its conditions must be accepted there)",),
+        "aselmdb DIR --option dataset=odac25",
+        ("Sriram et al., arXiv 2508.03162 (2025)",),
+        "https://huggingface.co/facebook/ODAC25",
+        licence="CC BY 4.0",
+    ),
+    "salex": Published(
+        "10,447,765 frames of Alexandria's relaxations for training, 553,218 for validation, PBE and PBE+U",
+        (
+            f"{OPEN_CATALYST}/omat/241018/sAlex/train.tar.gz",
+            f"{OPEN_CATALYST}/omat/241018/sAlex/val.tar.gz",
+        ),
+        "aselmdb --train train --validation val --option dataset=salex",
+        (
+            "arXiv 2410.12771 (2024)",
+            "Schmidt et al., Adv. Mater. 35, 2210788 (2023), doi 10.1002/adma.202210788",
+        ),
+        f"{FAIRCHEM} docs on OMat24",
+        licence="CC BY 4.0",
+        size="7.6 GB and 408 MB",
+    ),
+    "opoly26": Published(
+        "6.57 million clusters cut out of polymers, with charge and spin, wB97M-V/def2-TZVPD",
+        ("https://huggingface.co/facebook/OMol25 (its conditions must be accepted there)",),
+        "aselmdb DIR --option dataset=opoly26",
+        ("Levine et al., arXiv 2512.23117 (2025)",),
+        "https://huggingface.co/facebook/OMol25",
+    ),
+    "omc25": Published(
+        "more than 25 million structures of organic molecular crystals along relaxations, PBE+D3",
+        ("https://huggingface.co/facebook/OMC25 (access is applied for there)",),
+        "aselmdb DIR --option dataset=omc25",
+        ("Gharakhanyan et al., Open Molecular Crystals 2025 (OMC25)",),
+        f"{FAIRCHEM} docs on OMC25",
+        licence="CC BY 4.0",
+    ),
+    "mad": Published(
+        "Massive Atomic Diversity: crystals, surfaces, clusters and molecules far from equilibrium, one setting of DFT",
+        (
+            "https://huggingface.co/datasets/colabfit/Massive_Atomic_Diversity_MAD_train (co/*.parquet)",
+            "the authors' extended XYZ (format extxyz): see the paper",
+        ),
+        "table 'co/*.parquet' --option mapping=colabfit",
+        ("Mazitov et al., arXiv 2506.19674 (2025)",),
+        "https://huggingface.co/colabfit",
+    ),
+    "qcml": Published(
+        "33.5 million calculations of small molecules, many charged or with open shells, PBE0",
+        ("gs://qcml-datasets/tfds/qcml/dft_force_field/1.0.0 (gcloud storage cp -r)",),
+        "table 'dft_force_field/1.0.0/*.tfrecord-*' --option mapping=qcml",
+        ("Ganscha et al., Sci. Data 12, 406 (2025), doi 10.1038/s41597-025-04720-7",),
+        "https://doi.org/10.1038/s41597-025-04720-7",
+    ),
+    "qm9": Published(
+        "133,885 small organic molecules (H C N O F) at their minima, B3LYP/6-31G(2df,p); energies without forces",
+        (
+            "https://springernature.figshare.com/ndownloader/files/3195389 (dsgdb9nsd.xyz.tar.bz2)",
+            "https://springernature.figshare.com/ndownloader/files/3195404 (uncharacterized.txt)",
+        ),
+        "qm9 dsgdb9nsd.xyz.tar.bz2 --option uncharacterized=uncharacterized.txt",
+        ("Ramakrishnan et al., Sci. Data 1, 140022 (2014), doi 10.1038/sdata.2014.22",),
+        "https://doi.org/10.6084/m9.figshare.c.978904.v5",
+    ),
+    "gems": Published(
+        "fragments of proteins in water, bottom up and top down, PBE0+MBD",
+        ("https://zenodo.org/records/10720941 (general_protein_fragments.db and others)",),
+        "gems general_protein_fragments.db",
+        ("Unke et al., Sci. Adv. (2024), Biomolecular dynamics with machine-learned quantum-mechanical force fields",),
+        "https://zenodo.org/records/10720941",
+    ),
     "omol25": Published(
         "molecules with charge and spin, wB97M-V/def2-TZVPD",
         ("https://huggingface.co/facebook/OMol25 (its conditions must be accepted there)",),
@@ -98,7 +214,7 @@ PUBLISHED: dict[str, Published] = {
             "https://huggingface.co/datasets/Materialyze/matpes/resolve/main/MatPES-PBE-2025.2-charges.json",
             "https://huggingface.co/datasets/Materialyze/matpes/resolve/main/MatPES-R2SCAN-2025.2-charges.json",
         ),
-        "table MAPPING.yaml (docs/formats.md has one to begin with)",
+        "table MatPES-PBE-2025.2-charges.json --option mapping=matpes-pbe",
         ("Kaplan et al., arXiv 2503.04070 (2025)",),
         "https://github.com/materialyzeai/matpes",
     ),

@@ -30,10 +30,19 @@ def recognise(path: Path) -> str:
     if len(by_name) == 1:
         return by_name[0]
     found = [name for name in by_name or FORMATS if holds(path, reader(name))]
+    found = found or [name for name in by_name or FORMATS if _looks_like(path, reader(name))]
     if len(found) == 1:
         return found[0]
     why = f"can be read as {' and as '.join(found)}" if found else "is in none of the formats that are known"
-    raise ValueError(f"{path} {why}: say which one it is, FORMAT:{path}, with FORMAT one of {', '.join(FORMATS)}")
+    hint = "; tables of your own need a MAPPING.yaml, see docs/formats.md" if "table" in by_name and not found else ""
+    raise ValueError(f"{path} {why}: say which one it is, FORMAT:{path}, with FORMAT one of {', '.join(FORMATS)}{hint}")
+
+
+def _looks_like(path: Path, module: ModuleType) -> bool:
+    try:
+        return bool(getattr(module, "looks_like", lambda path: False)(path))
+    except Exception:  # as in `holds`
+        return False
 
 
 def read_as_one(path: Path) -> bool:

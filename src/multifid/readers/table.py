@@ -5,6 +5,7 @@ not fit is a skip that names the key of the mapping; a column that is missing or
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from multifid.readers.contract import LabelSet, Part, Progress, Record, Skip
+from multifid.readers.mappings import SHIPPED, mapping_file
 from multifid.readers.records import VOIGT
+from multifid.readers.table_arrays import HDF5, ArrayBatch, array_batches, array_parts, holds_arrays, is_arrays
 from multifid.readers.table_columns import Ragged, split_words
-from multifid.readers.table_files import ENDINGS as ENDINGS
+from multifid.readers.table_files import ENDINGS as OF_FILES
 from multifid.readers.table_files import Batch, batches, columns_of, row_groups
-from multifid.readers.table_mapping import LabelColumns, TableMapping, load_mapping
-from multifid.readers.table_mapping import resolved as resolved
+from multifid.readers.table_mapping import MAPPINGS, LabelColumns, TableMapping, load_mapping, resolve_mapping
+from multifid.readers.zarr_groups import FOLDER as FOLDER
 from multifid.store.block import IMPOSSIBLE, NO_CHARGE, NO_SPIN, Block, relative_hash
 from multifid.store.fields import NO_SPLIT
 from multifid.structures.cells import kept_vectors, spans_volume
@@ -27,9 +30,10 @@ from multifid.structures.structure import SPLITS
 
 TASKS: dict[str, LabelSet] = {}  # see `label_sets`
 RELATIVE = "declared group, or formula"
+ENDINGS = (*OF_FILES, *HDF5)
+LOOK = 200  # records in which a mapping must find a structure to be the one that fits
 
 SPLIT_NAMES = {**{name: i for i, name in enumerate(SPLITS)}, "val": 1, "valid": 1, "training": 0, "testing": 2}
-TEXTS = ("symbols", "group", "split", "id")  # keys of columns of texts
 
 
 class Options(BaseModel):
@@ -38,13 +42,47 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mapping: TableMapping | None = Field(
-        None, description="file MAPPING.yaml, where it is not an input: which columns hold what, in which units"
+        None,
+        description="file MAPPING.yaml, where it is not an input, or the name of a mapping that comes with the package"
+        f" ({', '.join(SHIPPED)}): which columns hold what, in which units; default: the one of these that fits",
     )
 
     @field_validator("mapping", mode="before")
     @classmethod
     def _loaded(cls, value: Any) -> Any:
-        return load_mapping(Path(value)) if isinstance(value, str | Path) else value
+        return load_mapping(mapping_file(value)) if isinstance(value, str | Path) else value
+
+
+def resolved(
+    inputs: Sequence[Path | str], of_splits: dict[str, list[Path]], options: dict[str, Any]
+) -> tuple[list[Path | str], dict[str, list[Path]], dict[str, Any]]:
+    """As `resolve_mapping`; where no mapping is named, the one that comes with the package and fits the first file."""
+    named = [Path(path) for path in [*inputs, *(p for paths in of_splits.values() for p in paths)]]
+    if "mapping" not in options and not any(path.suffix.lower() in MAPPINGS for path in named):
+        first = next((path for path in named if path.is_file() or is_arrays(path)), None)
+        fitting = [] if first is None else fitting_mappings(first)
+        if len(fitting) > 1:
+            raise ValueError(f"{first}: several mappings fit, {', '.join(fitting)}: --option mapping=NAME takes one")
+        options = {**options, "mapping": fitting[0]} if fitting else options
+    return resolve_mapping(inputs, of_splits, options)
+
+
+def fitting_mappings(path: Path) -> list[str]:
+    """The names of the mappings of the package by which a file has structures."""
+    return [name for name, mapping in SHIPPED.items() if _fits(path, load_mapping(mapping))]
+
+
+def _fits(path: Path, mapping: TableMapping) -> bool:
+    try:
+        records = islice(read(path, Options(mapping=mapping), lambda far: None), LOOK)
+        return any(isinstance(record, Block) for record in records)
+    except ValueError:
+        return False
+
+
+def looks_like(path: Path) -> bool:
+    """Whether a mapping that comes with the package fits."""
+    return bool(fitting_mappings(path))
 
 
 def label_sets(paths: Sequence[Path], options: Options) -> dict[str, LabelSet]:
@@ -54,8 +92,8 @@ def label_sets(paths: Sequence[Path], options: Options) -> dict[str, LabelSet]:
 
 
 def parts(path: Path, options: Options) -> list[Part]:
-    """Row groups of parquet; other files can only be read from their beginning."""
-    return row_groups(path)
+    """Row groups of parquet, structures of HDF5 and zarr; other files can only be read from their beginning."""
+    return array_parts(path, options.mapping) if is_arrays(path) else row_groups(path)
 
 
 def read(path: Path, options: Options, progress: Progress, part: Part = None) -> Iterator[Record]:
@@ -67,33 +105,40 @@ def read(path: Path, options: Options, progress: Progress, part: Part = None) ->
         raise ValueError(
             f"{path}: a table needs a mapping: multifid prepare table MAPPING.yaml, or --option mapping=FILE"
         )
-    for batch in batches(path, options.mapping.columns().values(), progress, part):
-        yield from _Rows(path, options.mapping, batch).records()
+    if (options.mapping.natoms or options.mapping.within) and not is_arrays(path):
+        raise ValueError(f"{path}: `natoms` and `within` are for HDF5 and zarr; a row of a table is one structure")
+    if is_arrays(path):
+        found: Iterator[Any] = array_batches(path, options.mapping, progress, part)
+    else:
+        found = batches(path, options.mapping.columns().values(), progress, part)
+    for batch in found:
+        yield from [batch] if isinstance(batch, Skip) else _Rows(path, options.mapping, batch).records()
 
 
 def holds(path: Path) -> list[str]:
     """The columns."""
-    return columns_of(path)
+    return holds_arrays(path) if is_arrays(path) else columns_of(path)
 
 
 class _Rows:
     """The rows of a batch on their way to a block: which are refused, and why."""
 
-    def __init__(self, path: Path, mapping: TableMapping, batch: Batch) -> None:
+    def __init__(self, path: Path, mapping: TableMapping, batch: Batch | ArrayBatch) -> None:
         self.mapping, self.rows, self.first = mapping, batch.rows, batch.first
+        self.names = batch.names if isinstance(batch, ArrayBatch) else [str(batch.first + i) for i in range(batch.rows)]
         self.reasons: list[str | None] = [None] * batch.rows
         self.found: dict[str, Ragged] = {}
         for key, name in mapping.columns().items():
             try:
-                column = batch.column(name, key in TEXTS)
+                column = batch.column(name, mapping.is_text(key))
             except KeyError:
                 have = ", ".join(line.partition(":")[0].partition(" = ")[0] for line in columns_of(path))
                 raise ValueError(f"{path}: {key}: there is no column {name!r}; the file has {have}") from None
             except TypeError as error:
-                wanted = "texts" if key in TEXTS else "numbers"
+                wanted = "texts" if mapping.is_text(key) else "numbers"
                 raise ValueError(f"{path}: {key}: column {name!r} holds {error}, where {wanted} are expected") from None
             self.found[key] = column
-            self.refuse(column.bad, f"{key} is not made of {'texts' if key in TEXTS else 'numbers'}")
+            self.refuse(column.bad, f"{key} is not made of {'texts' if mapping.is_text(key) else 'numbers'}")
         self.symbols = split_words(self.found["symbols"]) if "symbols" in self.found else None
         self.natoms = (self.symbols or self.found["numbers"]).counts
         self.sources = self._sources()
@@ -104,6 +149,7 @@ class _Rows:
 
     def records(self) -> Iterator[Record]:
         """Skips for what does not fit, and a block of the rest."""
+        self._only()
         numbers = self._numbers()
         self._sized("positions", 3 * self.natoms, "positions of another length than the atoms", needed=True)
         pbc = self._pbc()
@@ -136,7 +182,14 @@ class _Rows:
 
     def _sources(self) -> list[str]:
         names = self.found["id"].text() if "id" in self.found else [None] * self.rows
-        return [str(self.first + i) if name is None else name for i, name in enumerate(names)]
+        return [own if name is None else name for own, name in zip(self.names, names, strict=True)]
+
+    def _only(self) -> None:
+        """Refuse the rows that the mapping leaves out."""
+        for column in self.mapping.only:
+            key, wanted = f"only.{column}", self.mapping.wanted(column)
+            found = self.found[key].text() if self.mapping.is_text(key) else self._rows_of(key, 1, None)[:, 0].tolist()
+            self.refuse(np.array([value not in wanted for value in found], bool), f"only: {column} is another")
 
     def _numbers(self) -> np.ndarray:
         """(atoms of all rows,) int64; 0 for what is refused."""
@@ -183,7 +236,7 @@ class _Rows:
         if key not in self.found:
             return np.full(self.rows, constant or 0), np.full(self.rows, constant is None)
         self._sized(key, 1, f"{key} is not one number")
-        values = self._rows_of(key, 1, np.ones(self.rows, bool))[:, 0]
+        values = self._rows_of(key, 1, None)[:, 0]
         there = ~np.isnan(values)
         rounded = np.clip(np.round(np.where(there, values, 0.0)), -IMPOSSIBLE, IMPOSSIBLE)
         with np.errstate(invalid="ignore"):
@@ -191,13 +244,13 @@ class _Rows:
         missing = ~there | ((rounded == 0) & (key == "spin"))
         return rounded.astype(np.int64), missing
 
-    def _rows_of(self, key: str, width: int, kept: np.ndarray) -> np.ndarray:
-        """(kept rows, width) float64; NaN where a row has none, or another number of values."""
+    def _rows_of(self, key: str, width: int, kept: np.ndarray | None) -> np.ndarray:
+        """(kept rows, all if None, width) float64; NaN where a row has none, or another number of values."""
         column = self.found[key]
         has = column.counts == width
         values = np.full((self.rows, width), np.nan)
         values[has] = column.of(has).reshape(-1, width)
-        return values[kept]
+        return values if kept is None else values[kept]
 
     def _charges(
         self, columns: dict[str, np.ndarray], charge: np.ndarray, spin: np.ndarray, *unstated: np.ndarray

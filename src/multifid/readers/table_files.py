@@ -18,6 +18,8 @@ from multifid.readers.contract import Part, Progress, cut
 from multifid.readers.json_array import array_elements
 from multifid.readers.packed import LONGEST, endings, opened_text, unpacked_name
 from multifid.readers.table_columns import Ragged, field_of, of_objects, paths
+from multifid.readers.tfrecord import NAMES as TFRECORD
+from multifid.readers.tfrecord import examples
 
 PARQUET = (".parquet", ".pq")
 TEXT = {".csv": ",", ".tsv": "\t"}
@@ -184,10 +186,12 @@ def _of_records(records: Iterator[dict[str, Any]]) -> Iterator[Batch]:
 
 
 def _records(path: Path, progress: Progress) -> Iterator[dict[str, Any]]:
-    if _is(path, JSON):
-        found: Iterator[Any] = array_elements(path, progress)
+    if TFRECORD.search(path.name):
+        found: Iterator[Any] = examples(path, progress)
+    elif _is(path, JSON):
+        found = array_elements(path, progress)
     else:
-        found = _lines(path, progress) if _is(path, LINES) else _rows(path, progress)
+        found = json_lines(path, progress) if _is(path, LINES) else _rows(path, progress)
     for number, record in enumerate(found):
         if not isinstance(record, dict):
             raise ValueError(f"{path}: row {number} is no object with named values")
@@ -200,7 +204,8 @@ def _text(path: Path, progress: Progress) -> Any:
     return opened_text(path, lambda place: progress(place / size))
 
 
-def _lines(path: Path, progress: Progress) -> Iterator[Any]:
+def json_lines(path: Path, progress: Progress) -> Iterator[Any]:
+    """The values of JSON Lines, plain or packed. ValueError names file and line."""
     with _text(path, progress) as file:
         for number, line in enumerate(_bounded(path, file), start=1):
             if line.strip():

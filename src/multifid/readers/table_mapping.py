@@ -9,6 +9,9 @@
     group: material_id                 # structures of one group share a split; default: their formula
     split: split                       # column of published splits: train, validation (val, valid), test
     id: frame_id                       # how a structure is called; default: the number of its row
+    only: {functional: PBE}            # rows that have another value there are left out
+    natoms: n_atoms                    # of HDF5 and zarr whose atoms lie end to end: how many each structure has
+    within: [train, val]               # of HDF5 and zarr: which groups are read; default: all
     units: {energy: eV, length: angstrom, stress: kbar}    # force: energy/length and virial: energy, unless said
     labels:
       pbe: {level_of_theory: PBE, energy: energy, forces: forces, stress: stress, stress_sign: compression}
@@ -24,6 +27,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from multifid.readers.mappings import SHIPPED, mapping_file
 from multifid.readers.units import KINDS, factor
 from multifid.store.fields import TASK_NAME
 from multifid.structures.structure import SPLITS
@@ -32,6 +36,8 @@ MAPPINGS = (".yaml", ".yml")
 LARGEST = 1 << 20  # bytes of a mapping
 STRICT = ConfigDict(extra="forbid", frozen=True)
 Files = tuple[str, ...] | dict[str, tuple[str, ...]]
+Value = int | float | str | bool
+TEXTS = ("symbols", "group", "split", "id")  # keys of columns of texts
 
 
 class Units(BaseModel):
@@ -105,6 +111,9 @@ class TableMapping(BaseModel):
     group: str | None = None
     split: str | None = None
     id: str | None = None
+    only: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
+    natoms: str | None = None
+    within: tuple[str, ...] = ()
     units: Units
     labels: dict[str, LabelColumns] = Field(min_length=1)
 
@@ -125,6 +134,8 @@ class TableMapping(BaseModel):
             raise ValueError("`pbc` needs `cell`")
         if isinstance(self.files, dict) and (unknown := self.files.keys() - set(SPLITS[:3])):
             raise ValueError(f"`files` of {min(unknown)!r}: splits are {', '.join(SPLITS[:3])}")
+        if any(len({isinstance(v, str) for v in self.wanted(column)}) != 1 for column in self.only):
+            raise ValueError("`only` takes texts or numbers of a column, not both")
         for name, own in self.labels.items():
             if not TASK_NAME.fullmatch(name):
                 raise ValueError(f"a label set is named by letters, digits, _ and -, not {name!r}")
@@ -142,7 +153,18 @@ class TableMapping(BaseModel):
             for kind in ("energy", "forces", "stress", "virial"):
                 if (column := getattr(own, kind)) is not None:
                     found[f"labels.{name}.{kind}"] = column
-        return found
+        return found | {f"only.{column}": column for column in self.only}
+
+    def wanted(self, column: str) -> tuple[Value, ...]:
+        """What `only` takes of a column."""
+        values = self.only[column]
+        return values if isinstance(values, tuple) else (values,)
+
+    def is_text(self, key: str) -> bool:
+        """Whether a column holds texts, by its key."""
+        if key.startswith("only."):
+            return isinstance(self.wanted(key.removeprefix("only."))[0], str)
+        return key in TEXTS
 
 
 def load_mapping(path: Path) -> TableMapping:
@@ -176,7 +198,7 @@ def problems(error: ValidationError) -> str:
     return "; ".join(dict.fromkeys(told))
 
 
-def resolved(
+def resolve_mapping(
     inputs: Sequence[Path | str], of_splits: dict[str, list[Path]], options: dict[str, Any]
 ) -> tuple[list[Path | str], dict[str, list[Path]], dict[str, Any]]:
     """Inputs, files of splits and options with the mapping that one of the inputs is: its files in its place.
@@ -186,13 +208,13 @@ def resolved(
     named = [Path(path) for path in [*inputs, *(p for paths in of_splits.values() for p in paths)]]
     mappings = [path for path in named if path.suffix.lower() in MAPPINGS]
     if isinstance(options.get("mapping"), str | Path):
-        mappings.append(Path(options["mapping"]))
+        mappings.append(mapping_file(options["mapping"]))
     elif "mapping" in options and not mappings:
         return list(inputs), of_splits, options
     if len(mappings) != 1:
         raise ValueError(
-            f"a table needs one mapping, MAPPING.yaml, that says what its columns are; given are {len(mappings)}"
-            + (f": {', '.join(map(str, mappings))}" if mappings else "")
+            f"a table needs one mapping, MAPPING.yaml or one of {', '.join(SHIPPED)}, that says what its columns are;"
+            f" given are {len(mappings)}" + (f": {', '.join(map(str, mappings))}" if mappings else "")
         )
     (path,) = mappings
     mapping = load_mapping(path)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from multifid.config import Config
 from multifid.environment import cache_directory
+from multifid.parallel import groups
 from multifid.parallel.groups import World
 from multifid.preparation.cache import Files, cached, place_of
 from multifid.readers.formats import FORMATS
@@ -24,6 +25,14 @@ FRACTIONS = (0.8, 0.1, 0.1)  # of what no publication has divided, as `prepare` 
 def has_files(config: Config) -> bool:
     """Whether some task is not of a store."""
     return any(_is_file(task.store) for task in config.tasks.values())
+
+
+def alone_with_stores(config: Config, console: Console) -> Config:
+    """`with_stores` for what one process does, as a plan of a run."""
+    if not has_files(config):
+        return config
+    with groups.world("cpu") as world:
+        return with_stores(config, world, console)
 
 
 def with_stores(config: Config, world: World, console: Console) -> Config:

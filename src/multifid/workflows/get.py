@@ -25,7 +25,7 @@ def _lines(one: Published) -> list[str]:
     return [
         *(f"  download  {url}" for url in one.where),
         f"  size      {one.size or 'not stated; see there'}",
-        *([f"  checksum  {one.checksum}"] if one.checksum else []),
+        f"  checksum  {one.checksum or 'not recorded'}",
         f"  licence   {one.licence or 'not stated here; see there before you share models or data'}",
         *(f"  cite      {text}" for text in one.citations),
         f"  source    {one.source}",

@@ -32,16 +32,19 @@ from multifid.training.ending import Ending
 from multifid.training.journal import read_journal
 from multifid.training.resolve import resolve
 from multifid.training.run import make_draws, total_steps, train
+from multifid.workflows.file_tasks import has_files, with_stores
 
 
 def study(config: Config, console: Console | None = None) -> Path:
     """Train what is not yet trained, evaluate everything on everything, write tables and figures into config.run.
 
     Starting it again goes on where it was stopped. The same on every rank of a launch by torchrun or srun: models are
-    trained one after the other on all of them. ValueError where the directory holds a study of another config.
+    trained one after the other on all of them. Tasks of files get their stores first, as for a run. ValueError where
+    the directory holds a study of another config.
     """
     with groups.world(config.train.device, config.parallel.silence) as world:
-        return _study(config, world, (console or Console()) if world.first else Console(quiet=True))
+        console = (console or Console()) if world.first else Console(quiet=True)
+        return _study(with_stores(config, world, console) if has_files(config) else config, world, console)
 
 
 def _study(config: Config, world: World, console: Console) -> Path:

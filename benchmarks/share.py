@@ -5,11 +5,19 @@
 Exchanges alone: whole windows, with the arithmetic that says what goes where, and the exchange by itself; beside
 reading the same structures from the store. Then runs of EGNN with so many hidden units, with and without `share_data`
 in turns: what the loader waits for windows, and how long runs take. Set OMP_NUM_THREADS=1.
+
+    torchrun --nproc-per-node 4 benchmarks/share.py STORE RUNS --memory
+
+Memory alone: what a rank holds (`/proc/self/smaps_rollup`) more than before it opened the store, after windows of its
+piece and of what other ranks hold, and after it has read the whole train split from the store, which lies in the page
+cache, or from a copy in memory (`train.stage`).
 """
 
 import argparse
+import gc
 import os
 import platform
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +26,9 @@ from rich.console import Console
 
 from multifid.config import parse_config
 from multifid.feed.loader import open_sources
+from multifid.feed.stage import stage
 from multifid.parallel import groups
+from multifid.store.store import Store
 from multifid.training import share
 from multifid.training.feed import make_draws
 from multifid.training.run import train
@@ -35,10 +45,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     with groups.world("cpu") as world:
         if world.first:
             print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+        if args.memory:
+            memory(args, world)
+            return
         exchanges(args, world)
         if args.rounds:
             waiting(args, world)
@@ -100,6 +114,54 @@ def exchanges(args: argparse.Namespace, world: groups.World) -> None:
         for name, seconds in each.items():
             middle = float(np.median(seconds))
             print(f"  {name:15} {1e6 * middle:8.2f}   {REFERENCE / middle:8.0f} times the reference's rate")
+
+
+def rollup() -> dict[str, float]:
+    """What this process holds in MB: all of it, its share of what several have, and what it alone wrote."""
+    lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    found = {words[0].rstrip(":"): int(words[1]) / 1e3 for words in lines}
+    return {"RSS": found["Rss"], "PSS": found["Pss"], "anonymous": found["Anonymous"]}
+
+
+def memory(args: argparse.Namespace, world: groups.World) -> None:
+    """Each way by itself, one after the other; what a rank has more than before it."""
+    config = parse_config(values(args, "none", True), "benchmark")
+
+    def pieces():
+        sources = open_sources(config.tasks, verify="off")
+        draws = make_draws(config, sources)
+        made = share.Exchange(sources, draws, {"task": list(range(world.size))}, config.model.cutoff, world)
+        for window in range(args.windows):
+            made._fetch(window)
+        return made
+
+    def mapped(folder: Path | None = None):
+        (source,) = open_sources(config.tasks, verify="off")
+        store = source.store if folder is None else Store(stage(source.store, folder), verify="off")
+        split = np.asarray(store.index("train"))
+        for start in range(0, len(split), 4096):
+            store.read(split[start : start + 4096])
+        return store
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as own:
+        near = Path(world.share(own))
+        ways = {"pieces": pieces, "store": mapped, "staged": lambda: mapped(near)}
+        for name, way in ways.items():
+            world.share(name)
+            before = rollup()
+            held = way()
+            world.share(name)  # nobody lets go before all have looked
+            more = {kind: value - before[kind] for kind, value in rollup().items()}
+            all_ranks = [world.share(more, rank) for rank in range(world.size)]
+            world.share(name)
+            if isinstance(held, share.Exchange):
+                held.leave()
+            del held
+            gc.collect()
+            if world.first:
+                means = "  ".join(f"{kind} {np.mean([one[kind] for one in all_ranks]):7.1f}" for kind in more)
+                total = sum(one["PSS"] for one in all_ranks)
+                print(f"{world.size} ranks, {name:7} MB a rank: {means}   PSS of all ranks {total:7.1f}")
 
 
 def waiting(args: argparse.Namespace, world: groups.World) -> None:

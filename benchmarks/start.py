@@ -3,8 +3,8 @@
     python benchmarks/start.py [--ranks 4096] [--local-batch 32] [--steps 3] [--machine frontier]
 
 Arithmetic only: no rank is started, no store is opened, nothing travels. The sixteen datasets are those of arXiv
-2604.15380 (544 million structures); numbers of structures are rounded from the datasets' own publications, and
-Alexandria gets what is left of the total. Atoms and edges are assumed, from samples of the same kind of data
+2604.15380 (544 million structures); numbers of structures are approximate (docs/scaling.md says which were looked up),
+and Alexandria gets what is left of the total. Atoms and edges are assumed, from samples of the same kind of data
 (docs/results.md) where there are any. Costs of structures are drawn from their place in the store, so that every rank
 would have the same.
 

@@ -176,3 +176,15 @@ def test_an_outcar_that_was_cut_off_keeps_its_whole_steps_or_is_an_error(tmp_pat
             assert all(record.labels["ase"].energy == -7.5 for record in found) and len(found) == whole[:end].count(
                 "sigma->0"
             )
+
+
+def test_a_database_may_keep_labels_in_data_in_other_units(tmp_path):
+    water = molecule("H2O")
+    with ase.db.connect(tmp_path / "n.db") as database:
+        database.write(water, data={"energy": np.array([-76.0]), "forces": np.full((3, 3), 0.5)})
+        database.write(water)
+    options = ase_files.Options(energy_unit="hartree")
+    first, second = ase_files.read(tmp_path / "n.db", options, lambda far: None)
+    assert first.labels["ase"].energy == -76.0 * 27.211386245988
+    assert first.labels["ase"].forces[0, 0] == 0.5 * 27.211386245988  # hartree/angstrom, since lengths are in angstrom
+    assert second.reason == "no energy and no forces"

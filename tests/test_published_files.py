@@ -18,6 +18,7 @@ from multifid.readers.recognise import recognise
 from multifid.readers.tfrecord import _masked
 from multifid.store.block import Block
 from multifid.structures.structure import Structure
+from multifid.training.about import read_as
 
 HARTREE, BOHR, KBAR = 27.211386245988, 0.529177210903, 1 / 1602.1766208
 WATER = np.array([[0, 0, 0.1], [0, 0.76, 0.69], [0, -0.76, 0.69]])
@@ -88,6 +89,7 @@ def test_matpes_stress_has_vasps_sign_and_snapshots_of_one_material_are_relative
     store = prepare("table", [path], tmp_path / "store", trust_units=True, progress=False, fractions=(1.0, 0.0, 0.0))
     assert store.tasks == [task]  # no mapping was named: the one that fits is taken
     assert store.manifest["source"]["options"]["mapping"]["only"] == {"functional": functional}
+    assert list(read_as(store.manifest["source"])) == ["matpes"]  # whose citations reach the model card
 
 
 # QCML: TFRecord of the feature group dft_force_field

@@ -44,9 +44,9 @@ def find_inputs(
     paths = [*(path for path in given if path not in split_of), *split_of]
     if not paths:
         raise ValueError("no input file is given: name INPUT, or files with --train, --validation, --test")
-    seen = set()
+    seen, there = set(), set(paths)
     for path in paths:
-        if (plain := unpacked_name(path)) != path and plain in paths:
+        if (plain := unpacked_name(path)) != path and plain in there:
             raise ValueError(f"{path} is {plain.name} packed, by its name: its structures would count twice; name one")
         status = path.stat()
         if (status.st_dev, status.st_ino) in seen:

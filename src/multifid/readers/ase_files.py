@@ -4,6 +4,9 @@ ASE's units are ours, stress included (Voigt xx yy zz yz xz xy, tension-positive
 the gradient of: `free_energy` where a calculation has both (VASP's free energy of smeared electrons), else `energy`;
 `--option energy=energy` takes the other. Forces are those of the calculation: constraints do not make them zero. Frames
 of one file are neighbours of one another: the relatives are their formula.
+
+Databases may keep `energy` and `forces` in the `data` of a row, in place of a calculation, as those of nabla2DFT do:
+they are read from there where there is no calculation, in the units that the options say.
 """
 
 from collections.abc import Iterator
@@ -28,6 +31,7 @@ from multifid.readers.records import (
     structure_or_skip,
     vectors,
 )
+from multifid.readers.units import UnitOptions
 from multifid.structures.elements import formula
 from multifid.structures.structure import Labels, Structure
 
@@ -39,7 +43,7 @@ FORMATS = dict(zip(ENDINGS, ("traj", "db", "vasp-xml", "vasp-out"), strict=True)
 parts = one_part
 
 
-class Options(ChargeOptions, PropertyOptions):
+class Options(ChargeOptions, UnitOptions, PropertyOptions):
     """Which labels are read."""
 
     energy: Literal["free_energy", "energy"] = Field(
@@ -81,15 +85,18 @@ def _structure(atoms: Atoms, where: str, options: Options, seeker: Seeker) -> St
     numbers = atomic_numbers(atoms.numbers)
     if seeker.wanted:
         return plain_structure(atoms, properties_of(atoms, seeker, where), where, options)
-    energy = results.get(options.energy)
+    data = atoms.info.get("data")
+    if results.get("energy") is None and results.get("forces") is None and isinstance(data, dict):
+        results = data
+    energy, factors = results.get(options.energy), options.factors()
     energy = results.get("energy") if energy is None else energy
-    forces, stress = results.get("forces"), results.get("stress")
+    forces, stress = results.get("forces"), stress_tensor(results.get("stress"))
     if energy is None and forces is None:
         raise BadRecord("no energy and no forces")
     labels = Labels(
-        energy=float("nan") if energy is None else number(energy, "energy"),
-        forces=None if forces is None else vectors(forces, len(numbers), "forces"),
-        stress=stress_tensor(stress),
+        energy=float("nan") if energy is None else number(energy, "energy") * factors.energy,
+        forces=None if forces is None else vectors(forces, len(numbers), "forces") * factors.force,
+        stress=None if stress is None else stress * factors.stress,
     )
     return plain_structure(atoms, {TASK: labels}, where, options)
 
@@ -115,7 +122,8 @@ def plain_structure(atoms: Atoms, labels: dict[str, Labels], where: str, options
     """A structure of ASE with labels. BadRecord where it is none."""
     numbers = atomic_numbers(atoms.numbers)
     results: dict[str, Any] = {} if atoms.calc is None else atoms.calc.results
-    cell, pbc = periodicity(np.asarray(atoms.cell), atoms.pbc)
+    length = options.factors().length if isinstance(options, UnitOptions) else 1.0
+    cell, pbc = periodicity(np.asarray(atoms.cell) * length, atoms.pbc)
     charge, spin = charge_of(atoms.info, options), spin_of(atoms.info, options)
     if pbc is None:
         charge = of_atoms(atoms.arrays.get("initial_charges")) if charge is None else charge
@@ -123,7 +131,7 @@ def plain_structure(atoms: Atoms, labels: dict[str, Labels], where: str, options
         spin = spin_of_moments(results.get("magmom"), moments, numbers, charge) if spin is None else spin
     return Structure(
         numbers=numbers,
-        positions=vectors(atoms.positions, len(numbers), "positions"),
+        positions=vectors(atoms.positions, len(numbers), "positions") * length,
         labels=labels,
         relative=formula(numbers),
         source_id=where,

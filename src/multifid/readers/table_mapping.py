@@ -12,6 +12,7 @@
     only: {functional: PBE}            # rows that have another value there are left out
     natoms: n_atoms                    # of HDF5 and zarr whose atoms lie end to end: how many each structure has
     within: [train, val]               # of HDF5 and zarr: which groups are read; default: all
+    published: matpes                  # which dataset of `multifid get` this is, for licence and citations
     units: {energy: eV, length: angstrom, stress: kbar}    # force: energy/length and virial: energy, unless said
     labels:
       pbe: {level_of_theory: PBE, energy: energy, forces: forces, stress: stress, stress_sign: compression}
@@ -114,6 +115,7 @@ class TableMapping(BaseModel):
     only: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
     natoms: str | None = None
     within: tuple[str, ...] = ()
+    published: str | None = None
     units: Units
     labels: dict[str, LabelColumns] = Field(min_length=1)
 

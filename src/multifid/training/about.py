@@ -19,7 +19,8 @@ def read_as(source: Mapping[str, Any]) -> Iterator[str]:
             yield from read_as(file["store"]["source"])
         else:
             own = file if "format" in file else source  # a file that was added says how it was read
-            yield own["options"].get("dataset") or own["format"]
+            mapping = own["options"].get("mapping") or {}
+            yield own["options"].get("dataset") or mapping.get("published") or own["format"]
 
 
 def about_task(source: Source, task: str, scale: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import ase.db
 import ase.io
 import numpy as np
 from ase import Atoms
@@ -73,7 +74,11 @@ def _frames(path: Path) -> Iterator[Atoms]:
     if kind is None:
         raise ValueError(f"{path}: names of files of this format end in {', '.join(FORMATS)}")
     try:
-        yield from ase.io.iread(str(path), ":", format=kind)
+        if kind == "db":  # read by `iread`, a row comes without its `data`
+            with ase.db.connect(str(path), type="db") as database:
+                yield from (row.toatoms(add_additional_information=True) for row in database.select())
+        else:
+            yield from ase.io.iread(str(path), ":", format=kind)
     except GeneratorExit:
         raise
     except Exception as error:  # ASE's readers raise whatever they meet

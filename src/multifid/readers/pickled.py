@@ -1,16 +1,15 @@
 """Arrays, numbers and texts out of a pickle of torch tensors and PyTorch Geometric data, of which nothing is executed.
 
-A pickle is a program: it names functions and calls them, and a hostile one names `os.system`. Here names are looked up
-in a table of our own and nowhere else. What stands in it builds numpy arrays from bytes, or keeps what it is given; any
-other name makes the record one that is not used. Neither torch nor PyTorch Geometric is needed or imported.
+A pickle is a program: it names functions and calls them, and a hostile one names `os.system`. Here its instructions are
+carried out by a machine of our own (`pickle_opcodes`), and names are looked up in the table below and nowhere else.
+What stands in it builds numpy arrays from bytes, or keeps what it is given; any other name makes the record one that is
+not used. Neither torch nor PyTorch Geometric is needed or imported.
 
 A tensor's bytes are a stream as `torch.save` wrote it before 2020: pickles (a magic number, a version, the machine, the
 storage, its keys), then the number of values and the values.
 """
 
-import io
 import math
-import pickle
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from multifid.readers.pickle_opcodes import Machine
 from multifid.readers.records import BadRecord
 
 LARGEST = 1 << 24  # values of a tensor
@@ -27,15 +27,17 @@ DTYPES = {
     "ShortStorage": "<i2", "CharStorage": "<i1", "ByteStorage": "<u1", "BoolStorage": "?",
 }  # fmt: skip
 PLAIN = "biufc?SU"  # kinds of numpy arrays without objects in them
+DIMENSIONS, FIELDS = 32, 256  # of an array, of an object: no more are plausible
+SHORT = 200  # instructions of a pickle in a tensor's stream; some 60 are usual
 
 
-def values_of(text: bytes) -> Any:
+def values_of(content: bytes) -> Any:
     """What a pickle holds: dictionaries, lists, numbers, texts, and arrays for tensors. BadRecord for anything else."""
     try:
-        return _plain(_Reader(io.BytesIO(text), _names()).load())
+        return _plain(Machine(content, _named, _persistent).load())
     except BadRecord:
         raise
-    except Exception:  # whatever damaged bytes make of the machine of pickles
+    except Exception:  # whatever damaged bytes lead to
         raise BadRecord("a damaged pickle") from None
 
 
@@ -45,10 +47,12 @@ class Kept:
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self.state: dict[str, Any] = {}
 
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) == 2:  # (of the dictionary, of the slots)
-            state = {**(state[0] or {}), **(state[1] or {})}
-        self.state = state if isinstance(state, dict) else {"state": state}
+    def set_state(self, state: Any) -> None:
+        """A dictionary, or one and another of its slots."""
+        parts = state if isinstance(state, tuple) else (state,)
+        if len(parts) > 2 or any(isinstance(part, dict) and len(part) > FIELDS for part in parts):
+            raise BadRecord("an object of implausibly many fields in a pickle")
+        self.state = {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
 
 
 class _Array:
@@ -57,16 +61,9 @@ class _Array:
     def __init__(self, *arguments: Any) -> None:
         self.array = np.zeros(0)
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         _, shape, dtype, fortran, content = state
         self.array = _from_bytes(content, dtype, shape, "F" if fortran else "C")
-
-
-def _from_bytes(content: Any, dtype: Any, shape: Any, order: str, *rest: Any) -> np.ndarray:
-    if dtype.dtype.kind not in PLAIN or not isinstance(content, bytes | bytearray | str):
-        raise BadRecord("an array of objects in a pickle")
-    content = content.encode("latin1") if isinstance(content, str) else content  # as pickles of Python 2 have it
-    return np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
 
 
 class _Dtype:
@@ -75,32 +72,9 @@ class _Dtype:
     def __init__(self, name: str, *rest: Any) -> None:
         self.dtype = np.dtype(str(name))
 
-    def __setstate__(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Reader(pickle.Unpickler):
-    """An unpickler for which only the names of the table exist."""
-
-    def __init__(self, file: io.BytesIO, names: dict[tuple[str, str], Any]) -> None:
-        super().__init__(file)
-        self.names = names
-
-    def find_class(self, module: str, name: str) -> Any:
-        root = module.partition(".")[0]
-        if (root, name) in self.names:
-            return self.names[root, name]
-        if root == "torch" and name in DTYPES:
-            return DTYPES[name]
-        if root == "torch_geometric":
-            return self.names["torch_geometric", "*"]
-        raise BadRecord(f"a pickle that asks for {module}.{name}, which is not executed")
-
-    def persistent_load(self, pid: Any) -> Any:
-        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], str)):
-            raise BadRecord("a damaged pickle")
-        return _Storage(pid[1], str(pid[2]), pid[4])
 
 
 class _Storage:
@@ -111,64 +85,81 @@ class _Storage:
         self.array: np.ndarray = np.zeros(0)
 
 
-def _names() -> dict[tuple[str, str], Any]:
-    """(package, name) -> what stands for it. Classes of their own for every record, which a pickle may spoil."""
-    kept, array, dtype = (type(one.__name__, (one,), {}) for one in (Kept, _Array, _Dtype))
-
-    def first(build: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: build(*arguments)
-
-    names: dict[tuple[str, str], Any] = {
-        ("torch_geometric", "*"): kept,
-        ("torch", "_rebuild_tensor"): first(_tensor),
-        ("torch", "_rebuild_tensor_v2"): first(_tensor),
-        ("torch", "_load_from_bytes"): lambda content: _storage(content, names),
-        ("torch", "Size"): first(tuple),
-        ("torch", "device"): first(str),
-        ("collections", "OrderedDict"): dict,
-        ("numpy", "_reconstruct"): first(lambda *arguments: array()),
-        ("numpy", "_frombuffer"): first(_from_bytes),
-        ("numpy", "ndarray"): "ndarray",
-        ("numpy", "dtype"): dtype,
-        ("numpy", "scalar"): first(lambda kind, content: np.frombuffer(content, kind.dtype)[0]),
-        ("copyreg", "_reconstructor"): first(lambda kind, *rest: kind() if kind is kept else None),
-        ("copy_reg", "_reconstructor"): first(lambda kind, *rest: kind() if kind is kept else None),
-        ("builtins", "object"): "object",
-        ("__builtin__", "object"): "object",
-        ("_codecs", "encode"): first(lambda text, name: str(text).encode("latin1")),
-    }
-    return names
+def _named(module: str, name: str) -> Any:
+    root = module.partition(".")[0]
+    if (root, name) in NAMES:
+        return NAMES[root, name]
+    if root == "torch" and name in DTYPES:
+        return DTYPES[name]
+    if root == "torch_geometric":
+        return Kept
+    raise BadRecord(f"a pickle that asks for {module}.{name}, which is not executed")
 
 
-def _storage(content: bytes, names: dict[tuple[str, str], Any]) -> _Storage:
+def _persistent(pid: Any) -> _Storage:
+    _, dtype, key, _, count, *_ = pid
+    if dtype not in DTYPES.values() or type(count) is not int:
+        raise BadRecord("a damaged pickle")
+    return _Storage(dtype, str(key), count)
+
+
+def _from_bytes(content: Any, dtype: Any, shape: Any, order: str, *rest: Any) -> np.ndarray:
+    if dtype.dtype.kind not in PLAIN:
+        raise BadRecord("an array of objects in a pickle")
+    content = content.encode("latin1") if isinstance(content, str) else content  # as pickles of Python 2 have it
+    return np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _storage(content: bytes) -> _Storage:
     """The storage in a stream of `torch.save`, with its values."""
-    file = io.BytesIO(content)
-    magic, _, _, storage, keys = (_Reader(file, names).load() for _ in range(5))
+    machine = Machine(content, _named, _persistent, SHORT)
+    magic, _, _, storage, keys = (machine.load() for _ in range(5))
     if magic != MAGIC or not isinstance(storage, _Storage) or keys != [storage.key]:
         raise BadRecord("a damaged pickle")
-    (count,) = struct.unpack("<q", file.read(8))
+    (count,) = struct.unpack_from("<q", content, machine.place)
     if not 0 <= count <= LARGEST or count != storage.count:
         raise BadRecord("a tensor in a pickle is implausibly large")
-    storage.array = np.frombuffer(file.read(count * np.dtype(storage.dtype).itemsize), storage.dtype)
-    if len(storage.array) != count:
-        raise BadRecord("a damaged pickle")
+    storage.array = np.frombuffer(content, storage.dtype, count, machine.place + 8)
     return storage
 
 
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *rest: Any) -> np.ndarray:
     """The view that a tensor is of its storage; every value of it lies inside."""
+    if len(size) != len(stride) or len(size) > DIMENSIONS:
+        raise BadRecord("a damaged pickle")
     shape, strides, first = [int(n) for n in size], [int(n) for n in stride], int(offset)
-    if len(shape) != len(strides) or min([first, *shape, *strides]) < 0:
+    if min([first, *shape, *strides]) < 0:
         raise BadRecord("a damaged pickle")
     if math.prod(shape) > LARGEST:
         raise BadRecord("a tensor in a pickle is implausibly large")
-    if (
-        math.prod(shape)
-        and first + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) >= storage.count
-    ):
+    last = first + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if math.prod(shape) and last >= len(storage.array):
         raise BadRecord("a damaged pickle")
     width = storage.array.itemsize
     return as_strided(storage.array[first:], shape, [step * width for step in strides], writeable=False)
+
+
+def _reconstructed(kind: Any, *rest: Any) -> Any:
+    return Kept() if kind is Kept else None
+
+
+NAMES: dict[tuple[str, str], Callable[..., Any]] = {  # (package, name) -> what stands for it
+    ("torch", "_rebuild_tensor"): _tensor,
+    ("torch", "_rebuild_tensor_v2"): _tensor,
+    ("torch", "_load_from_bytes"): _storage,
+    ("torch", "Size"): lambda values: tuple(values),
+    ("collections", "OrderedDict"): lambda *pairs: dict(*pairs),
+    ("numpy", "_reconstruct"): lambda *arguments: _Array(),
+    ("numpy", "_frombuffer"): _from_bytes,
+    ("numpy", "ndarray"): lambda *arguments: None,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "scalar"): lambda kind, content: np.frombuffer(content, kind.dtype)[0],
+    ("copyreg", "_reconstructor"): _reconstructed,
+    ("copy_reg", "_reconstructor"): _reconstructed,
+    ("builtins", "object"): lambda: None,
+    ("__builtin__", "object"): lambda: None,
+    ("_codecs", "encode"): lambda text, name: str(text).encode("latin1"),
+}
 
 
 def _plain(value: Any) -> Any:

@@ -123,10 +123,10 @@ def _frames(path: Path, where: str, value: bytes, options: Options) -> Iterator[
 def _structure(
     row: dict[str, Any], numbers: np.ndarray, positions: Any, energy: Any, forces: Any, where: str, task: str
 ) -> Structure:
-    cell = array(row.get("cell"), "cell")
+    matrix = array(row.get("cell"), "cell")
     pbc = row.get("pbc")
     flags = np.ones(3) if pbc is None else array(pbc, "pbc").reshape(-1)
-    cell, periodic = periodicity(cell.reshape(3, 3) if cell.size == 9 else cell, flags)
+    cell, periodic = periodicity(matrix.reshape(3, 3) if matrix.size == 9 else matrix, flags)
     labels = Labels(
         energy=number(energy, "energy"),
         forces=None if forces is None else vectors(forces, len(numbers), "forces"),

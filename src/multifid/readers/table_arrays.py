@@ -47,7 +47,7 @@ class Place(NamedTuple):
     """A group that has structures: its path, how many, and where their atoms begin where they lie end to end."""
 
     path: str
-    count: int
+    structures: int
     offsets: np.ndarray | None = None
 
 
@@ -97,7 +97,7 @@ def array_parts(path: Path, mapping: TableMapping | None) -> list[Part]:
     if mapping is None:
         return [None]
     with _opened(path) as (root, groups):
-        sizes = [n for place in _places(root, groups, mapping) for n in _pieces(place.count)]
+        sizes = [n for place in _places(root, groups, mapping) for n in _pieces(place.structures)]
     firsts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
     return [(int(firsts[start]), int(firsts[stop])) for start, stop in filter(None, cut(sizes, PART))]
 
@@ -125,11 +125,11 @@ def array_batches(path: Path, mapping: TableMapping, progress: Progress, part: P
             )
         if part is None or part[0] == 0:
             _check_columns(path, root, groups, mapping, places)
-        start, stop = part or (0, sum(place.count for place in places))
+        start, stop = part or (0, sum(place.structures for place in places))
         waiting, first, at = _Waiting(mapping, start), 0, start
         for place in places:
-            begin, end = max(start - first, 0), min(stop - first, place.count)
-            first += place.count
+            begin, end = max(start - first, 0), min(stop - first, place.structures)
+            first += place.structures
             if begin >= end:
                 continue
             try:
@@ -255,7 +255,7 @@ class _Group:
             else:
                 found[columns[key]] = self._column(key, value, low, high)
         path = own.path.rstrip("/")
-        names = [path or "0"] if own.count == 1 else [f"{path}/{i}".lstrip("/") for i in range(low, high)]
+        names = [path or "0"] if own.structures == 1 else [f"{path}/{i}".lstrip("/") for i in range(low, high)]
         found[""] = Ragged(names, np.ones(count, np.int64), np.zeros(count, bool))
         return found
 
@@ -280,7 +280,7 @@ class _Group:
             self.groups.check(value)
         else:
             value = np.asarray(value, object if isinstance(value, str | bytes) else None)
-        shape, count = tuple(value.shape), self.place.count
+        shape, count = tuple(value.shape), self.place.structures
         if shape and math.prod(shape[1:]) > WIDEST:
             raise BadRecord(f"{key}: a structure has more than {WIDEST:,} values")
         if self.place.offsets is not None and kind in ATOMS:

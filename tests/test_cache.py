@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from conftest import write_molecules
 from multifid.cli import app
-from multifid.config import dump_config
+from multifid.config import as_config
 from multifid.environment import cache_directory
 from multifid.evaluation.rows import read_rows
 from multifid.preparation import cache
@@ -275,11 +275,11 @@ def test_a_plan_and_a_study_take_files_as_a_run_does(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_molecules(tmp_path / "x.xyz", 40, 1.0, 0.0, seed=1)
     config = config_of({"a": tmp_path / "x.xyz"}, tmp_path / "run")
-    (tmp_path / "c.yaml").write_text(dump_config(config))
+    (tmp_path / "c.yaml").write_text(json.dumps(config, default=str))
     told = CliRunner().invoke(app, ["plan", str(tmp_path / "c.yaml"), "--machine", "perlmutter", "--json"])
     assert told.exit_code == 0 and json.loads(told.stdout)["ranks"] == 1
     (store,) = (tmp_path / "cache" / "multifid").glob("x-*")
     seen = []
     monkeypatch.setattr(study_module, "_study", lambda config, world, console: seen.append(config.tasks["a"].store))
-    study_module.study(config, Console(quiet=True))
+    study_module.study(as_config(config), Console(quiet=True))
     assert [str(path) for path in seen] == [str(store)]

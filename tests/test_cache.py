@@ -278,7 +278,7 @@ def test_a_plan_and_a_study_take_files_as_a_run_does(tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text(json.dumps(config, default=str))
     told = CliRunner().invoke(app, ["plan", str(tmp_path / "c.yaml"), "--machine", "perlmutter", "--json"])
     assert told.exit_code == 0 and json.loads(told.stdout)["ranks"] == 1
-    (store,) = (tmp_path / "cache" / "multifid").glob("x-*")
+    (store,) = {path.parent for path in (tmp_path / "cache").rglob("manifest.json")}
     seen = []
     monkeypatch.setattr(study_module, "_study", lambda config, world, console: seen.append(config.tasks["a"].store))
     study_module.study(as_config(config), Console(quiet=True))

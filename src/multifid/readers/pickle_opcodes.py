@@ -156,10 +156,10 @@ def _of(value: Any, kind: type) -> Any:
     return value
 
 
-_INSTRUCTIONS: dict[int, Callable[[Machine], None]] = {
+_INSTRUCTIONS: dict[int, Callable[[Machine], object]] = {
     ord("("): lambda machine: machine.stack.append(MARK),
-    ord("0"): lambda machine: machine.stack.pop() and None,
-    ord("1"): lambda machine: machine._since_mark() and None,
+    ord("0"): lambda machine: machine.stack.pop(),
+    ord("1"): lambda machine: machine._since_mark(),
     ord("2"): lambda machine: machine.stack.append(machine.stack[-1]),
     ord("t"): lambda machine: machine.stack.append(tuple(machine._since_mark())),
     ord("c"): Machine._global,

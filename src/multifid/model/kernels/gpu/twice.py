@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from multifid.model.kernels.engine import goes_on_with
+
 Tensors = tuple[Tensor, ...]
 Found = tuple[Tensor | None, ...]  # None: of no use to anyone
 INSTEAD = "set train.kernels: eager, or use_kernels(False)"
@@ -145,12 +147,4 @@ def _types_as_written(x: Tensor) -> torch.autocast:
 
 def _weights_wanted(ctx: Any, first: int) -> bool:
     """Whether this backward pass goes to weights: not where only forces are asked for."""
-    for node, _ in ctx.next_functions[first:]:
-        if node is None:
-            continue
-        try:
-            if torch._C._will_engine_execute_node(node):  # type: ignore[attr-defined]
-                return True
-        except RuntimeError:  # a weight itself is what a gradient is asked for
-            return True
-    return False
+    return any(goes_on_with(node) for node, _ in ctx.next_functions[first:])

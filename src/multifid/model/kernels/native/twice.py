@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from multifid.model.kernels.engine import goes_on_with
 from multifid.model.kernels.native.build import library
 
 FORWARD, BACKWARD, TANGENT, AGAIN = range(4)
@@ -103,19 +104,13 @@ class Layer(ABC):
 
 def apply(layer: Layer, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a layer for contiguous inputs; differentiable, twice by C++ and further by torch."""
-    # The engine can be asked whether it goes on with a gradient, but not of leaves: views stand for them.
-    *outputs, _ = _Values.apply(layer, *(x.view_as(x) if x.is_leaf and x.requires_grad else x for x in inputs))
+    *outputs, _ = _Values.apply(layer, *inputs)
     return outputs
 
 
 def _executed(ctx: Any, names: Sequence[str]) -> list[str]:
     """Those of the inputs whose gradients this backward pass goes on with."""
-    nodes = [node for node, _ in ctx.next_functions]  # of tensors; None where no gradient is needed
-    return [
-        name
-        for name, node in zip(names, nodes, strict=True)
-        if node is not None and torch._C._will_engine_execute_node(node)
-    ]
+    return [name for name, (node, _) in zip(names, ctx.next_functions, strict=True) if goes_on_with(node)]
 
 
 class _Values(torch.autograd.Function):

@@ -36,6 +36,7 @@ SHORTER = {
     r"train\.minutes=\S+": "train.minutes=0.02",
     r"^(multifid init .*?)( --minutes \d+)?$": r"\1 --minutes 0.02",
     r"--copies \d+": "--copies 2 --repeat 1",
+    r"--structures \d+": "--structures 200 --rounds 1",
     r"--seconds \d+": "--seconds 1 --pairs 1 --hidden 8 --head 8",
     r"--tasks 16": "--tasks 4",
     r"--batch 128 --ranks 5 8": "--batch 8 --ranks 5 8 --steps 2",

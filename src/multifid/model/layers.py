@@ -117,12 +117,12 @@ def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
 
 
 Elements = Literal["table", "periodic"]
-ELEMENTS = Field(
+ELEMENTS: Any = Field(
     default="table",
     description="table: a vector for each element; periodic: also a linear map of what the periodic table says of it, "
     "and vectors begin at zero, so that elements that are alike begin alike.",
 )
-SIZED = Field(
+SIZED: Any = Field(
     default=0,
     ge=0,
     description="Radial functions of the distance in units of both atoms' covalent radii, beside the others.",

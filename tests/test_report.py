@@ -13,7 +13,7 @@ from conftest import data_of
 from multifid.config import load_config
 from multifid.evaluation.evaluate import evaluate_run
 from multifid.training.journal import read_journal
-from multifid.workflows.report import gather, report
+from multifid.workflows.report import _past_their_best, gather, report
 from multifid.workflows.report.charts import formula
 from multifid.workflows.watch import BARS, Tail, curve, screen, watch
 from test_train import config_of, start
@@ -92,6 +92,14 @@ def test_what_is_no_run_and_a_store_that_is_gone_are_said(run, tmp_path):
     content = gather(copy, 5)
     assert set(content.errors) == {"berry", "cherry"} and any("apple" in w and "/gone" in w for w in content.warnings)
     assert not (tmp_path / "x.html").exists()
+
+
+def test_a_task_that_was_better_before_is_told_of():
+    losses = {"apple": [1.0, 0.5, 0.4], "berry": [0.6, 0.5, 0.52], "cherry": [0.7, 0.62, 0.61]}
+    rows = [{"task": t, "step": 10 * k, "loss": x} for t, own in losses.items() for k, x in enumerate(own, 1)]
+    (told,) = _past_their_best(rows, kept=30)
+    assert "berry" in told and "step 20" in told and "4 % higher" in told
+    assert [line.split(":")[0] for line in _past_their_best(rows, kept=20)] == ["Task apple"]
 
 
 def test_formulas_are_those_of_hill():

@@ -30,6 +30,7 @@ from multifid.workflows.finetune.robustness import checks_of, scans_of
 from multifid.workflows.report.sample import TaskErrors, errors_of
 
 STRUCTURES = 1_000  # of each task's test split, unless told
+ABOVE = 0.03  # a task whose loss is more than this part above its lowest is told of
 
 
 @dataclass
@@ -158,6 +159,7 @@ def _warnings(journal: Sequence[dict[str, Any]], about: Description, errors: dic
         found.append("The validation value was still falling by more than 2 % when training ended: train longer.")
     if len(values) >= 3 and values[-1] > 1.1 * min(values):
         found.append("The validation value ended more than 10 % above its best: the model may be overfitted.")
+    found += _past_their_best(validated, about["trained"]["steps"])
     skipped = sum(row.get("skipped") or 0 for row in {r["step"]: r for r in validated}.values())
     if skipped:
         found.append(f"{skipped} updates were skipped, because a loss or gradient was not finite.")
@@ -172,5 +174,21 @@ def _warnings(journal: Sequence[dict[str, Any]], about: Description, errors: dic
             found.append(
                 f"Task {task}: the training data do not determine all reference energies; total energies of "
                 "compositions unlike the training data may be wrong."
+            )
+    return found
+
+
+def _past_their_best(validated: Sequence[dict[str, Any]], kept: int) -> list[str]:
+    """Tasks that are worse in the weights that are kept, those of a step, than they were before or after it."""
+    found, losses = [], {}
+    for row in validated:
+        losses.setdefault(row["task"], {})[row["step"]] = row["loss"]
+    for task, by_step in losses.items():
+        at, step = by_step.get(kept), min(by_step, key=lambda s: by_step[s])
+        if at is not None and at > (1 + ABOVE) * by_step[step]:
+            above = 100 * (at / by_step[step] - 1)
+            found.append(
+                f"Task {task}: its validation loss was lowest at step {step:,} and is {above:.0f} % higher in the "
+                "weights that are kept: it has begun to be learnt by heart; give it a smaller weight, or more data."
             )
     return found

@@ -26,6 +26,7 @@ from multifid.feed.loader import collate, open_sources
 from multifid.model.saved import load_potential
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
+from multifid.store.store import Store
 from multifid.training.build import build
 from multifid.training.checkpoint import load_checkpoint
 from multifid.training.feed import Feed, make_draws
@@ -327,6 +328,24 @@ def test_the_shared_baseline_has_one_branch_and_one_pooled_scale(stores, tmp_pat
     assert description["branches"] == ["shared"]
     assert len({about["scale"] for about in description["tasks"].values()}) == 1
     assert len({about["references"]["1"] for about in description["tasks"].values()}) == 3
+
+
+def test_a_scale_that_is_given_takes_the_place_of_the_stores(stores, tmp_path):
+    def run(name, scale):
+        values = config_of(stores, tmp_path / name, train={"steps": 3})
+        values["tasks"]["apple"]["scale"] = scale
+        return start(values)
+
+    own = Store(stores["apple"]).manifest["tasks"]["apple"]["scale"]
+    plain, same, other = run("plain", None), run("same", own), run("other", 3 * own)
+    assert_same_bits(plain, same)
+    held = json.loads((other / "model.json").read_text())["tasks"]
+    assert (held["apple"]["scale"], held["apple"]["scale"] / own) == (3 * own, pytest.approx(3))
+    first = [next(r["loss"] for r in read_journal(r) if r["task"] == "apple") for r in (plain, other)]
+    assert first[0] > 1.5 * first[1], "residuals are in units of the scale"
+    values = config_of(stores, other, train={"steps": 3, "change_tasks": True})
+    with pytest.raises(ValueError, match=r"tasks\.apple\.scale"):
+        start(values)
 
 
 def test_unknown_keys_and_values_are_errors_that_name_what_would_be_right(tmp_path, stores):

@@ -39,6 +39,12 @@ class TaskConfig(BaseModel):
     weight: float = Field(1.0, gt=0.0, description="w_t of the objective, used as given")
     labels: str | None = Field(None, description="label set of the store; may be left out where it has only one")
     per_step: float | None = Field(None, ge=1.0, description="structures of this task per step, in place of its share")
+    scale: float | None = Field(
+        None,
+        gt=0.0,
+        description="eV/angstrom, in whose units the task's residuals and predictions are, in place of the RMS of its "
+        "training forces, which one structure with large forces can set",
+    )
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def build(
     optimizer = OPTIMIZERS[t.optimizer](moving, t.lr, t.weight_decay)
     if factors:
         with_factors(optimizer, moving, factors)
-    scales = task_scales(config.objective.scale, config.branches, sources)
+    scales = task_scales(config, sources)
     gradients = Gradients(parts)
     trainer = Trainer(
         potential=potential,
@@ -141,7 +141,7 @@ def started(config: Config, sources: list[Source]) -> tuple[dict[str, str | None
     if config.finetune is None:
         return {}, {}, set()
     branch_of = config.branch_of()
-    scales = task_scales(config.objective.scale, config.branches, sources)
+    scales = task_scales(config, sources)
     elements = {z for source in sources for task in source.tasks for z in source.elements(task)}
     begun = {branch_of[task]: branch for task, branch in config.finetune.branches.items() if task in branch_of}
     return begun, {branch_of[task]: scale for task, scale in scales.items()}, elements
@@ -173,13 +173,12 @@ def holders(branch_of: Mapping[str, str], placement: Mapping[str, Sequence[int]]
     }
 
 
-def task_scales(scale: str, branches: str, sources: list[Source]) -> dict[str, float]:
+def task_scales(config: Config, sources: list[Source]) -> dict[str, float]:
     """What divides the residuals of each task; one pooled scale where all tasks share a branch."""
     about = {task: source.about(task) for source in sources for task in source.tasks}
-    if scale == "none":
-        return dict.fromkeys(about, 1.0)
-    own = {t: float(a["scale"]) for t, a in about.items()}
-    if branches == "per_task":
+    in_units = config.objective.scale == "task"
+    own = {t: config.tasks[t].scale or (float(a["scale"]) if in_units else 1.0) for t, a in about.items()}
+    if config.branches == "per_task":
         return own
     counts = {t: max(a["labels"]["forces"], a["labels"]["energy"]) for t, a in about.items()}
     pooled = math.sqrt(sum(counts[t] * own[t] ** 2 for t in own) / sum(counts.values()))

@@ -17,6 +17,7 @@ from multifid.training.settings import NEUTRAL
 
 DEFAULT_BATCH = 32
 STORE = re.compile(r"tasks\.[^.]+\.store")  # of a task that the run has
+SCALE = re.compile(r"tasks\.[^.]+\.scale")  # of a task that was there: its branch means something in these units only
 # What may change, beside the tasks themselves, where tasks join or leave a run.
 WITH_TASKS = (
     "tasks.",
@@ -127,7 +128,7 @@ def _may_change(difference: str, change_tasks: bool) -> bool:
         return True
     if key.startswith("parallel.") or key in {f"train.{k}" for k in NEUTRAL}:
         return True
-    return change_tasks and difference.startswith(WITH_TASKS)
+    return change_tasks and difference.startswith(WITH_TASKS) and not SCALE.fullmatch(key)
 
 
 def asked_placement(config: Config, ranks: int) -> Placement:

@@ -180,7 +180,8 @@ def _warnings(journal: Sequence[dict[str, Any]], about: Description, errors: dic
 
 def _past_their_best(validated: Sequence[dict[str, Any]], kept: int) -> list[str]:
     """Tasks that are worse in the weights that are kept, those of a step, than they were before or after it."""
-    found, losses = [], {}
+    found: list[str] = []
+    losses: dict[str, dict[int, float]] = {}
     for row in validated:
         losses.setdefault(row["task"], {})[row["step"]] = row["loss"]
     for task, by_step in losses.items():

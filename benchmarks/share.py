@@ -6,15 +6,14 @@ Exchanges alone: whole windows, with the arithmetic that says what goes where, a
 reading the same structures from the store. Then runs of EGNN with so many hidden units, with and without `share_data`
 in turns: what the loader waits for windows, and how long runs take. Set OMP_NUM_THREADS=1.
 
-    torchrun --nproc-per-node 4 benchmarks/share.py STORE RUNS --memory
+    torchrun --nproc-per-node 4 benchmarks/share.py STORE RUNS --memory pieces      # or store, staged
 
 Memory alone: what a rank holds (`/proc/self/smaps_rollup`) more than before it opened the store, after windows of its
-piece and of what other ranks hold, and after it has read the whole train split from the store, which lies in the page
-cache, or from a copy in memory (`train.stage`).
+piece and of what other ranks hold, or after it has read the whole train split from the store, which lies in the page
+cache, or from a copy in memory (`train.stage`). One way in a launch.
 """
 
 import argparse
-import gc
 import os
 import platform
 import tempfile
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--memory", choices=("pieces", "store", "staged"))
     args = parser.parse_args()
     with groups.world("cpu") as world:
         if world.first:
@@ -123,8 +122,14 @@ def rollup() -> dict[str, float]:
     return {"RSS": found["Rss"], "PSS": found["Pss"], "anonymous": found["Anonymous"]}
 
 
+def all_there(world: groups.World) -> None:
+    """Every rank waits for every other one."""
+    for rank in range(world.size):
+        world.share(rank, rank)
+
+
 def memory(args: argparse.Namespace, world: groups.World) -> None:
-    """Each way by itself, one after the other; what a rank has more than before it."""
+    """What a rank has more than before, by one way to hold the train split."""
     config = parse_config(values(args, "none", True), "benchmark")
 
     def pieces():
@@ -145,23 +150,18 @@ def memory(args: argparse.Namespace, world: groups.World) -> None:
 
     with tempfile.TemporaryDirectory(dir="/dev/shm") as own:
         near = Path(world.share(own))
-        ways = {"pieces": pieces, "store": mapped, "staged": lambda: mapped(near)}
-        for name, way in ways.items():
-            world.share(name)
-            before = rollup()
-            held = way()
-            world.share(name)  # nobody lets go before all have looked
-            more = {kind: value - before[kind] for kind, value in rollup().items()}
-            all_ranks = [world.share(more, rank) for rank in range(world.size)]
-            world.share(name)
-            if isinstance(held, share.Exchange):
-                held.leave()
-            del held
-            gc.collect()
-            if world.first:
-                means = "  ".join(f"{kind} {np.mean([one[kind] for one in all_ranks]):7.1f}" for kind in more)
-                total = sum(one["PSS"] for one in all_ranks)
-                print(f"{world.size} ranks, {name:7} MB a rank: {means}   PSS of all ranks {total:7.1f}")
+        way = {"pieces": pieces, "store": mapped, "staged": lambda: mapped(near)}[args.memory]
+        before = rollup()
+        held = way()
+        all_there(world)
+        more = {kind: value - before[kind] for kind, value in rollup().items()}
+        all_ranks = [world.share(more, rank) for rank in range(world.size)]  # nobody lets go before all have looked
+        if isinstance(held, share.Exchange):
+            held.leave()
+        if world.first:
+            means = "  ".join(f"{kind} {np.mean([one[kind] for one in all_ranks]):7.1f}" for kind in more)
+            total = sum(one["PSS"] for one in all_ranks)
+            print(f"{world.size} ranks, {args.memory:7} MB a rank: {means}   PSS of all ranks {total:7.1f}")
 
 
 def waiting(args: argparse.Namespace, world: groups.World) -> None:

@@ -21,6 +21,7 @@ from multifid.evaluation.calibrate import quality
 from multifid.evaluation.calibration import binned
 from multifid.evaluation.data import Data, Share
 from multifid.graphs.graph import graph_of
+from multifid.model import rigid
 from multifid.model.model_file import export_model
 from multifid.model.pieces import batch_of
 from multifid.model.potential import under_strain
@@ -120,6 +121,20 @@ def test_with_all_draws_sampled_forces_and_stresses_have_the_exact_variance_and_
     slopes = torch.autograd.functional.jacobian(strained, torch.zeros_like(batch.cell))  # (D, S, 3, 3)
     exact = one.energy.variance(slopes.permute(1, 2, 3, 0))[1].mean() / np.linalg.det(batch.cell[1]) ** 2
     assert found.stress[1] == pytest.approx(float(exact), rel=1e-7) and found.stress[0].isnan()
+
+
+@pytest.mark.parametrize("encoder", ["egnn", "painn"])
+def test_gradients_of_several_last_layers_come_from_one_backward_pass(encoder):
+    """Also where edges and maps are compiled kernels, which run once for each of them."""
+    made = model(encoder=encoder)
+    batch = batch_of(pack_atoms([MOLECULES[1], crystal()]), made.cutoff, "a")
+    positions = batch.positions.clone().requires_grad_()
+    features = made.potential.encoder(graph_of(replace(batch, positions=positions)))
+    phi = made.potential.branches["a"].last_features(features)
+    last = torch.randn(3, phi.shape[1], dtype=phi.dtype, generator=torch.Generator().manual_seed(0))
+    (found,) = rigid._batched(phi, [positions], last)
+    for slopes, (expected,) in zip(found, rigid._in_turn(phi, [positions], last, keep=False), strict=True):
+        np.testing.assert_allclose(slopes, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("forces", ["conservative", "direct"])

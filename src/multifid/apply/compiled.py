@@ -77,7 +77,9 @@ def _name(trained: Predictor) -> str:
     """The name of an encoder, and the hash of everything that decides over the code of a model, weights apart."""
     config, encoder = trained.potential.config, type(trained.potential.encoder)
     rooms = Path(aot.__file__).parent, Path(aot.__file__).parent.parent / "graphs"
-    sources = [*(p for room in rooms for p in sorted(room.rglob("*.py"))), Path(inspect.getfile(encoder))]
+    kinds = (".py", ".h", ".cpp")
+    found = (p for room in rooms for p in sorted(room.rglob("*")) if p.suffix in kinds)
+    sources = [*found, Path(inspect.getfile(encoder))]
     asked = [
         config.model_dump(mode="json"),
         str(trained.dtype),

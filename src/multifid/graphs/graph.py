@@ -48,6 +48,7 @@ class Graph:
     triplets: Tensor | None = None  # (2, T) int64: edges (f, e)
     # Of a domain: tensors (N, ...) of atoms -> the same ones with the rows of ghosts as their owners have them.
     exchange: Callable[..., tuple[Tensor, ...]] | None = field(default=None, kw_only=True)
+    own: int | None = field(default=None, kw_only=True)  # of a domain: so many atoms, the first ones, are no ghosts
 
     @property
     def atoms(self) -> int:
@@ -56,9 +57,14 @@ class Graph:
     def exchanged(self, *of_atoms: Tensor) -> tuple[Tensor, ...]:
         """Tensors (N, ...) of atoms as they are where a system is whole; in a domain, ghosts' rows are their owners'.
 
-        The gradients of ghosts' rows go to their owners. All ranks must come here equally often, in one order.
+        Tensors of own atoms alone, `of_own`, come back with rows of ghosts behind theirs. The gradients of ghosts' rows
+        go to their owners. All ranks must come here equally often, in one order.
         """
-        return of_atoms if self.exchange is None else self.exchange(*of_atoms)
+        return of_atoms if self.exchange is None else self.exchange(self.atoms, *of_atoms)
+
+    def of_own(self, of_atoms: Tensor) -> Tensor:
+        """The rows that this domain computes; all of them where a system is whole."""
+        return of_atoms if self.own is None else of_atoms[: self.own]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Without reverse edges and triplets, in the order of the fields."""

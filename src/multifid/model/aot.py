@@ -27,6 +27,7 @@ from multifid.graphs.batch import Batch
 from multifid.graphs.graph import completed
 from multifid.model.fixed import Fixed, Input, Written, inputs_for, tensors_of, write_down
 from multifid.model.inductor import options
+from multifid.model.kernels.embedded.build import linked
 from multifid.model.model_file import checksum, with_tasks
 from multifid.model.package import FORMAT, INSTRUCTIONS, KEY, SCHEMA, Package, instructions
 from multifid.model.pieces import batch_of
@@ -152,13 +153,19 @@ def _compile(written: Written, example: Batch, about: dict[str, Any], out: Path)
     names = [x["name"] for x in about["inputs"][len(written.weights) :]]
     tensors = (*written.weights.values(), *tensors_of(example, names))
     march, bits = FLAGS.get(about["instructions"], (None, None))
-    settings = options(cuda_graphs=False) | {
-        "aot_inductor.metadata": {KEY: json.dumps(about, allow_nan=False)},
-        "cpp.march": march,
-        "cpp.simdlen": bits,
-        "cpp.threads": 1 if about["threads"] == "one" else max(os.cpu_count() or 1, 2),
-        "cpp.dynamic_threads": about["threads"] == "all",
-    }
+    threads = 1 if about["threads"] == "one" else 0
+    kernels = linked(written.operations.graph, getattr(torch, about["precision"]), march, threads, out.parent)
+    settings = (
+        options(cuda_graphs=False)
+        | kernels
+        | {
+            "aot_inductor.metadata": {KEY: json.dumps(about, allow_nan=False)},
+            "cpp.march": march,
+            "cpp.simdlen": bits,
+            "cpp.threads": 1 if about["threads"] == "one" else max(os.cpu_count() or 1, 2),
+            "cpp.dynamic_threads": about["threads"] == "all",
+        }
+    )
     try:
         with torch.no_grad():
             program = export(written.operations, tensors, dynamic_shapes=tuple(shapes), strict=False)

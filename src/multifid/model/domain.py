@@ -9,7 +9,7 @@ so the slope along every edge is that of the total energy, the sum over ranks of
 The width of a domain's rim is one cutoff, whatever the number of layers.
 
 How rows travel is a `Link`: that of LAMMPS on many ranks, or within one process (`WithinProcess`), where the domains
-lie end to end in one graph.
+lie in one graph, the atoms of all before the ghosts of all.
 """
 
 import copy
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from multifid.graphs.batch import Batch, edge_vectors
 from multifid.graphs.graph import EDGES_ONLY, Graph, graph_of
@@ -43,31 +44,32 @@ class Link(Protocol):
 class Exchange:
     """`Graph.exchange` over a link: tensors of atoms travel side by side as one; differentiable once.
 
-    widths: of the exchanges that were made, for those who reserve memory for them.
+    Tensors have a row for each of `atoms`, or for the first ones, which are no ghosts. widths: of the exchanges that
+    were made, for those who reserve memory for them.
     """
 
     def __init__(self, link: Link):
         self.link = link
         self.widths: list[int] = []
 
-    def __call__(self, *of_atoms: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, atoms: int, *of_atoms: Tensor) -> tuple[Tensor, ...]:
         sizes = [math.prod(x.shape[1:]) for x in of_atoms]
         self.widths.append(sum(sizes))
         rows = torch.cat([x.reshape(x.shape[0], n) for x, n in zip(of_atoms, sizes, strict=True)], dim=1)
-        parts = _Exchanged.apply(rows, self.link).split(sizes, dim=1)
-        return tuple(y.reshape(x.shape) for x, y in zip(of_atoms, parts, strict=True))
+        parts = _Exchanged.apply(rows, self.link, atoms).split(sizes, dim=1)
+        return tuple(y.reshape(atoms, *x.shape[1:]) for x, y in zip(of_atoms, parts, strict=True))
 
 
 class _Exchanged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, link: Link) -> Tensor:
-        ctx.link = link
-        return link.forward(rows.contiguous())
+    def forward(ctx: Any, rows: Tensor, link: Link, atoms: int) -> Tensor:
+        ctx.link, ctx.given = link, rows.shape[0]
+        return link.forward(pad(rows, [0, 0, 0, atoms - rows.shape[0]]).contiguous())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.link.reverse(gradient.contiguous()), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.link.reverse(gradient.contiguous())[: ctx.given], None, None
 
 
 @dataclass
@@ -122,21 +124,21 @@ def _rows(features: Features, own: Tensor) -> Features:
 
 
 def in_domains(batch: Batch, domain: Sequence[int]) -> tuple[Graph, Tensor, Tensor]:
-    """One structure cut into domains that lie end to end in one graph, with the exchange between them.
+    """One structure cut into domains that lie in one graph, with the exchange between them.
 
-    domain: which one owns each atom. Every periodic image that a domain sees is a ghost of its own. Returns the graph,
-    the rows (N,) of the atoms of the structure, and for each edge of the graph its number in the batch.
+    domain: which one owns each atom. Every periodic image that a domain sees is a ghost of its own; those of all
+    domains lie behind the atoms that are no ghosts. Returns the graph, the rows (N,) of the atoms of the structure,
+    and for each edge of the graph its number in the batch.
     """
     assert batch.structures == 1, "one structure"
     receivers, senders = batch.edges.tolist()
     images = [tuple(s) for s in batch.shifts.round().to(torch.int64).tolist()]
     vectors, owner, home = edge_vectors(batch), list[int](), [0] * len(domain)
     atoms, edges = list[int](), list[tuple[int, int, int]]()
+    for a in sorted(range(len(domain)), key=lambda a: domain[a]):
+        home[a] = len(atoms)
+        atoms.append(a)
     for d in sorted(set(domain)):
-        own = [a for a, of in enumerate(domain) if of == d]
-        for a in own:
-            home[a] = len(atoms)
-            atoms.append(a)
         ghosts: dict[tuple[int, tuple], int] = {}
         for e, (i, j) in enumerate(zip(receivers, senders, strict=True)):
             if domain[i] != d:
@@ -163,6 +165,7 @@ def in_domains(batch: Batch, domain: Sequence[int]) -> tuple[Graph, Tensor, Tens
         r,
         torch.linalg.vector_norm(r, dim=1),
         exchange=exchange,
+        own=len(domain),
     )
     return graph, torch.tensor(home, dtype=torch.int64), number
 

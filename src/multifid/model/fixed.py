@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from multifid.graphs.batch import Batch, rows_times_matrices
 from multifid.graphs.edges import in_tiles
 from multifid.graphs.graph import Graph, GraphNeeds, completed
+from multifid.model.kernels.embedded import embedded
 from multifid.model.layers import sum_over
 from multifid.model.predictor import Predictor
 from multifid.structures.elements import MAX_Z
@@ -142,7 +143,7 @@ def write_down(function: Fixed, batch: Batch, weights_as_arguments: bool = False
     from torch.fx.experimental.proxy_tensor import make_fx  # a second to import, for those who compile
 
     example = tensors_of(batch, [x.name for x in inputs_for(function.needs)])
-    with in_tiles(False), torch.no_grad():
+    with in_tiles(False), embedded(), torch.no_grad():
         operations = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
     return Written(operations, _take_out(operations, function) if weights_as_arguments else {})
 

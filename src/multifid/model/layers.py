@@ -5,6 +5,7 @@ from the same numbers whatever else is built beside it and whatever the global r
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -224,7 +225,7 @@ def envelope(distance: Tensor, cutoff: float) -> Tensor:
     return 1.0 - x**6 * (28.0 - 48.0 * x + 21.0 * x**2)
 
 
-def call(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
+def call(layer: Callable[..., Any], recompute: bool, *inputs: Any) -> Any:
     """layer(*inputs); with `recompute` only the inputs are kept, and the layer runs again in the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)

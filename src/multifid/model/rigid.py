@@ -139,7 +139,7 @@ def _batched(phi: Tensor, wanted: list[Tensor], last: Tensor) -> list[Tensor] | 
     each = last[:, None].expand(-1, phi.shape[0], -1)
     asked = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     try:
-        return list(torch.autograd.grad(phi, wanted, each, is_grads_batched=True, **asked))
+        return list(torch.vmap(lambda gradient: torch.autograd.grad(phi, wanted, gradient, **asked))(each))
     except RuntimeError:
         return None
 

@@ -109,7 +109,7 @@ class MLIAP:
         types = 1 + _as_tensor(data.elems)[: int(data.ntotal)].to(torch.int64)
         model = self.model(device)
         near = torch.linalg.vector_norm(r, dim=1) < model.cutoff
-        pairs = Pairs(types, torch.arange(nlocal, device=device), i[near], j[near], r[near])
+        pairs = Pairs(types, nlocal, torch.arange(nlocal, device=device), i[near], j[near], r[near])
         answer = model.answer(pairs, MLIAPLink(data, nlocal))
         assert answer.slopes is not None
         forces = torch.zeros((order.shape[0], 3), dtype=torch.float64, device=device)

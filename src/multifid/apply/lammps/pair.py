@@ -135,6 +135,7 @@ class Style:
         device = self.model.models[0].device
         pairs = Pairs(
             _tensor(types, nall).to(device, torch.int64),
+            nlocal,
             _tensor(own, nown).to(device, torch.int64),
             _tensor(i, npairs).to(device, torch.int64),
             _tensor(j, npairs).to(device, torch.int64),

@@ -39,6 +39,7 @@ class Pairs:
     """
 
     types: Tensor  # (N,) int64 from 1, own atoms first, then ghosts
+    no_ghosts: int  # so many of them, the first ones
     own: Tensor  # (M,) int64: the atoms whose energies count
     i: Tensor  # (P,) int64, own atoms, ascending
     j: Tensor  # (P,) int64, own atoms or ghosts
@@ -152,6 +153,7 @@ class RankModel:
             r,
             torch.linalg.vector_norm(r, dim=1),
             exchange=Exchange(link),
+            own=pairs.no_ghosts,
         )
         share: Share = share_of(model.potential, self.task, graph, pairs.own)
         about = model.description["tasks"][self.task]

@@ -21,6 +21,7 @@ see more. With y_ij the quadratic harmonics of r_ij / sqrt(|r_ij|^2 + 1):
     phi_h      also of  the inner products of vectors and of tensors, and v T v
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ from multifid.model.encoders.tensors import Invariants, along, bounded, harmonic
 from multifid.model.kernels import egnn as kernels
 from multifid.model.kernels import egnn_native as native
 from multifid.model.kernels.egnn import EdgeWeights, aligned, matmul_type, pad_columns, padded
+from multifid.model.kernels.embedded import egnn as operations
+from multifid.model.kernels.embedded import wanted
 from multifid.model.kernels.gpu.chosen import on_gpu
 from multifid.model.kernels.native.build import usable
 from multifid.model.layers import (
@@ -95,16 +98,16 @@ class EGNN(Encoder):
         self.norm = LayerNorm(hidden)
 
     def forward(self, graph: Graph) -> Features:
-        h = self.embedding(graph.numbers, graph.charge, graph.spin, graph.structure)
-        v = graph.vectors.new_zeros((graph.atoms, self.degrees[1], 3))
+        numbers, structure = graph.of_own(graph.numbers), graph.of_own(graph.structure)
+        h = self.embedding(numbers, graph.charge, graph.spin, structure)
+        v = graph.vectors.new_zeros((numbers.shape[0], self.degrees[1], 3))
         r, d = graph.vectors, graph.distances
         b, u = self.basis(d, graph.numbers, graph.receivers, graph.senders), envelope(d, self.cutoff)
         y = [harmonics(bounded(r))] if self.tensors else []
         of_layers = []
-        for number, layer in enumerate(self.layers):
-            if number:
-                h, v = graph.exchanged(h, v)
-            h, v = call(layer, self.recompute, h, v, graph.receivers, graph.senders, r, b, u, *y)
+        for layer in self.layers:
+            of_domain = layer if graph.exchange is None else partial(layer, fetch=graph.exchanged)
+            h, v = call(of_domain, self.recompute, h, v, graph.receivers, graph.senders, r, b, u, *y)
             of_layers.append(h)
         return Features(self.norm(h), v, layers=tuple(of_layers[:-1]))
 
@@ -192,11 +195,20 @@ class EGNNLayer(nn.Module):
         self.node = MLP([2 * hidden + vectors + more, hidden, hidden])
 
     def forward(
-        self, h: Tensor, v: Tensor, i: Tensor, j: Tensor, r: Tensor, b: Tensor, u: Tensor, y: Tensor | None = None
+        self,
+        h: Tensor,
+        v: Tensor,
+        i: Tensor,
+        j: Tensor,
+        r: Tensor,
+        b: Tensor,
+        u: Tensor,
+        y: Tensor | None = None,
+        fetch: Callable[..., tuple[Tensor, ...]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """h (N, H), v (N, C, 3), receivers i and senders j (E,), r (E, 3), basis b (E, R), envelope u (E, 1).
 
-        With tensors also the harmonics y (E, 5).
+        With tensors also the harmonics y (E, 5). fetch: `Graph.exchanged` of a domain, whose own atoms h and v are of.
         """
         n, width = self.norm(h), aligned(h.shape[1], matmul_type(u))
         of_receiver, of_sender = (
@@ -204,14 +216,22 @@ class EGNNLayer(nn.Module):
             for linear in (self.receiver, self.sender)
         )
         known = partial(edges_of_layer, i, j, self.per_area, self.angle is not None)
-        inputs = [of_receiver, of_sender, v, r, b, u, *([] if y is None else [y])]
+        own, of_all = h.shape[0], v
+        if fetch is not None:
+            of_sender, of_all = fetch(of_sender, v)
+            of_receiver = padded(of_receiver, of_sender.shape[0], width)
+        inputs = [of_receiver, of_sender, of_all, r, b, u, *([] if y is None else [y])]
         weights = self.edge_weights(width)
         if usable(u, width):
             m_sum, moves, *of_tensors = native.edges(
                 known, i, j, self.per_area, self.angle is not None, inputs, weights
             )
+        elif wanted(u, width):
+            m_sum, moves, *of_tensors = operations.edges(i, j, self.per_area, self.angle is not None, inputs, weights)
         else:
             m_sum, moves, *of_tensors = known(*inputs, *weights)
+        if fetch is not None:
+            m_sum, moves, *of_tensors = (x[:own] for x in (m_sum, moves, *of_tensors))
         v = v + moves / TYPICAL_NEIGHBORS**0.5
         m_sum = m_sum[:, : h.shape[1]] / TYPICAL_NEIGHBORS
         parts = [n, m_sum, torch.log1p(v.square().sum(dim=2))]

@@ -13,6 +13,7 @@ takes |V v_i| and the bare product: the gradient of the one is undefined at zero
 with the square of v, which made forces of 1e7 scales out of untrained weights.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from multifid.graphs.graph import Graph
 from multifid.model.contract import Encoder, EncoderConfig, Features
 from multifid.model.kernels import painn as kernels
 from multifid.model.kernels import painn_native as native
+from multifid.model.kernels.embedded import painn as operations
+from multifid.model.kernels.embedded import wanted
 from multifid.model.kernels.gpu.chosen import on_gpu
 from multifid.model.kernels.native.build import usable
 from multifid.model.kernels.painn import filters
@@ -74,16 +77,16 @@ class PaiNN(Encoder):
         self.norm = LayerNorm(hidden)
 
     def forward(self, graph: Graph) -> Features:
-        s = self.embedding(graph.numbers, graph.charge, graph.spin, graph.structure)
-        v = graph.vectors.new_zeros((graph.atoms, 3, self.degrees[1]))
+        numbers, structure = graph.of_own(graph.numbers), graph.of_own(graph.structure)
+        s = self.embedding(numbers, graph.charge, graph.spin, structure)
+        v = graph.vectors.new_zeros((numbers.shape[0], 3, self.degrees[1]))
         r, d = graph.vectors, graph.distances
         direction = r / d[:, None]
         basis, u = self.basis(d, graph.numbers, graph.receivers, graph.senders), envelope(d, self.cutoff)
         of_layers = []
-        for number, layer in enumerate(self.layers):
-            if number:
-                s, v = graph.exchanged(s, v)
-            s, v = call(layer, self.recompute, s, v, graph.receivers, graph.senders, direction, basis, u)
+        for layer in self.layers:
+            of_domain = layer if graph.exchange is None else partial(layer, fetch=graph.exchanged)
+            s, v = call(of_domain, self.recompute, s, v, graph.receivers, graph.senders, direction, basis, u)
             of_layers.append(s)
         return Features(self.norm(s), v.transpose(1, 2).contiguous(), layers=tuple(of_layers[:-1]))
 
@@ -127,14 +130,32 @@ class PaiNNLayer(nn.Module):
         self.update = MLP([2 * hidden, hidden, 3 * hidden])
 
     def forward(
-        self, s: Tensor, v: Tensor, i: Tensor, j: Tensor, direction: Tensor, basis: Tensor, u: Tensor
+        self,
+        s: Tensor,
+        v: Tensor,
+        i: Tensor,
+        j: Tensor,
+        direction: Tensor,
+        basis: Tensor,
+        u: Tensor,
+        fetch: Callable[..., tuple[Tensor, ...]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """s (N, H), v (N, 3, H), receivers i and senders j (E,), direction (E, 3), basis (E, R), envelope u (E, 1)."""
+        """s (N, H), v (N, 3, H), receivers i and senders j (E,), direction (E, 3), basis (E, R), envelope u (E, 1).
+
+        fetch: `Graph.exchanged` of a domain, whose own atoms s and v are of.
+        """
         atoms, hidden = s.shape
         phi = self.phi(self.norm(s)).view(atoms, 3, hidden).to(v.dtype)
-        inputs = (phi, v, direction, basis, u, self.filter.weight, self.filter.bias)
+        phi, of_all = (phi, v) if fetch is None else fetch(phi, v)
+        inputs = (phi, of_all, direction, basis, u, self.filter.weight, self.filter.bias)
         known = partial(edges_of_layer, i, j)
-        message = native.edges(known, i, j, inputs) if usable(u, hidden) else known(*inputs)
+        if usable(u, hidden):
+            message = native.edges(known, i, j, inputs)
+        elif wanted(u, hidden):
+            message = operations.edges(i, j, inputs)
+        else:
+            message = known(*inputs)
+        message = message if fetch is None else message[:atoms]
         s = s + message[:, 0] / TYPICAL_NEIGHBORS
         v = v + message[:, 1:] / TYPICAL_NEIGHBORS**0.5
 

@@ -47,9 +47,9 @@ def edges(
     r (E, 3), b (E, R), u (E, 1), and y (E, 5) where there are tensors. K: a multiple of 16; of 32 for bfloat16.
     """
     vectors = inputs[2].shape[1]
-    channels = _Channels(vectors, weights.weight.shape[0] - vectors, inputs[4].shape[1], angles)
+    channels = Channels(vectors, weights.weight.shape[0] - vectors, inputs[4].shape[1], angles)
     names = (*INPUTS[: len(inputs)], *WEIGHTS)
-    layer = _Edges(
+    layer = Edges(
         OUTPUTS[: len(inputs) - 4], names, WEIGHTS, ("a", "c"), twice.TYPES[matmul_type(inputs[5])],
         i.contiguous(), j.contiguous(), per_area, channels, plain,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def edges(
 
 
 @dataclass(frozen=True)
-class _Channels:
+class Channels:
     """The library takes vectors and tensors eight by eight, those of one component side by side; zeros behind them."""
 
     vectors: int
@@ -111,13 +111,13 @@ class _Channels:
 
 
 @dataclass
-class _Edges(twice.Layer):
+class Edges(twice.Layer):
     function = "multifid_egnn"
     i: Tensor
     j: Tensor
     per_area: float
-    channels: _Channels
-    in_torch: Plain
+    channels: Channels
+    in_torch: Plain | None
 
     def structure(self, tensors: Tensors, addresses: Mapping[str, int]) -> ctypes.Structure:
         a, v, b, phi = (tensors[name] for name in ("a", "v", "b", "weight_bias"))
@@ -149,4 +149,5 @@ class _Edges(twice.Layer):
         return {f"d_{name}": torch.empty_like(kept[name]) for name in (*WIDE, "phi")}  # type: ignore[arg-type]
 
     def plain(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        assert self.in_torch is not None
         return self.channels.as_given(self.in_torch(*self.channels.back(inputs)))

@@ -33,27 +33,32 @@ def edges(plain: Callable[..., Tensor], i: Tensor, j: Tensor, inputs: Sequence[T
     plain: the same function in torch, of the inputs. i, j: (E,), i ascending. inputs: phi, v (N, 3, H), unit vectors
     r (E, 3), basis b (E, R), envelope u (E, 1), and weight (3 H, R) and bias (3 H,) of the filters.
     """
+    channels, kind = inputs[0].shape[2], twice.TYPES[inputs[0].dtype]
+    layer = Edges(
+        ("m",), INPUTS, ("weight", "bias"), ("phi", "v"), kind, i.contiguous(), j.contiguous(), channels, plain,
+    )  # fmt: skip
+    (sums,) = twice.apply(layer, padded(inputs))
+    return sums[:, :, :channels]
+
+
+def padded(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs as the library takes them: channels up to a multiple of `GROUP`, zeros behind."""
     phi, v, r, b, u, weight, bias = inputs
     channels = phi.shape[2]
     behind = -channels % GROUP
     if behind:
         weight = pad(weight.unflatten(0, (3, channels)), [0, 0, 0, behind]).flatten(0, 1)
         phi, v, bias = pad(phi, [0, behind]), pad(v, [0, behind]), pad(bias.view(3, -1), [0, behind]).flatten()
-    layer = _Edges(
-        ("m",), INPUTS, ("weight", "bias"), ("phi", "v"), twice.TYPES[phi.dtype], i.contiguous(), j.contiguous(),
-        channels, plain,
-    )  # fmt: skip
-    (sums,) = twice.apply(layer, [x.contiguous() for x in (phi, v, r, b, u, weight, bias)])
-    return sums[:, :, :channels]
+    return [x.contiguous() for x in (phi, v, r, b, u, weight, bias)]
 
 
 @dataclass
-class _Edges(twice.Layer):
+class Edges(twice.Layer):
     function = "multifid_painn"
     i: Tensor
     j: Tensor
     channels: int
-    in_torch: Callable[..., Tensor]
+    in_torch: Callable[..., Tensor] | None
 
     def structure(self, tensors: Tensors, addresses: Mapping[str, int]) -> ctypes.Structure:
         phi, b = tensors["phi"], tensors["b"]
@@ -78,6 +83,7 @@ class _Edges(twice.Layer):
         return {}
 
     def plain(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        assert self.in_torch is not None
         phi, v, r, b, u, weight, bias = inputs
         wide, n = phi.shape[2], self.channels
         weight, bias = weight.unflatten(0, (3, wide))[:, :n].flatten(0, 1), bias.view(3, wide)[:, :n].flatten()

@@ -137,6 +137,9 @@ class _Values(torch.autograd.Function):
                 return (None, *_by_torch(layer, inputs, given, wanted))
             found = _Gradients.apply(layer, tuple(wanted), ctx.kept, token, *given, *kept, *inputs)
             return (None, *(dict(zip(wanted, found, strict=True)).get(name) for name in layer.names))
+        if torch._C._are_functorch_transforms_active():  # many gradients at once
+            found = _Slopes.apply(layer, tuple(wanted), ctx.kept, *given, *kept, *inputs)
+            return (None, *(dict(zip(wanted, found, strict=True)).get(name) for name in layer.names))
         g = layer.gradients(tensors, wanted)
         arrays = {**tensors, **dict(zip(ctx.kept, kept, strict=True)), **g}
         given = [x.contiguous() for x in given]
@@ -146,6 +149,33 @@ class _Values(torch.autograd.Function):
             layer.call(BACKWARD, {**arrays, **layer.of_outputs("G_", given)})
         layer.left = {}
         return (None, *(g.get(f"g_{name}") if name in wanted else None for name in layer.names))
+
+
+class _Slopes(torch.autograd.Function):
+    """The backward pass of `_Values`, once, for many gradients of the outputs of one forward pass."""
+
+    @staticmethod
+    def forward(layer: Layer, wanted: tuple[str, ...], names: tuple[str, ...], *rest: Tensor) -> tuple[Tensor, ...]:
+        outputs, ends = len(layer.outputs), len(layer.outputs) + len(names)
+        tensors = layer.named(rest[ends:])
+        kept = dict(zip(names, rest[outputs:ends], strict=True))
+        g, given = layer.gradients(tensors, wanted), [x.contiguous() for x in rest[:outputs]]
+        layer.call(BACKWARD, {**tensors, **kept, **layer.of_outputs("G_", given), **g})
+        return tuple(g[f"g_{name}"] for name in wanted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing: this is not differentiated."""
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: Any, layer: Layer, wanted: tuple[str, ...], names: tuple[str, ...], *rest: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        def at(k: int) -> list[Tensor]:
+            return [x if dim is None else x.select(dim, k) for x, dim in zip(rest, dims[3:], strict=True)]
+
+        found = [_Slopes.forward(layer, wanted, names, *at(k)) for k in range(info.batch_size)]
+        return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
 
 
 class _Gradients(torch.autograd.Function):

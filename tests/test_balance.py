@@ -23,7 +23,7 @@ from test_train import assert_same_bits, config_of, feed_of, start
 MEASURED = [  # ranks, placement, forces, most edges of a micro-batch, bytes of gradients
     pytest.param(2, "replicated", "conservative", 20, 900, marks=pytest.mark.full),
     pytest.param(3, "split", "direct", None, 1 << 20, marks=pytest.mark.full),
-    (3, {"apple": [0, 2], "berry": [1], "cherry": [1, 2], "figs": [0, 1], "figs2": [0, 1]}, "direct", 20, 3_000),
+    (4, {"apple": [1, 3], "berry": [2], "cherry": [2, 3], "figs": [1, 2], "figs2": [1, 2]}, "direct", 20, 3_000),
 ]
 
 
@@ -70,6 +70,7 @@ def test_products_of_gradients_are_those_of_whole_gradients_on_any_placement(
     size = np.sqrt(np.outer(reference.diagonal(), reference.diagonal()))
     assert size.min() > 0 and np.abs(reference / size - 1)[~np.eye(5, dtype=bool)].max() > 0.1
     values = with_two_fidelities(five, forces, placement, max_edges=max_edges)
+    values["parallel"] |= {"allow_idle": True}  # a rank without any task takes part
     found = pool.run(ranks, "products_of_gradients", values, held)
     for rank in found:
         assert np.array_equal(rank["products"], found[0]["products"]), "all ranks have the same bits"

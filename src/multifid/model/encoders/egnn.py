@@ -144,12 +144,12 @@ def edges_of_layer(
 ) -> tuple[Tensor, ...]:
     """Sums over the neighbours of each atom: of messages (N, K), of moves (N, C, 3) and, with y, of tensors (N, T, 5).
 
-    a, c (N, K): the parts of the first map that depend on receiver and sender. rest: the harmonics y (E, 5), where
-    there are tensors, and the weights.
+    a, c (N, K): the parts of the first map that depend on receiver and sender; a may have fewer rows, as many as the
+    sums have. rest: the harmonics y (E, 5), where there are tensors, and the weights.
     """
     weights = EdgeWeights(*rest[-len(EdgeWeights._fields) :])
     y = rest[0] if len(rest) > len(weights) else None
-    atoms, vectors = v.shape[0], v.shape[1]
+    atoms, vectors = a.shape[0], v.shape[1]
     v_j, v_i = v.index_select(0, j), v.index_select(0, i)
     x = r[:, None, :] + v_j - v_i  # (E, C, 3)
     x2 = x.square().sum(dim=2)  # (E, C)
@@ -216,10 +216,7 @@ class EGNNLayer(nn.Module):
             for linear in (self.receiver, self.sender)
         )
         known = partial(edges_of_layer, i, j, self.per_area, self.angle is not None)
-        own, of_all = h.shape[0], v
-        if fetch is not None:
-            of_sender, of_all = fetch(of_sender, v)
-            of_receiver = padded(of_receiver, of_sender.shape[0], width)
+        of_sender, of_all = (of_sender, v) if fetch is None else fetch(of_sender, v)
         inputs = [of_receiver, of_sender, of_all, r, b, u, *([] if y is None else [y])]
         weights = self.edge_weights(width)
         if usable(u, width):
@@ -230,8 +227,6 @@ class EGNNLayer(nn.Module):
             m_sum, moves, *of_tensors = operations.edges(i, j, self.per_area, self.angle is not None, inputs, weights)
         else:
             m_sum, moves, *of_tensors = known(*inputs, *weights)
-        if fetch is not None:
-            m_sum, moves, *of_tensors = (x[:own] for x in (m_sum, moves, *of_tensors))
         v = v + moves / TYPICAL_NEIGHBORS**0.5
         m_sum = m_sum[:, : h.shape[1]] / TYPICAL_NEIGHBORS
         parts = [n, m_sum, torch.log1p(v.square().sum(dim=2))]

@@ -44,7 +44,8 @@ def edges(
     """Sums over the neighbours of each atom: messages (N, K), moves (N, C, 3) and, with `y`, tensors (N, T, 5).
 
     plain: the same function in torch, of inputs and weights. i, j: (E,), i ascending. inputs: a, c (N, K), v (N, C, 3),
-    r (E, 3), b (E, R), u (E, 1), and y (E, 5) where there are tensors. K: a multiple of 16; of 32 for bfloat16.
+    r (E, 3), b (E, R), u (E, 1), and y (E, 5) where there are tensors. K: a multiple of 16; of 32 for bfloat16. Where a
+    has fewer rows, receivers are of those, and sums have as many.
     """
     vectors = inputs[2].shape[1]
     channels = Channels(vectors, weights.weight.shape[0] - vectors, inputs[4].shape[1], angles)
@@ -120,10 +121,10 @@ class Edges(twice.Layer):
     in_torch: Plain | None
 
     def structure(self, tensors: Tensors, addresses: Mapping[str, int]) -> ctypes.Structure:
-        a, v, b, phi = (tensors[name] for name in ("a", "v", "b", "weight_bias"))
-        assert a is not None and v is not None and b is not None and phi is not None
+        c, v, b, phi = (tensors[name] for name in ("c", "v", "b", "weight_bias"))
+        assert c is not None and v is not None and b is not None and phi is not None
         return _Call(
-            edges=self.i.shape[0], atoms=a.shape[0], K=a.shape[1], C=v.shape[2], R=b.shape[1],
+            edges=self.i.shape[0], atoms=c.shape[0], K=c.shape[1], C=v.shape[2], R=b.shape[1],
             T=phi.shape[0] - v.shape[2], angles=self.channels.angles, threads=torch.get_num_threads(),
             type=self.type, per_area=self.per_area, i=self.i.data_ptr(), j=self.j.data_ptr(), **addresses,
         )  # fmt: skip
@@ -131,7 +132,7 @@ class Edges(twice.Layer):
     def sums(self, tensors: Tensors) -> list[Tensor]:
         a, v, phi = (tensors[name] for name in ("a", "v", "weight_bias"))
         assert a is not None and v is not None and phi is not None
-        found = [torch.zeros_like(a), torch.zeros_like(v)]
+        found = [torch.zeros_like(a), a.new_zeros(a.shape[0], *v.shape[1:])]
         more = phi.shape[0] - v.shape[2]
         return [*found, a.new_zeros(a.shape[0], 5, more)] if len(self.outputs) == len(OUTPUTS) else found
 

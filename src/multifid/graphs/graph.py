@@ -60,7 +60,9 @@ class Graph:
         Tensors of own atoms alone, `of_own`, come back with rows of ghosts behind theirs. The gradients of ghosts' rows
         go to their owners. All ranks must come here equally often, in one order.
         """
-        return of_atoms if self.exchange is None else self.exchange(self.atoms, *of_atoms)
+        if self.exchange is None:
+            return of_atoms
+        return self.exchange(*of_atoms) if self.own is None else self.exchange(self.atoms, *of_atoms)
 
     def of_own(self, of_atoms: Tensor) -> Tensor:
         """The rows that this domain computes; all of them where a system is whole."""

@@ -105,8 +105,10 @@ class EGNN(Encoder):
         b, u = self.basis(d, graph.numbers, graph.receivers, graph.senders), envelope(d, self.cutoff)
         y = [harmonics(bounded(r))] if self.tensors else []
         of_layers = []
-        for layer in self.layers:
-            of_domain = layer if graph.exchange is None else partial(layer, fetch=graph.exchanged)
+        for number, layer in enumerate(self.layers):
+            if number and graph.own is None:
+                h, v = graph.exchanged(h, v)
+            of_domain = layer if graph.own is None else partial(layer, fetch=graph.exchanged)
             h, v = call(of_domain, self.recompute, h, v, graph.receivers, graph.senders, r, b, u, *y)
             of_layers.append(h)
         return Features(self.norm(h), v, layers=tuple(of_layers[:-1]))

@@ -84,8 +84,10 @@ class PaiNN(Encoder):
         direction = r / d[:, None]
         basis, u = self.basis(d, graph.numbers, graph.receivers, graph.senders), envelope(d, self.cutoff)
         of_layers = []
-        for layer in self.layers:
-            of_domain = layer if graph.exchange is None else partial(layer, fetch=graph.exchanged)
+        for number, layer in enumerate(self.layers):
+            if number and graph.own is None:
+                s, v = graph.exchanged(s, v)
+            of_domain = layer if graph.own is None else partial(layer, fetch=graph.exchanged)
             s, v = call(of_domain, self.recompute, s, v, graph.receivers, graph.senders, direction, basis, u)
             of_layers.append(s)
         return Features(self.norm(s), v.transpose(1, 2).contiguous(), layers=tuple(of_layers[:-1]))

@@ -22,6 +22,8 @@ from multifid.graphs.edges import CUT, edges_of_tile, in_pieces, in_tiles
 from multifid.graphs.graph import GraphNeeds
 from multifid.model.counting import Count, Moment, Tiles, Work
 from multifid.model.encoders import build_encoder
+from multifid.model.kernels.native.build import counted as counting_library
+from multifid.model.kernels.native.build import library
 from multifid.model.moments import Moments, Trial, solved
 from multifid.model.potential import ModelConfig, Potential
 
@@ -107,16 +109,18 @@ def footprint(
     sizes = _sizes(atoms, edges, triplets, min(max(tasks, 2), MOST_TASKS))
     base = sizes[0]
 
-    def counted(size: BatchSize, pieces: int | None) -> Counted:
-        return count(config, size, dtype, processor, device, pieces)
+    def counted(size: BatchSize, pieces: int | None, of_library: bool = False) -> Counted:
+        return passes(config, size, dtype, processor, device, pieces, of_library)
 
+    compiled = compiled_for(processor)
     trials = [counted(size, 1) for size in sizes]
-    seen = [Trial(size.vector(), 1, trial.moments) for size, trial in zip(sizes, trials, strict=True)]
+    live = [counted(size, 1, True) for size in sizes] if compiled else trials
+    seen = [Trial(size.vector(), 1, trial.moments) for size, trial in zip(sizes, live, strict=True)]
     # Where a derivative is autograd's, it keeps the values of all tiles: what one needs for itself is of no matter.
     if processor and config.branch.forces == "direct":
         more = replace(base, edges=2 * base.edges, triplets=2 * base.triplets)
         several = ((base, 2), (base, 3), (more, 2))
-        seen += [Trial(size.vector(), pieces, counted(size, pieces).moments) for size, pieces in several]
+        seen += [Trial(size.vector(), pieces, counted(size, pieces, compiled).moments) for size, pieces in several]
     moments = solved(seen)
     if processor:  # a few more edges may be no further operation: sums need whole tiles
         trials[MORE_EDGES] = counted(sizes[MORE_EDGES], None)
@@ -163,10 +167,34 @@ def count(
     device: str = "meta",
     pieces: int | None = None,
 ) -> Counted:
-    """One forward and one backward pass through a batch of this size. pieces: tiles of all loops; None: as they run."""
+    """One forward and one backward pass through a batch of this size. pieces: tiles of all loops; None: as they run.
+
+    Bytes are those of the functions in C++ where a run would take them; work is counted of the operations of torch.
+    """
+    counted = passes(config, size, dtype, processor, device, pieces, False)
+    if not compiled_for(processor):
+        return counted
+    return replace(counted, moments=passes(config, size, dtype, processor, device, pieces, True).moments)
+
+
+def compiled_for(processor: bool) -> bool:
+    """Whether a run on this machine would take functions in C++ (`kernels/native/`)."""
+    return processor and library() is not None
+
+
+def passes(
+    config: ModelConfig,
+    size: BatchSize,
+    dtype: torch.dtype,
+    processor: bool,
+    device: str,
+    pieces: int | None,
+    compiled: bool,
+) -> Counted:
+    """As `count`, with functions in C++ or without."""
     tasks = [f"t{k}" for k in range(int(size.tasks))]
     shared = len(tasks) > 1 and size.labelled != size.atoms
-    with torch.device(device), _default(dtype), in_tiles(processor):
+    with torch.device(device), _default(dtype), in_tiles(processor), counting_library(compiled):
         potential = Potential(config, tasks, {t: t for t in tasks}, seed=0).train()
         for p in potential.parameters():
             p.grad = torch.zeros_like(p)

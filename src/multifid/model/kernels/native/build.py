@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -96,13 +97,35 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
+_COUNTED: ContextVar[bool] = ContextVar("counted", default=False)
+
+
+@contextmanager
+def counted(wanted: bool) -> Iterator[None]:
+    """Inside, with `wanted`, the library's functions are taken in passes that are counted, where a run would take them.
+
+    Over tensors without memory they compute nothing: who counts sees what is allocated for them.
+    """
+    token = _COUNTED.set(wanted)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
+
+
 def usable(x: Tensor, width: int) -> bool:
     """Whether edges that a tensor is of may be computed by the library: real numbers on a CPU, which nobody traces."""
+    if _COUNTED.get():
+        return x.dtype in (torch.float32, torch.float64) and _wide_enough(width)
     if x.device.type != "cpu" or type(x) is not Tensor or x.dtype not in (torch.float32, torch.float64):
         return False
     if IN_TILES.get() is False or CUT.get() is not None or torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
+    return _wide_enough(width)
+
+
+def _wide_enough(width: int) -> bool:
     made = library()
     return made is not None and width <= made.multifid_widest()

@@ -21,7 +21,7 @@ class PlainEGNN(Encoder):
     def __init__(self, encoder: EGNN):
         super().__init__()
         self.degrees, self.cutoff = encoder.degrees, encoder.cutoff
-        self.embedding, self.radial, self.norm = encoder.embedding, encoder.radial, encoder.norm
+        self.embedding, self.basis, self.norm = encoder.embedding, encoder.basis, encoder.norm
         self.layers = nn.ModuleList(PlainLayer(layer) for layer in encoder.layers)
 
     def forward(self, graph: Graph) -> Features:
@@ -29,7 +29,9 @@ class PlainEGNN(Encoder):
         v = graph.vectors.new_zeros((len(h), self.degrees[1], 3))
         r, d, edges = graph.vectors, graph.distances, (graph.receivers, graph.senders)
         for layer in self.layers:
-            h, v = layer(h, v, edges, r, self.radial(d), envelope(d, self.cutoff))
+            h, v = layer(
+                h, v, edges, r, self.basis(d, graph.numbers, graph.receivers, graph.senders), envelope(d, self.cutoff)
+            )
         return Features(self.norm(h), v)
 
 
@@ -66,7 +68,7 @@ class PlainPaiNN(Encoder):
     def __init__(self, encoder: PaiNN):
         super().__init__()
         self.degrees, self.cutoff = encoder.degrees, encoder.cutoff
-        self.embedding, self.radial, self.norm = encoder.embedding, encoder.radial, encoder.norm
+        self.embedding, self.basis, self.norm = encoder.embedding, encoder.basis, encoder.norm
         self.layers = encoder.layers
 
     def forward(self, graph: Graph) -> Features:
@@ -75,7 +77,7 @@ class PlainPaiNN(Encoder):
         r, d, row, col = graph.vectors, graph.distances, graph.receivers, graph.senders
         direction = (r / d[:, None])[:, None, :]
         for layer in self.layers:
-            w = layer.filter(self.radial(d)) * envelope(d, self.cutoff)
+            w = layer.filter(self.basis(d, graph.numbers, graph.receivers, graph.senders)) * envelope(d, self.cutoff)
             a, b, c = (layer.phi(layer.norm(s))[col] * w).chunk(3, dim=1)
             moved = b[:, :, None] * v[col] + c[:, :, None] * direction
             s = s + segment_sum(a, row, len(s)) / TYPICAL_NEIGHBORS

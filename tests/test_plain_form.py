@@ -38,7 +38,15 @@ class PlainTensors(PlainEGNN):
         v = graph.vectors.new_zeros(len(h), self.degrees[1], 3)
         r, d, edges = graph.vectors, graph.distances, (graph.receivers, graph.senders)
         for k, layer in enumerate(self.layers):
-            h, v = layer(k, h, v, edges, r, self.radial(d), envelope(d, self.cutoff))
+            h, v = layer(
+                k,
+                h,
+                v,
+                edges,
+                r,
+                self.basis(d, graph.numbers, graph.receivers, graph.senders),
+                envelope(d, self.cutoff),
+            )
         return Features(self.norm(h), v)
 
 

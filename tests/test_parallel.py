@@ -343,6 +343,15 @@ def test_process_groups_are_made_once_in_the_life_of_a_world(pool):
         assert sums[: len(sums) // 2] == sums[len(sums) // 2 :] and {2.0, 4.0} <= set(sums)
 
 
+def test_no_process_group_is_left_of_a_run(pool, five):
+    values = values_of(five, 2, placement="split")
+    values["model"]["encoder"] = {"name": "egnn", "layers": 1, "hidden": 8}
+    pool.run(2, "updated_weights", values)
+    values["train"]["balance"] = "pcgrad"
+    pool.run(2, "updated_weights", values)
+    assert pool.run(2, "groups_kept") == [0, 0]
+
+
 def through(pool, values: dict, starts: list[tuple[int, str, int | None]]) -> Path:
     """A run in several starts: (ranks, placement, the step in which its last rank gets SIGTERM)."""
     for ranks, placement, stop_at in starts:

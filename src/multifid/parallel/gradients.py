@@ -16,8 +16,9 @@ forces, what conservative forces leave unused in the last layer of an encoder. N
 An encoder in pieces has no buckets: see `shard.py`, also for when those of branches leave then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -79,10 +80,11 @@ class Gradients:
     def _bucket(self, part: ModelPart, members: list[nn.Parameter]) -> Bucket:
         flat = members[0].new_zeros(sum(p.numel() for p in members)).detach()
         bucket = Bucket(part.name, part.group, flat, list(members))
+        arrived = _weakly(self, bucket)
         for parameter, piece in zip(members, flat.split([p.numel() for p in members]), strict=True):
             parameter.grad = piece.view_as(parameter)  # zero, not None: every placement decays and moves alike
             if part.group.travels:
-                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+                parameter.register_post_accumulate_grad_hook(arrived)
         return bucket
 
     def zero(self) -> None:
@@ -153,6 +155,21 @@ class Gradients:
         """All gradients of this rank, and whether they count for their groups."""
         pieces = [] if self.shards is None else self.shards.gradients()
         return [(bucket.flat, bucket.group.first) for bucket in self.buckets] + [(piece, True) for piece in pieces]
+
+
+def _weakly(gradients: Gradients, bucket: Bucket) -> Callable[[Tensor], None]:
+    """A hook that keeps nothing alive.
+
+    Python's garbage collector does not see what hooks of parameters hold: through a cycle with the parameters, models
+    and process groups, with their threads, would stay until the process ends.
+    """
+    all_of, one = ref(gradients), ref(bucket)
+
+    def arrived(_: Tensor) -> None:
+        if (found := all_of()) is not None and (full := one()) is not None:
+            found._arrived(full)
+
+    return arrived
 
 
 def reached_from(loss: Tensor | None) -> set[int]:

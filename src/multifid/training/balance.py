@@ -19,6 +19,7 @@ updates that are made, is the same on all ranks, and is in the checkpoint by the
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -216,9 +217,14 @@ class Direction(Balance):
         super().__init__(*arguments)
         self.method, self.seed = method, seed
         self.now: float | None = None  # of the task whose gradient is on its way; None: left alone
+        me = ref(self)  # the garbage collector does not see what hooks of parameters hold
+
+        def turned(slope: Tensor) -> Tensor | None:
+            return None if (here := me()) is None or here.now is None else slope * here.now
+
         for parameter in self.trainer.potential.encoder.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(lambda slope: None if self.now is None else slope * self.now)
+                parameter.register_hook(turned)
 
     def prepare(self, batches: Sequence[Batch], counts: Tensor) -> None:
         if not self.due(1):

@@ -29,6 +29,7 @@ from multifid.feed.stage import stage
 from multifid.parallel import groups
 from multifid.store.store import Store
 from multifid.training import share
+from multifid.training.division import Division
 from multifid.training.feed import make_draws
 from multifid.training.run import train
 
@@ -169,11 +170,12 @@ def waiting(args: argparse.Namespace, world: groups.World) -> None:
     waited = []
     wait = share.Exchange.wait
 
-    def timed(self, step: int) -> None:
+    def timed(self, step: int) -> Division:
         began = time.perf_counter()
-        wait(self, step)
+        division = wait(self, step)
         if step >= share.WINDOW:  # the first window is waited for by everybody who begins
             waited.append(time.perf_counter() - began)
+        return division
 
     share.Exchange.wait = timed
     for turn in range(args.rounds):

@@ -37,7 +37,7 @@ def _compiled(kind: str, dtype: torch.dtype, march: str | None, threads: int, fo
     """The object file of a source."""
     from torch._inductor.cpp_builder import get_cpp_compiler  # seconds to import, for those who compile
 
-    source, made = Path(__file__).parent / f"{kind}.cpp", folder / f"{kind}.o"
+    source, made = Path(__file__).parent / f"{kind}.cpp", folder.resolve() / f"{kind}.o"  # linked from elsewhere
     command = [
         get_cpp_compiler(), *(flag for flag in FLAGS if flag != "-shared"), "-c", f"-march={march or 'native'}",
         f"-DMULTIFID_NUMBER={NUMBERS[dtype]}", f"-DMULTIFID_THREADS={threads}",

@@ -37,6 +37,7 @@ SHORTER = {
     r"^(multifid init .*?)( --minutes \d+)?$": r"\1 --minutes 0.02",
     r"--copies \d+": "--copies 2 --repeat 1",
     r"--structures \d+": "--structures 200 --rounds 1",
+    r"(benchmarks/share\.py .*)--batch \d+": r"\1--batch 16 --windows 2 --steps 4 --rounds 1 --hidden 8",
     r"--seconds \d+": "--seconds 1 --pairs 1 --hidden 8 --head 8",
     r"--tasks 16": "--tasks 4",
     r"--batch 128 --ranks 5 8": "--batch 8 --ranks 5 8 --steps 2",

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import time
 
 # Before torch is loaded: threads of several processes would fight for two cores.
@@ -11,6 +12,9 @@ from pathlib import Path
 
 # Processes that tests start find the encoders of another package too.
 os.environ["PYTHONPATH"] = f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{Path(__file__).parent / 'elsewhere'}"
+
+# `mpiexec` and `lmp` of the environment, also where nobody has activated it.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 import numpy as np
 import pytest

@@ -46,7 +46,8 @@ class Graph:
     distances: Tensor  # (E,) angstrom
     reverse: Tensor | None = None  # (E,) int64
     triplets: Tensor | None = None  # (2, T) int64: edges (f, e)
-    # Of a domain: tensors (N, ...) of atoms -> the same ones with the rows of ghosts as their owners have them.
+    # Between layers: tensors of atoms -> the same ones. Of a domain (`own`): N and tensors of own or all atoms ->
+    # tensors (N, ...) with the rows of ghosts as their owners have them.
     exchange: Callable[..., tuple[Tensor, ...]] | None = field(default=None, kw_only=True)
     own: int | None = field(default=None, kw_only=True)  # of a domain: so many atoms, the first ones, are no ghosts
 

@@ -26,7 +26,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 import multifid.training.build
 from memory_worker import measured_run
 from multifid.apply.predict import predict
-from multifid.config import parse_config
+from multifid.config import Config, parse_config
 from multifid.feed.loader import open_sources
 from multifid.graphs.batch import Batch
 from multifid.model.potential import Potential
@@ -120,6 +120,15 @@ def work(pipe, port: int) -> None:
             pipe.send((False, f"rank {rank} of {size}:\n{traceback.format_exc()}"))
 
 
+def built(values: dict, world: groups.World) -> tuple[Config, Feed, Trainer]:
+    """What a run of these values is made of on this rank."""
+    config = resolve(parse_config(values, "test"), world.size)
+    sources = open_sources(config.tasks)
+    draws = make_draws(config, sources)
+    placement = placement_of(config, sources, draws, world.size)
+    return config, Feed(config, sources, draws, placement, world.rank), build(config, sources, placement, 10, world)
+
+
 def five_steps(values: dict, without_forces: str | None, unlabelled: str | None, bucket_bytes: int) -> dict:
     """Five updates, driven by hand, and everything that two layouts can be compared by.
 
@@ -134,12 +143,7 @@ def five_steps(values: dict, without_forces: str | None, unlabelled: str | None,
 
     small = functools.partial(Watched, bucket_bytes=bucket_bytes)
     with groups.world("cpu") as world, patch.object(multifid.training.build, "Gradients", small):
-        config = resolve(parse_config(values, "test"), world.size)
-        sources = open_sources(config.tasks)
-        draws = make_draws(config, sources)
-        placement = placement_of(config, sources, draws, world.size)
-        feed = Feed(config, sources, draws, placement, world.rank)
-        trainer = build(config, sources, placement, 10, world)
+        config, feed, trainer = built(values, world)
         out["built"] = held_bytes(trainer)
         for step in range(5):
             micro, _, known = feed.step(step)
@@ -186,12 +190,7 @@ def collectives_of(values: dict) -> list[str]:
         return original(tensor, *arguments, **options)
 
     with groups.world("cpu") as world, patch.object(groups.dist, "all_reduce", all_reduce):
-        config = resolve(parse_config(values, "test"), world.size)
-        sources = open_sources(config.tasks)
-        draws = make_draws(config, sources)
-        placement = placement_of(config, sources, draws, world.size)
-        feed = Feed(config, sources, draws, placement, world.rank)
-        trainer = build(config, sources, placement, 10, world)
+        config, feed, trainer = built(values, world)
         trainer.begins = log.append
         made = (feed.step(k) for k in range(3))
         ready = (step._replace(batches=[trainer.ready(batch) for batch in step.batches]) for step in made)
@@ -204,12 +203,8 @@ def collectives_of(values: dict) -> list[str]:
 def updated_weights(values: dict) -> dict:
     """Weights and averages of this rank after `train.steps` updates, and the most micro-batches of a step."""
     with groups.world("cpu") as world:
-        config = resolve(parse_config(values, "test"), world.size)
-        sources = open_sources(config.tasks)
-        draws = make_draws(config, sources)
-        placement = placement_of(config, sources, draws, world.size)
-        feed = Feed(config, sources, draws, placement, world.rank)
-        trainer, micro = build(config, sources, placement, 10, world), 0
+        config, feed, trainer = built(values, world)
+        micro = 0
         for step in range(config.train.steps):
             batches = feed.step(step).batches
             micro = max(micro, len(batches))
@@ -221,13 +216,8 @@ def updated_weights(values: dict) -> dict:
 def products_of_gradients(values: dict, held: int) -> dict:
     """Inner products of the tasks' gradients in the first step, and the most bytes of them that this rank held."""
     with groups.world("cpu") as world:
-        config = resolve(parse_config(values, "test"), world.size)
-        sources = open_sources(config.tasks)
-        draws = make_draws(config, sources)
-        placement = placement_of(config, sources, draws, world.size)
-        feed = Feed(config, sources, draws, placement, world.rank)
-        trainer = build(config, sources, placement, 10, world)
-        of_ranks = tasks_of_ranks(list(config.tasks), placement, world.size)
+        config, feed, trainer = built(values, world)
+        of_ranks = tasks_of_ranks(list(config.tasks), feed.placement, world.size)
         gradients, most = TaskGradients(trainer, of_ranks, held), []
         pieces = [[part] for piece in feed.pieces_of_step(0) for part in piece]
         counts = trainer.counts([trainer.ready(batch) for batch in feed.step(0).batches])
@@ -280,12 +270,7 @@ def recorded_steps(values: dict, poisoned: int) -> dict:
         patch.object(multifid.training.build, "Gradients", small),
         patch.object(groups.Group, "sum_later", sum_later),
     ):
-        config = resolve(parse_config(values, "test"), world.size)
-        sources = open_sources(config.tasks)
-        draws = make_draws(config, sources)
-        placement = placement_of(config, sources, draws, world.size)
-        feed = Feed(config, sources, draws, placement, world.rank)
-        trainer = build(config, sources, placement, 10, world)
+        config, feed, trainer = built(values, world)
         for module in trainer.potential.encoder.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(Gather())

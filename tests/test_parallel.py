@@ -271,12 +271,14 @@ def test_the_ranks_of_a_host_train_from_one_copy_of_each_store(pool, five, tmp_p
 )
 def test_structures_that_travel_between_ranks_are_those_of_the_store(pool, five, tmp_path, ranks, placement):
     """Across windows, with blocks of a few structures dealt to the ranks: the bits of reading from the store."""
-    common = {"steps": 24, "epoch_steps": 12, "checkpoint_every": 11}
+    common = {"steps": 24, "epoch_steps": 12, "checkpoint_every": 11, "diagnose_every": 7}
     pool.run(ranks, "whole_run", values_of(five, 3, str(tmp_path / "read"), placement, **common))
     values = values_of(five, 3, str(tmp_path / "shared"), placement, share_data=True, **common)
     for served, missed in pool.run(ranks, "shared_run", values, 5, 4):
         assert served >= 24 and not missed
     assert_same_bits(tmp_path / "read", tmp_path / "shared")
+    read, shared = ((tmp_path / run / "diagnosis.jsonl").read_text() for run in ("read", "shared"))
+    assert read == shared and read.count('"step": 21') == 3
 
 
 def test_who_waits_for_structures_leaves_with_the_run(five):

@@ -30,7 +30,7 @@ def test_labels_keys_and_doubts_are_told_and_nothing_is_written(tmp_path):
     code, text = told("auto", path, "--dry-run")
     text = " ".join(text.replace("│", " ").split())
     assert code == 0, text
-    assert "format extxyz: 1 files; looked at 100 records of in.xyz" in text and "energy 100, forces 100" in text
+    assert "format extxyz: 1 files; of each up to 100 records: in.xyz" in text and "energy 100, forces 100" in text
     assert "mace_energy looks like an energy (--option energy_key=mace_energy)" in text
     assert "100: no charge stated: taken as neutral" in text
     assert "doubtful: " in text and "prepare refuses these units without --trust-units" in text

@@ -45,7 +45,7 @@ def preview(
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
-    say(f"format {format}: {len(files):,} files; looked at {each} records of {', '.join(f.name for f in looked)}")
+    say(f"format {format}: {len(files):,} files; of each up to {each} records: {', '.join(f.name for f in looked)}")
     for line in _first_record(module, looked[0].path):
         say(f"  {line}")
     with tempfile.TemporaryDirectory(prefix="multifid-dry-run-") as folder:

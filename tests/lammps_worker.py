@@ -79,7 +79,8 @@ def state(lmp) -> dict:
 
 
 def single():
-    return measured(started())
+    with rows_of_passes() as rows:
+        return measured(started()) | {"rows": rows}
 
 
 def one_sided():
@@ -284,6 +285,24 @@ class MLIAPData:
     def update_pair_forces_gpu(self, forces):
         self.forces = np.zeros((self.npairs, 3))
         self.forces[self.mixed] = forces.numpy()
+
+
+@contextmanager
+def rows_of_passes():
+    """Rows of atoms, those of other ranks included, that the model is given in each pass."""
+    from multifid.apply.lammps import rank
+
+    rows, plain = [], rank.share_of
+
+    def share_of(potential, task, graph, own):
+        rows.append(graph.atoms)
+        return plain(potential, task, graph, own)
+
+    rank.share_of = share_of
+    try:
+        yield rows
+    finally:
+        rank.share_of = plain
 
 
 @contextmanager

@@ -106,6 +106,13 @@ def test_two_ranks_give_what_the_calculator_says(two, folder):
     assert sorted(int((folder / f"local-2-{k}").read_text()) for k in (0, 1)) == [0, 24]
 
 
+@needs_lammps
+def test_images_of_an_atom_have_one_row_in_a_pass(two):
+    rows = two["single"]["rows"]
+    assert rows
+    assert max(rows) <= len(crystal())
+
+
 REFUSALS = {
     "no model": "none.mfid: not found",
     "no task": "needs a model and a task",

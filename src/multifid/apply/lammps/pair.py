@@ -5,12 +5,10 @@ from inside its own calls; an exception becomes a message in the table, of which
 """
 
 import ctypes
-import warnings
 from collections.abc import Callable, Sequence
 from ctypes import CFUNCTYPE, POINTER, c_char, c_char_p, c_double, c_int, c_void_p
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +41,7 @@ class Bridge(ctypes.Structure):
         ("width", c_int),
         ("conservative", c_int),
         ("committee", c_int),
+        ("alone", c_int),
         ("message", c_char * MESSAGE),
     )
 
@@ -117,7 +116,7 @@ class Style:
     def compute(
         self,
         nlocal: int,
-        nall: int,
+        nrows: int,
         types: Any,
         nown: int,
         own: Any,
@@ -134,14 +133,15 @@ class Style:
         assert self.model is not None
         device = self.model.models[0].device
         pairs = Pairs(
-            _tensor(types, nall).to(device, torch.int64),
+            _tensor(types, nrows).to(device, torch.int64),
             nlocal,
             _tensor(own, nown).to(device, torch.int64),
             _tensor(i, npairs).to(device, torch.int64),
             _tensor(j, npairs).to(device, torch.int64),
             _tensor(r, 3 * npairs).view(npairs, 3).to(device),
         )
-        answer = self.model.answer(pairs, PluginLink(self.bridge, nlocal), bool(deviations))
+        link = None if self.bridge.alone else PluginLink(self.bridge, nlocal)
+        answer = self.model.answer(pairs, link, bool(deviations))
         _tensor(energies, nown).copy_(answer.energies)
         if answer.slopes is not None:
             _tensor(slopes, 3 * npairs).copy_(answer.slopes.flatten())
@@ -201,9 +201,7 @@ def read_arguments(given: Sequence[str]) -> tuple[list[str], str, dict[str, str]
 
 def _tensor(pointer: Any, count: int) -> Tensor:
     """The numbers behind a pointer of ctypes, without a copy."""
-    kind = np.intc if isinstance(pointer, INTS) else np.double
+    element, kind = (c_int, torch.int32) if isinstance(pointer, INTS) else (c_double, torch.float64)
     if not count:
-        return torch.from_numpy(np.zeros(0, kind))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of numpy, on buffers of ctypes
-        return torch.from_numpy(np.ctypeslib.as_array(pointer, (count,)))
+        return torch.zeros(0, dtype=kind)
+    return torch.frombuffer((element * count).from_address(ctypes.addressof(pointer.contents)), dtype=kind)

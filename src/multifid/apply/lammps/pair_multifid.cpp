@@ -22,6 +22,9 @@
    layers of the model it asks here for an exchange of features of atoms with the other ranks, and in the backward
    pass for the exchange of gradients back. Python is the one that drives LAMMPS, or is started here within `lmp`.
 
+   Python sees rows: one for each atom of this rank, then one for each atom of another rank that has ghosts here. All
+   ghosts of an atom, its periodic images, share its row, so that one rank alone has no ghosts and exchanges nothing.
+
    Every call of Python and every exchange ends, respectively begins, with an agreement of all ranks on whether all are
    well, so that an error on one rank is an error on all, with its reason, and none waits for ever. */
 
@@ -44,8 +47,10 @@
 #include <cstdio>
 #include <cstring>
 #include <dlfcn.h>
+#include <map>
 #include <mpi.h>
 #include <string>
+#include <utility>
 #include <vector>
 
 using namespace LAMMPS_NS;
@@ -63,7 +68,7 @@ struct Bridge {
   int (*open)(int narg, char **arg);                // arguments of pair_style
   int (*types)(int ntypes, char **symbols);         // symbols of the types, NULL where a type is another style's
   int (*system)(const double *counts);              // atoms of each type, all ranks together
-  int (*compute)(int nlocal, int nall, const int *type, int nown, const int *own, int npairs, const int *i,
+  int (*compute)(int nlocal, int nrows, const int *type, int nown, const int *own, int npairs, const int *i,
                  const int *j, const double *r, double *energies, double *slopes, double *forces, double *deviations);
   int (*close)();
   // of the model
@@ -71,6 +76,8 @@ struct Bridge {
   int width;              // numbers per atom in the widest exchange
   int conservative;       // 1: slopes of pairs; 0: forces of atoms
   int committee;          // models
+  // of the run
+  int alone;              // 1: there is no other rank
   char message[MESSAGE];
 };
 
@@ -150,9 +157,12 @@ class PairMultifid : public Pair {
  private:
   Bridge bridge{};
   bool opened = false, told = false;
-  double *rows = nullptr;    // of the exchange that is under way: (nall, width)
+  double *rows = nullptr;    // of the exchange that is under way, by `row_of`: (nrows, width)
   int width = 0;
-  std::vector<int> own, pair_i, pair_j;
+  bool rows_known = false;
+  std::vector<int> row_of;    // (nall): the row of each atom and ghost
+  std::vector<int> first_of;    // (nrows): the atom, or first of the ghosts, that has a row
+  std::vector<int> own, pair_i, pair_j, senders, types;    // senders: rows of pair_j; types: (nrows)
   std::vector<double> r, energies, slopes, direct, deviations;
   std::vector<int> mapped;    // by type: 1 where it is an element here
   int deviation_asked = 0;
@@ -161,6 +171,7 @@ class PairMultifid : public Pair {
   bool all_well(bool);
   void agree(bool, const char *);
   void refuse_pressure();
+  void list_rows();
   void list_pairs();
   void add_slopes(double);
   void add_direct(double);
@@ -284,6 +295,8 @@ void PairMultifid::init_style()
   std::vector<double> here(n + 1, 0.0), all(n + 1, 0.0);
   for (int k = 0; k < atom->nlocal; k++) here[atom->type[k]] += 1.0;
   MPI_Allreduce(here.data(), all.data(), n + 1, MPI_DOUBLE, MPI_SUM, world);
+  bridge.alone = comm->nprocs == 1;
+  rows_known = false;
   agree(bridge.system(all.data() + 1) == 0, "pair_style multifid");
 }
 
@@ -308,6 +321,37 @@ double PairMultifid::init_one(int, int)
   return bridge.cutoff;
 }
 
+/* Which ghosts are of one atom: its owner says who it is, by an exchange in which every atom and ghost has a row. */
+void PairMultifid::list_rows()
+{
+  const int nlocal = atom->nlocal, nall = nlocal + atom->nghost;
+  row_of.resize(nall);
+  for (int k = 0; k < nall; k++) row_of[k] = k;
+  first_of = row_of;
+  std::vector<double> owners(2 * static_cast<size_t>(nall) + 1, 0.0);    // rank, and number there
+  for (int k = 0; k < nlocal; k++) {
+    owners[2 * k] = comm->me;
+    owners[2 * k + 1] = k;
+  }
+  rows = owners.data();
+  width = 2;
+  comm->forward_comm(this, width);
+  rows = nullptr;
+  std::map<std::pair<int, int>, int> known;    // rows of other ranks' atoms
+  first_of.resize(nlocal);
+  for (int k = nlocal; k < nall; k++) {
+    const int rank = static_cast<int>(owners[2 * k]), number = static_cast<int>(owners[2 * k + 1]);
+    if (rank == comm->me) {
+      row_of[k] = number;
+      continue;
+    }
+    const auto [found, is_new] = known.emplace(std::pair(rank, number), static_cast<int>(first_of.size()));
+    if (is_new) first_of.push_back(k);
+    row_of[k] = found->second;
+  }
+  rows_known = true;
+}
+
 /* Own atoms of mapped types in ascending order, and their pairs within the cutoff. */
 void PairMultifid::list_pairs()
 {
@@ -316,6 +360,7 @@ void PairMultifid::list_pairs()
   own.clear();
   pair_i.clear();
   pair_j.clear();
+  senders.clear();
   r.clear();
   std::vector<int> place(atom->nlocal, -1);
   for (int k = 0; k < list->inum; k++) place[list->ilist[k]] = k;
@@ -330,6 +375,7 @@ void PairMultifid::list_pairs()
       if (!(d[0] * d[0] + d[1] * d[1] + d[2] * d[2] < cutoff2)) continue;
       pair_i.push_back(i);
       pair_j.push_back(j);
+      senders.push_back(row_of[j]);
       r.insert(r.end(), d, d + 3);
     }
   }
@@ -338,15 +384,17 @@ void PairMultifid::list_pairs()
 void PairMultifid::compute(int eflag, int vflag)
 {
   ev_init(eflag, vflag);
+  if (neighbor->ago == 0 || !rows_known) list_rows();    // ghosts change with the lists of neighbours, on all ranks
   list_pairs();
-  const int nall = atom->nlocal + atom->nghost;
+  types.clear();
+  for (int first : first_of) types.push_back(atom->type[first]);
   const bool deviation = bridge.committee > 1 && deviation_asked;
   energies.assign(own.size() + 1, 0.0);
   slopes.assign(r.size() + 1, 0.0);
   direct.assign(3 * own.size() + 1, 0.0);
   if (deviation) deviations.assign(atom->nmax + 1, 0.0);
-  int failed = bridge.compute(atom->nlocal, nall, atom->type, static_cast<int>(own.size()), own.data(),
-                              static_cast<int>(pair_i.size()), pair_i.data(), pair_j.data(), r.data(),
+  int failed = bridge.compute(atom->nlocal, static_cast<int>(types.size()), types.data(), static_cast<int>(own.size()),
+                              own.data(), static_cast<int>(pair_i.size()), pair_i.data(), senders.data(), r.data(),
                               energies.data(), slopes.data(), direct.data(), deviation ? deviations.data() : nullptr);
   agree(failed == 0, "pair_style multifid");
   const double factor = unit();
@@ -415,18 +463,27 @@ int PairMultifid::exchange(void *self, int backward, double *rows, int width)
 int PairMultifid::pack_forward_comm(int n, int *list, double *buffer, int, int *)
 {
   double *to = buffer;
-  for (int k = 0; k < n; k++, to += width) std::copy_n(rows + static_cast<size_t>(list[k]) * width, width, to);
+  for (int k = 0; k < n; k++, to += width) std::copy_n(rows + static_cast<size_t>(row_of[list[k]]) * width, width, to);
   return n * width;
 }
 
+/* LAMMPS exchanges in several turns, and hands ghosts of one turn on in the next: the first ghost of an atom, which has
+   its row, is received before another one is handed on, and in the reverse exchange gives its row away after it. */
 void PairMultifid::unpack_forward_comm(int n, int first, double *buffer)
 {
-  std::copy_n(buffer, static_cast<size_t>(n) * width, rows + static_cast<size_t>(first) * width);
+  for (int k = first; k < first + n; k++, buffer += width)
+    if (first_of[row_of[k]] == k) std::copy_n(buffer, width, rows + static_cast<size_t>(row_of[k]) * width);
 }
 
 int PairMultifid::pack_reverse_comm(int n, int first, double *buffer)
 {
-  std::copy_n(rows + static_cast<size_t>(first) * width, static_cast<size_t>(n) * width, buffer);
+  double *to = buffer;
+  for (int k = first; k < first + n; k++, to += width) {
+    if (first_of[row_of[k]] == k)
+      std::copy_n(rows + static_cast<size_t>(row_of[k]) * width, width, to);
+    else
+      std::fill_n(to, width, 0.0);    // the row of another one has it
+  }
   return n * width;
 }
 
@@ -434,7 +491,7 @@ void PairMultifid::unpack_reverse_comm(int n, int *list, double *buffer)
 {
   const double *from = buffer;
   for (int k = 0; k < n; k++, from += width)
-    for (int c = 0; c < width; c++) rows[static_cast<size_t>(list[k]) * width + c] += from[c];
+    for (int c = 0; c < width; c++) rows[static_cast<size_t>(row_of[list[k]]) * width + c] += from[c];
 }
 
 /* For `fix NAME all pair N multifid deviation 1`: how far the models of a committee disagree on each force. */
@@ -454,7 +511,7 @@ void *PairMultifid::extract_peratom(const char *name, int &columns)
 
 double PairMultifid::memory_usage()
 {
-  return Pair::memory_usage() + sizeof(int) * (own.capacity() + 2.0 * pair_i.capacity()) +
+  return Pair::memory_usage() + sizeof(int) * (own.capacity() + 3.0 * pair_i.capacity() + row_of.capacity() + 2.0 * types.capacity()) +
       sizeof(double) * (2.0 * r.capacity() + 4.0 * energies.capacity());
 }
 

@@ -77,6 +77,7 @@ class RankModel:
     charge: int = 0
     spin: int = 1
     numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # atomic number of each type
+    references: list[Tensor] = field(init=False)  # of each model: (MAX_Z + 1,) eV, float64, by atomic number
 
     def __post_init__(self) -> None:
         first = self.models[0]
@@ -85,6 +86,7 @@ class RankModel:
             if (model.cutoff, model.conservative) != (first.cutoff, first.conservative):
                 raise ValueError("the models of a committee must have one cutoff, and forces of one kind")
         self.width = max(3, *(widest_exchange(model.potential) for model in self.models))
+        self.references = [self._references(model) for model in self.models]
 
     @property
     def cutoff(self) -> float:
@@ -126,10 +128,13 @@ class RankModel:
         ready = as_trained(self._packed([1]), self.models[0].description["tasks"][self.task], self.task)
         self.charge, self.spin = int(ready.charge[0]), int(ready.spin[0])
 
-    def answer(self, pairs: Pairs, link: Link, deviations: bool = False) -> Answer:
-        """What own atoms add, exact over all ranks. Called on all ranks, also on those without atoms or pairs."""
+    def answer(self, pairs: Pairs, link: Link | None, deviations: bool = False) -> Answer:
+        """What own atoms add, exact over all ranks. Called on all ranks, also on those without atoms or pairs.
+
+        link: None where there is no other rank, and all atoms are own ones.
+        """
         pairs.check()
-        each = [self._of(model, pairs, link) for model in self.models]
+        each = [self._of(*known, pairs, link) for known in zip(self.models, self.references, strict=True)]
         energies = _mean([one.energies for one in each])
         assert energies is not None
         answer = Answer(energies, _mean([one.slopes for one in each]), _mean([one.forces for one in each]))
@@ -139,7 +144,13 @@ class RankModel:
             raise ValueError("the model's energies or forces are not finite: is the structure sound?")
         return answer
 
-    def _of(self, model: Predictor, pairs: Pairs, link: Link) -> Answer:
+    def _references(self, model: Predictor) -> Tensor:
+        table = torch.zeros(MAX_Z + 1, dtype=torch.float64)
+        for z, energy in model.description["tasks"][self.task]["references"].items():
+            table[int(z)] = energy
+        return table.to(model.device)
+
+    def _of(self, model: Predictor, references: Tensor, pairs: Pairs, link: Link | None) -> Answer:
         numbers = self.numbers[pairs.types].clamp(min=1)  # of other styles' types: they have no pairs
         r = pairs.r.to(model.dtype)
         device = r.device
@@ -152,20 +163,16 @@ class RankModel:
             pairs.j,
             r,
             torch.linalg.vector_norm(r, dim=1),
-            exchange=Exchange(link),
-            own=pairs.no_ghosts,
+            exchange=None if link is None else Exchange(link),
+            own=None if link is None else pairs.no_ghosts,
         )
         share: Share = share_of(model.potential, self.task, graph, pairs.own)
-        about = model.description["tasks"][self.task]
-        table = torch.zeros(MAX_Z + 1, dtype=torch.float64, device=device)
-        for z, energy in about["references"].items():
-            table[int(z)] = energy
-        scale = about["scale"]
-        energies = share.energies.double() * scale + table[numbers[pairs.own]]
+        scale = model.description["tasks"][self.task]["scale"]
+        energies = share.energies.double() * scale + references[numbers[pairs.own]]
         slopes, forces = (None if x is None else x.double() * scale for x in (share.slopes, share.forces))
         return Answer(energies, slopes, forces)
 
-    def _deviations(self, each: Sequence[Answer], pairs: Pairs, link: Link) -> Tensor:
+    def _deviations(self, each: Sequence[Answer], pairs: Pairs, link: Link | None) -> Tensor:
         """(M,) root of the summed variances (n - 1) of a force's three components over the committee."""
         forces = torch.stack([_forces(one, pairs, link) for one in each])
         return forces.var(dim=0).sum(dim=1).sqrt()
@@ -183,14 +190,14 @@ class RankModel:
         )
 
 
-def _forces(answer: Answer, pairs: Pairs, link: Link) -> Tensor:
+def _forces(answer: Answer, pairs: Pairs, link: Link | None) -> Tensor:
     """(M, 3) forces on own atoms, those of ghosts fetched from other ranks."""
     if answer.slopes is None:
         assert answer.forces is not None
         return answer.forces
     pull = answer.slopes.new_zeros((pairs.types.shape[0], 3))
     pull.index_add_(0, pairs.i, answer.slopes).index_add_(0, pairs.j, -answer.slopes)
-    return link.reverse(pull).index_select(0, pairs.own)
+    return (pull if link is None else link.reverse(pull)).index_select(0, pairs.own)
 
 
 def _mean(values: Sequence[Tensor | None]) -> Tensor | None:

@@ -45,7 +45,7 @@ def with_factors(optimizer: torch.optim.Optimizer, parameters: Named, factors: M
             members = [p for p in group["params"] if factor_of[id(p)] == factor]
             groups.append({**group, "params": members, "factor": factor})
     optimizer.param_groups[:] = groups
-    if isinstance(optimizer, AdamW):
+    if isinstance(optimizer, AdamW | SOAP):
         optimizer.forget()
 
 
@@ -82,8 +82,9 @@ def set_moments(
     if updates == 0:
         return
     # The fused AdamW counts on the device; SOAP reads the count in every update, and would wait for the device.
-    if isinstance(optimizer, AdamW):
+    if isinstance(optimizer, AdamW | SOAP):
         optimizer.forget()
+    if isinstance(optimizer, AdamW):
         step = optimizer.count_of(updates, parameter.device)
     else:
         device = "cpu" if isinstance(optimizer, SOAP) else parameter.device

@@ -30,6 +30,7 @@ An update of a matrix depends on nothing but that matrix and its gradients: any 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -53,6 +54,17 @@ def is_rotated(name: str, parameter: nn.Parameter) -> bool:
     )
 
 
+@dataclass
+class Together:
+    """Parameters of one group that have seen equally many updates; matrices of one shape, with what is kept of them."""
+
+    group: dict[str, Any]  # with the learning rate, which changes
+    members: list[nn.Parameter]
+    count: Tensor  # of updates, float32, no dimension, on the host; `updates` is the same number
+    updates: int
+    kept: dict[str, Tensor]  # (B, ...)
+
+
 class SOAP(torch.optim.Optimizer):
     """Decay is decoupled and acts on matrices only, as in `adamw`.
 
@@ -72,6 +84,7 @@ class SOAP(torch.optim.Optimizer):
             {"params": [p for p in other if p.dim() < 2], "weight_decay": 0.0},
         ]
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": (0.95, 0.95), "rotated": False})
+        self._together: list[Together] | None = None
 
     def first_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What is kept of a parameter before its first update."""
@@ -82,67 +95,85 @@ class SOAP(torch.optim.Optimizer):
                 state[f"{side}_basis"] = first_basis(n).to(device=parameter.device, dtype=parameter.dtype, copy=True)
         return state
 
+    def forget(self) -> None:
+        """Look again at groups and state before the next update: somebody has changed them."""
+        self._together = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "gradients are computed before"
         if self.found_inf is not None and self.found_inf.item() != 0:
             return
-        for group in self.param_groups:
-            alike: dict[Any, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p] = self.first_state(p)
-                self.state[p]["step"] += 1
-                alike.setdefault((int(self.state[p]["step"]), p.shape if group["rotated"] else None), []).append(p)
-            move = self._rotated if group["rotated"] else self._plain
-            for (updates, shape), members in alike.items():
-                most = len(members) if shape is None else max(1, TOGETHER // shape.numel())
-                for k in range(0, len(members), most):
-                    some = members[k : k + most]
-                    with exact_products():
-                        moved = move(some, self._gradients(some), updates, *group["betas"])
-                    weights = [p.detach() for p in some]
-                    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                    torch._foreach_add_(weights, moved, alpha=-group["lr"])
+        if self._together is None:
+            self._together = [run for group in self.param_groups for run in self._collected(group)]
+        for run in self._together:
+            run.count += 1
+            run.updates += 1
+            move = self._rotated if run.group["rotated"] else self._plain
+            with exact_products():
+                moved = move(run, self._gradients(run.members), *run.group["betas"])
+            weights = [p.detach() for p in run.members]
+            torch._foreach_mul_(weights, 1 - run.group["lr"] * run.group["weight_decay"])
+            torch._foreach_add_(weights, moved, alpha=-run.group["lr"])
+
+    def _collected(self, group: dict[str, Any]) -> list[Together]:
+        """The parameters of a group by their counts, matrices also by their shapes; all of them have a state then."""
+        alike: dict[Any, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            if not self.state[p]:
+                self.state[p] = self.first_state(p)
+            alike.setdefault((int(self.state[p]["step"]), p.shape if group["rotated"] else None), []).append(p)
+        out = []
+        for (updates, shape), members in alike.items():
+            most = len(members) if shape is None else max(1, TOGETHER // shape.numel())
+            for k in range(0, len(members), most):
+                some, count = members[k : k + most], torch.tensor(float(updates))
+                out.append(Together(group, some, count, updates, self._stacked(some) if shape is not None else {}))
+                for p in some:
+                    self.state[p]["step"] = count
+        return out
+
+    def _stacked(self, members: list[nn.Parameter]) -> dict[str, Tensor]:
+        """What is kept of matrices of one shape, (B, ...) each; their states become parts of it."""
+        kept = {key: torch.stack([self.state[p][key] for p in members]) for key in ("exp_avg", "exp_avg_sq", *ROTATION)}
+        for key, of_all in kept.items():
+            for p, own in zip(members, of_all.unbind(), strict=True):
+                self.state[p][key] = own
+        return kept
 
     def _gradients(self, members: list[nn.Parameter]) -> list[Tensor]:
         grads = [p.grad for p in members if p.grad is not None]
         assert len(grads) == len(members), "every parameter has a gradient in every step"
         return grads if self.grad_scale is None else list(torch._foreach_div(grads, self.grad_scale))
 
-    def _plain(self, members: list[nn.Parameter], grads: list[Tensor], updates: int, b1: float, b2: float) -> Any:
-        first = [self.state[p]["exp_avg"] for p in members]
-        second = [self.state[p]["exp_avg_sq"] for p in members]
+    def _plain(self, run: Together, grads: list[Tensor], b1: float, b2: float) -> Any:
+        first = [self.state[p]["exp_avg"] for p in run.members]
+        second = [self.state[p]["exp_avg_sq"] for p in run.members]
         torch._foreach_lerp_(first, grads, 1 - b1)
         torch._foreach_mul_(second, b2)
         torch._foreach_addcmul_(second, grads, grads, 1 - b2)
         size = torch._foreach_sqrt(second)
-        torch._foreach_mul_(size, (1 - b2**updates) ** -0.5)
+        torch._foreach_mul_(size, (1 - b2**run.updates) ** -0.5)
         torch._foreach_add_(size, EPSILON)
         moved = torch._foreach_div(first, size)
-        torch._foreach_div_(moved, 1 - b1**updates)
+        torch._foreach_div_(moved, 1 - b1**run.updates)
         return moved
 
-    def _rotated(self, members: list[nn.Parameter], grads: list[Tensor], updates: int, b1: float, b2: float) -> Any:
+    def _rotated(self, run: Together, grads: list[Tensor], b1: float, b2: float) -> Any:
         """What to subtract from matrices of one shape (m, n), together: B of them."""
         g = torch.stack(grads)
-        keys = ("exp_avg", "exp_avg_sq", *ROTATION)
-        kept = [torch.stack([self.state[p][key] for p in members]) for key in keys]
-        first, second, left, right, q_l, q_r = kept
+        first, second, left, right, q_l, q_r = (run.kept[key] for key in ("exp_avg", "exp_avg_sq", *ROTATION))
         first.lerp_(g, 1 - b1)
         left.lerp_(g @ g.mT, 1 - b2)
         right.lerp_(g.mT @ g, 1 - b2)
-        if updates == 1:
-            q_l, q_r = iterated(left, q_l, FIRST), iterated(right, q_r, FIRST)
+        if run.updates == 1:
+            q_l.copy_(iterated(left, q_l, FIRST)), q_r.copy_(iterated(right, q_r, FIRST))
         second.mul_(b2).add_((q_l.mT @ g @ q_r).square_(), alpha=1 - b2)
-        squared = second / (1 - b2**updates)
+        squared = second / (1 - b2**run.updates)
         size = squared.sqrt() + FLOOR * squared.mean(dim=(1, 2), keepdim=True).sqrt() + EPSILON
-        moved = q_l @ ((q_l.mT @ first @ q_r) / size) @ q_r.mT / (1 - b1**updates)
-        if updates % EVERY == 0:
-            q_l, q_r = iterated(left, q_l), iterated(right, q_r)
-        for key, of_all in zip(keys, (first, second, left, right, q_l, q_r), strict=True):
-            for p, own in zip(members, of_all.unbind(), strict=True):
-                self.state[p][key].copy_(own)
+        moved = q_l @ ((q_l.mT @ first @ q_r) / size) @ q_r.mT / (1 - b1**run.updates)
+        if run.updates % EVERY == 0:
+            q_l.copy_(iterated(left, q_l)), q_r.copy_(iterated(right, q_r))
         return moved.unbind()
 
 

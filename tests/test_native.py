@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from multifid.environment import cache_directory, compiler_named, native_wanted
+from multifid.graphs.graph import Graph
 from multifid.model.encoders import painn
 from multifid.model.encoders.egnn import EGNNLayer, edges_of_layer
 from multifid.model.kernels import egnn_native as native
-from multifid.model.kernels import mlp_native, painn_native
+from multifid.model.kernels import mlp_native, painn_atoms_native, painn_native, pairs_native
 from multifid.model.kernels.egnn import EdgeWeights
 from multifid.model.kernels.native import build, twice
-from multifid.model.layers import MLP, bent_maps, draw_weights
+from multifid.model.layers import MLP, LayerNorm, PairBasis, bent_maps, draw_weights, pairs
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler is here")
 
@@ -175,6 +176,49 @@ def test_edges_of_painn_are_those_of_torch(case, dtype, set_threads):
     assert_near(*found, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("channels", "atoms"), [(32, 150), (20, 7), (16, 0)])
+def test_atoms_of_painn_are_those_of_torch(channels, atoms, dtype, set_threads):
+    set_threads(2)
+    layer = painn.PaiNNLayer(channels, 8).to(dtype)
+    draw_weights(layer, torch.Generator().manual_seed(0))
+    given = directions([torch.empty(s, dtype=dtype) for s in ((atoms, channels), (atoms, 3, channels))])
+    given += directions([torch.empty(atoms, 4, channels, dtype=dtype)])
+    weights = [(w + 0.1 * torch.cos(torch.arange(w.numel())).view(w.shape)).to(dtype) for w in layer.update_weights()]
+    weights = [w.detach().requires_grad_() for w in weights]
+    plain, found = partial(painn.updated_with, 1e-5), []
+    for function in (lambda *x: painn_atoms_native.update(plain, x[:3], x[3:], 16.0, 1e-5), plain):
+        outputs, gradients = first(function, given, weights)
+        found.append([*outputs, *gradients, *second(function, given, weights)])
+    assert_near(*found, 10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("radial", "sized", "turned", "edges"), [(8, 0, False, 700), (3, 5, True, 37), (8, 8, True, 0)]
+)
+def test_functions_of_the_distance_are_those_of_torch(radial, sized, turned, edges, dtype, monkeypatch):
+    """Also beyond the cutoff, where the envelope is zero, as neighbours of a list with a skin may be."""
+    random = torch.Generator().manual_seed(1)
+    basis = PairBasis(radial, sized, 5.0).to(dtype)
+    i, j = torch.randint(0, 40, (2, edges), generator=random)
+    numbers, lengths = torch.randint(1, 90, (40,), generator=random), torch.rand(edges, 1, generator=random) * 6 + 0.3
+    (r,) = directions([torch.empty(edges, 3, dtype=dtype)])
+    r = (lengths * r / r.norm(dim=1, keepdim=True)).to(dtype).detach().requires_grad_()
+    none, found = torch.zeros(1, dtype=torch.int64), []
+    for native_one in (True, False):
+        if not native_one:
+            monkeypatch.setattr(pairs_native, "usable", lambda _: False)
+
+        def function(r):
+            graph = Graph(numbers, torch.zeros_like(numbers), none, none, i, j, r, r.norm(dim=1))
+            return tuple(pairs(graph, basis, 5.0, turned))
+
+        outputs, gradients = first(function, [r], [])
+        found.append([*outputs, *gradients, *second(function, [r], [])])
+    assert_near(*found, 10 * TOLERANCE[dtype])
+
+
 MLPS = {  # widths, SiLU behind the last map, rows
     "node": ([150, 64, 64], False, 260),
     "head": ([20, 33, 40, 3], True, 130),
@@ -184,14 +228,16 @@ MLPS = {  # widths, SiLU behind the last map, rows
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("case", MLPS)
-def test_maps_of_atoms_are_those_of_torch(case, dtype, monkeypatch, set_threads):
+def test_maps_of_atoms_are_those_of_torch(case, normed, dtype, monkeypatch, set_threads):
     """Values, gradients, and gradients of gradients, as forces need them."""
     set_threads(2)
     widths, bent, rows = MLPS[case]
     mlp = MLP(widths)
     draw_weights(mlp, torch.Generator().manual_seed(0))
     mlp.to(dtype)
+    norm = LayerNorm(widths[0]).to(dtype) if normed else None
     (x,) = directions([torch.empty(rows, widths[0], dtype=dtype)])
     found = []
     for native_one in (True, False):
@@ -199,9 +245,9 @@ def test_maps_of_atoms_are_those_of_torch(case, dtype, monkeypatch, set_threads)
             monkeypatch.setattr(mlp_native, "usable", lambda *_: False)
 
         def function(x, *_):
-            return (bent_maps(x, mlp.linears(), bent),)
+            return (bent_maps(x, mlp.linears(), bent, norm),)
 
-        weights = list(mlp.parameters())
+        weights = [*mlp.parameters(), *([] if norm is None else norm.parameters())]
         outputs, gradients = first(function, [x], weights)
         found.append([*outputs, *gradients, *second(function, [x], weights)])
     assert_near(*found, TOLERANCE[dtype])

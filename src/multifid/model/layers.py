@@ -6,6 +6,7 @@ from the same numbers whatever else is built beside it and whatever the global r
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from multifid.model.kernels import mlp_native
+from multifid.graphs.graph import Graph
+from multifid.model.kernels import mlp_native, pairs_native
 from multifid.structures.elements import MAX_Z
 from multifid.structures.periodic import RADIUS, properties
 
@@ -93,10 +95,11 @@ class MLP(nn.Module):
         return bent_maps(x, self.linears()[:-1], bent=True)
 
 
-def bent_maps(x: Tensor, maps: list[Linear], bent: bool) -> Tensor:
-    """Linear maps with SiLU between them and, if `bent`, behind the last one."""
+def bent_maps(x: Tensor, maps: list[Linear], bent: bool, norm: LayerNorm | None = None) -> Tensor:
+    """Linear maps with SiLU between them and, if `bent`, behind the last one; before them the norm, if there is one."""
     if mlp_native.usable(x, maps) and all(type(m) is Linear for m in maps):
-        return mlp_native.mlp(x, maps, bent)
+        return mlp_native.mlp(x, maps, bent, norm)
+    x = x if norm is None else norm(x)
     for k, linear in enumerate(maps):
         x = silu(linear(x)) if bent or k + 1 < len(maps) else linear(x)
     return x
@@ -169,6 +172,8 @@ class RadialBasis(nn.Module):
     Multiplied by c / sqrt(2) so that the values stay near one whatever the cutoff.
     """
 
+    waves: Tensor
+
     def __init__(self, size: int, cutoff: float):
         super().__init__()
         self.cutoff = cutoff
@@ -177,7 +182,7 @@ class RadialBasis(nn.Module):
     def forward(self, distance: Tensor) -> Tensor:
         """(E,) angstrom -> (E, size)."""
         x = (distance / self.cutoff)[:, None]
-        return torch.sin(self.waves * x) / x  # type: ignore[operator]
+        return torch.sin(self.waves * x) / x
 
 
 class SizedBasis(nn.Module):
@@ -196,9 +201,13 @@ class SizedBasis(nn.Module):
 
     def forward(self, distance: Tensor, numbers: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """(E,) angstrom, numbers (N,), receivers and senders (E,) -> (E, size)."""
-        radii = self.radii.value.index_select(0, numbers)
-        x = distance / (radii.index_select(0, i) + radii.index_select(0, j))
+        x = distance / self.sizes(numbers, i, j)
         return torch.exp(-(((x[:, None] - self.centres.value) / self.width) ** 2))
+
+    def sizes(self, numbers: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """(E,) angstrom: the sums of both atoms' radii."""
+        radii = self.radii.value.index_select(0, numbers)
+        return radii.index_select(0, i) + radii.index_select(0, j)
 
 
 class PairBasis(nn.Module):
@@ -223,6 +232,24 @@ def envelope(distance: Tensor, cutoff: float) -> Tensor:
     """
     x = (distance / cutoff).clamp(max=1.0)[:, None]
     return 1.0 - x**6 * (28.0 - 48.0 * x + 21.0 * x**2)
+
+
+def pairs(graph: Graph, basis: PairBasis, cutoff: float, directions: bool = False) -> list[Tensor]:
+    """Of every edge, if asked for, its direction (E, 3); then the basis (E, size) and the envelope (E, 1)."""
+    of_atoms = (graph.numbers, graph.receivers, graph.senders)
+
+    def in_torch(r: Tensor, d: Tensor | None = None) -> list[Tensor]:
+        d = torch.linalg.vector_norm(r, dim=1) if d is None else d
+        return [*([r / d[:, None]] if directions else []), basis(d, *of_atoms), envelope(d, cutoff)]
+
+    r, sized = graph.vectors, basis.sized
+    if not pairs_native.usable(r):
+        return in_torch(r, graph.distances)
+    functions = pairs_native.Functions(cutoff, basis.radial.waves.to(r.dtype))
+    if sized is not None:
+        sizes, centres = sized.sizes(*of_atoms).reciprocal().to(r.dtype), sized.centres.value.to(r.dtype)
+        functions = replace(functions, sizes=sizes, centres=centres, width=sized.width)
+    return pairs_native.pairs(in_torch, functions, r, directions)
 
 
 def call(layer: Callable[..., Any], recompute: bool, *inputs: Any) -> Any:

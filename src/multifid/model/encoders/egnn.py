@@ -54,7 +54,7 @@ from multifid.model.layers import (
     PairBasis,
     bent_maps,
     call,
-    envelope,
+    pairs,
     sum_over,
 )
 
@@ -101,8 +101,8 @@ class EGNN(Encoder):
         numbers, structure = graph.of_own(graph.numbers), graph.of_own(graph.structure)
         h = self.embedding(numbers, graph.charge, graph.spin, structure)
         v = graph.vectors.new_zeros((numbers.shape[0], self.degrees[1], 3))
-        r, d = graph.vectors, graph.distances
-        b, u = self.basis(d, graph.numbers, graph.receivers, graph.senders), envelope(d, self.cutoff)
+        r = graph.vectors
+        b, u = pairs(graph, self.basis, self.cutoff)
         y = [harmonics(bounded(r))] if self.tensors else []
         of_layers = []
         for number, layer in enumerate(self.layers):

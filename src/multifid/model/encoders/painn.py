@@ -20,11 +20,13 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear, silu
 
 from multifid.graphs.edges import faster_form_of, over_edges
 from multifid.graphs.graph import Graph
 from multifid.model.contract import Encoder, EncoderConfig, Features
 from multifid.model.kernels import painn as kernels
+from multifid.model.kernels import painn_atoms_native as native_atoms
 from multifid.model.kernels import painn_native as native
 from multifid.model.kernels.embedded import painn as operations
 from multifid.model.kernels.embedded import wanted
@@ -43,8 +45,10 @@ from multifid.model.layers import (
     PairBasis,
     bent_maps,
     call,
-    envelope,
+    pairs,
 )
+
+Map = Callable[[Tensor], Tensor]
 
 
 class PaiNN(Encoder):
@@ -80,9 +84,7 @@ class PaiNN(Encoder):
         numbers, structure = graph.of_own(graph.numbers), graph.of_own(graph.structure)
         s = self.embedding(numbers, graph.charge, graph.spin, structure)
         v = graph.vectors.new_zeros((numbers.shape[0], 3, self.degrees[1]))
-        r, d = graph.vectors, graph.distances
-        direction = r / d[:, None]
-        basis, u = self.basis(d, graph.numbers, graph.receivers, graph.senders), envelope(d, self.cutoff)
+        direction, basis, u = pairs(graph, self.basis, self.cutoff, directions=True)
         of_layers = []
         for number, layer in enumerate(self.layers):
             if number and graph.own is None:
@@ -147,7 +149,7 @@ class PaiNNLayer(nn.Module):
         fetch: `Graph.exchanged` of a domain, whose own atoms s and v are of.
         """
         atoms, hidden = s.shape
-        phi = self.phi(self.norm(s)).view(atoms, 3, hidden).to(v.dtype)
+        phi = bent_maps(s, self.phi.linears(), bent=False, norm=self.norm).view(atoms, 3, hidden).to(v.dtype)
         phi, of_all = (phi, v) if fetch is None else fetch(phi, v)
         inputs = (phi, of_all, direction, basis, u, self.filter.weight, self.filter.bias)
         known = partial(edges_of_layer, i, j)
@@ -158,11 +160,45 @@ class PaiNNLayer(nn.Module):
         else:
             message = known(*inputs)
         message = message if fetch is None else message[:atoms]
-        s = s + message[:, 0] / TYPICAL_NEIGHBORS
-        v = v + message[:, 1:] / TYPICAL_NEIGHBORS**0.5
+        if native_atoms.usable(s):
+            eps, of_atoms = self.norm.eps, (s, v, message)
+            return native_atoms.update(
+                partial(updated_with, eps), of_atoms, self.update_weights(), TYPICAL_NEIGHBORS, eps
+            )
+        mix = partial(bent_maps, maps=[self.mix], bent=False)
+        return updated(s, v, message, self.norm, mix, self.update)
 
-        mixed = bent_maps(v.reshape(3 * atoms, hidden), [self.mix], bent=False)
-        uv, vv = mixed.view(atoms, 3, 2 * hidden).to(v.dtype).chunk(2, dim=2)  # (N, 3, H) each
-        vv2 = vv.square().sum(dim=1)
-        a, b, c = self.update(torch.cat([self.norm(s), torch.log1p(vv2)], dim=1)).chunk(3, dim=1)
-        return s + a + b * (uv * vv).sum(dim=1) * torch.rsqrt(vv2 + 1.0), v + c[:, None] * uv
+    def update_weights(self) -> list[Tensor]:
+        """What `updated_with` is given."""
+        maps = self.update.linears()
+        return [self.norm.weight, self.norm.bias, self.mix.weight, *(p for m in maps for p in (m.weight, m.bias))]
+
+
+def updated(s: Tensor, v: Tensor, sums: Tensor, norm: Map, mix: Map, update: Map) -> tuple[Tensor, Tensor]:
+    """Scalars and vectors after the sums over neighbours (N, 4, H) and the update block.
+
+    mix: (3 N, H) -> (3 N, 2 H), U and V. update: (N, 2 H) -> (N, 3 H).
+    """
+    atoms, hidden = s.shape
+    s = s + sums[:, 0] / TYPICAL_NEIGHBORS
+    v = v + sums[:, 1:] / TYPICAL_NEIGHBORS**0.5
+    mixed = mix(v.reshape(3 * atoms, hidden))
+    uv, vv = mixed.view(atoms, 3, 2 * hidden).to(v.dtype).chunk(2, dim=2)  # (N, 3, H) each
+    vv2 = vv.square().sum(dim=1)
+    a, b, c = update(torch.cat([norm(s), torch.log1p(vv2)], dim=1)).chunk(3, dim=1)
+    return s + a + b * (uv * vv).sum(dim=1) * torch.rsqrt(vv2 + 1.0), v + c[:, None] * uv
+
+
+def updated_with(
+    epsilon: float, s: Tensor, v: Tensor, sums: Tensor, norm: Tensor, norm_bias: Tensor, mix: Tensor, *maps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`updated` as a function of weights; maps: two weights, each with its bias behind it."""
+    w0, b0, w1, b1 = maps
+    return updated(
+        s,
+        v,
+        sums,
+        lambda x: layer_norm(x, norm.shape, norm, norm_bias, epsilon),
+        lambda x: linear(x, mix),
+        lambda x: linear(silu(linear(x, w0, b0)), w1, b1),
+    )

@@ -1,7 +1,6 @@
 """The edges of a layer of EGNN in C++ (`native/egnn.h`)."""
 
-import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,6 @@ INPUTS = ("a", "c", "v", "r", "b", "u", "y")
 WEIGHTS = EdgeWeights._fields
 OUTPUTS = ("m", "v", "t")
 WIDE = ("first", "second", "third")
-SIZES = ("edges", "atoms", "K", "C", "R", "T", "angles", "threads", "type")
 ARRAYS = (
     "i", "j", *INPUTS, *WEIGHTS, *(f"sum_{x}" for x in OUTPUTS), *WIDE, "gates", "phi",
     *(f"G_{x}" for x in OUTPUTS), *(f"g_{x}" for x in (*INPUTS, *WEIGHTS)), "back_m", "back_y",
@@ -26,16 +24,6 @@ ARRAYS = (
 GROUP = 8  # channels that the library takes at once
 
 Plain = Callable[..., tuple[Tensor, ...]]
-
-
-class _Call(ctypes.Structure):
-    """EGNNCall of native/egnn.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in SIZES),
-        ("per_area", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ARRAYS),
-    ]
 
 
 def edges(
@@ -114,20 +102,22 @@ class Channels:
 @dataclass
 class Edges(twice.Layer):
     function = "multifid_egnn"
+    layout, arrays = twice.layout(9, 1, ARRAYS), ARRAYS  # EGNNCall of native/egnn.h
     i: Tensor
     j: Tensor
     per_area: float
     channels: Channels
     in_torch: Plain | None
 
-    def structure(self, tensors: Tensors, addresses: Mapping[str, int]) -> ctypes.Structure:
+    def numbers(self, tensors: Tensors) -> Sequence[int | float]:
         c, v, b, phi = (tensors[name] for name in ("c", "v", "b", "weight_bias"))
         assert c is not None and v is not None and b is not None and phi is not None
-        return _Call(
-            edges=self.i.shape[0], atoms=c.shape[0], K=c.shape[1], C=v.shape[2], R=b.shape[1],
-            T=phi.shape[0] - v.shape[2], angles=self.channels.angles, threads=torch.get_num_threads(),
-            type=self.type, per_area=self.per_area, i=self.i.data_ptr(), j=self.j.data_ptr(), **addresses,
-        )  # fmt: skip
+        (atoms, hidden), vectors, radial = c.shape, v.shape[2], b.shape[1]
+        sizes = (self.i.shape[0], atoms, hidden, vectors, radial, phi.shape[0] - vectors, self.channels.angles)
+        return *sizes, torch.get_num_threads(), self.type, self.per_area
+
+    def call(self, what: int, arrays: Tensors) -> None:
+        super().call(what, {**arrays, "i": self.i, "j": self.j})
 
     def sums(self, tensors: Tensors) -> list[Tensor]:
         a, v, phi = (tensors[name] for name in ("a", "v", "weight_bias"))
@@ -143,8 +133,8 @@ class Edges(twice.Layer):
         wide = {name: a.new_empty(edges, width, dtype=self.kept_type) for name in WIDE}
         return {**wide, "gates": a.new_empty(edges), "phi": a.new_empty(edges, phi.shape[0])}
 
-    def back(self, kept: Tensors) -> dict[str, Tensor]:
-        return {name: torch.empty_like(kept["first"]) for name in ("back_m", "back_y")}  # type: ignore[arg-type]
+    def back(self, known: Tensors) -> dict[str, Tensor]:
+        return {name: torch.empty_like(known["first"]) for name in ("back_m", "back_y")}  # type: ignore[arg-type]
 
     def changes(self, kept: Tensors) -> dict[str, Tensor]:
         return {f"d_{name}": torch.empty_like(kept[name]) for name in (*WIDE, "phi")}  # type: ignore[arg-type]

@@ -1,12 +1,11 @@
 """Linear maps with SiLU between them in C++ (`native/mlp.h`), for the features of atoms."""
 
-import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import layer_norm, linear, silu
 
 from multifid.model.kernels.egnn import matmul_type
 from multifid.model.kernels.native import build, twice
@@ -15,19 +14,10 @@ from multifid.model.kernels.native.twice import Tensors
 MAPS = 8  # that a call may have
 _MANY = {name: tuple(f"{name}{k}" for k in range(MAPS)) for name in ("w", "b", "z", "g_w", "g_b", "back", "d_z")}
 ARRAYS = (
-    "x", *_MANY["w"], *_MANY["b"], "sum_y", *_MANY["z"], "G_y", "g_x", *_MANY["g_w"], *_MANY["g_b"], *_MANY["back"],
+    "x", "norm", "norm_bias", *_MANY["w"], *_MANY["b"], "sum_y", *_MANY["z"], "G_y",
+    "g_x", "g_norm", "g_norm_bias", *_MANY["g_w"], *_MANY["g_b"], *_MANY["back"], "back_x",
     "d_x", "d_sum_y", *_MANY["d_z"], "N_y",
 )  # fmt: skip
-
-
-class _Call(ctypes.Structure):
-    """MLPCall of native/mlp.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "maps", "bent", "threads", "type")),
-        ("width", ctypes.c_int64 * (MAPS + 1)),
-        *((name, ctypes.c_void_p) for name in ARRAYS),
-    ]
 
 
 def usable(x: Tensor, maps: Sequence[torch.nn.Linear]) -> bool:
@@ -36,14 +26,16 @@ def usable(x: Tensor, maps: Sequence[torch.nn.Linear]) -> bool:
     return x.dim() == 2 and 0 < len(maps) <= MAPS and build.usable(x, -(-widest // 32) * 32)
 
 
-def mlp(x: Tensor, maps: Sequence[torch.nn.Linear], bent: bool) -> Tensor:
-    """(N, D_0) -> (N, D_n) by n linear maps with SiLU between them and, if `bent`, behind the last one."""
+def mlp(x: Tensor, maps: Sequence[torch.nn.Linear], bent: bool, norm: torch.nn.LayerNorm | None = None) -> Tensor:
+    """(N, D_0) -> (N, D_n) by a norm, n linear maps with SiLU between them and, if `bent`, SiLU behind the last one."""
     weights = [f"w{k}" for k in range(len(maps))]
     biases = [f"b{k}" for k, m in enumerate(maps) if m.bias is not None]
-    inputs = [x, *(m.weight for m in maps), *(m.bias for m in maps if m.bias is not None)]
+    before = [] if norm is None else [norm.weight, norm.bias]
+    inputs = [x, *before, *(m.weight for m in maps), *(m.bias for m in maps if m.bias is not None)]
     widths = (x.shape[1], *(m.out_features for m in maps))
-    names = ("x", *weights, *biases)
-    layer = _MLP(("y",), names, (*weights, *biases), ("x",), twice.TYPES[matmul_type(x)], widths, bent)
+    parameters = (*(("norm", "norm_bias") if before else ()), *weights, *biases)
+    epsilon = 0.0 if norm is None else norm.eps
+    layer = _MLP(("y",), ("x", *parameters), parameters, ("x",), twice.TYPES[matmul_type(x)], widths, bent, epsilon)
     (y,) = twice.apply(layer, [given.to(x.dtype).contiguous() for given in inputs])
     return y
 
@@ -51,17 +43,16 @@ def mlp(x: Tensor, maps: Sequence[torch.nn.Linear], bent: bool) -> Tensor:
 @dataclass
 class _MLP(twice.Layer):
     function = "multifid_mlp"
+    layout, arrays = twice.layout(5 + MAPS + 1, 1, ARRAYS), ARRAYS  # MLPCall of native/mlp.h
     widths: tuple[int, ...]
     bent: bool
+    epsilon: float
 
-    def structure(self, tensors: Tensors, addresses: Mapping[str, int]) -> ctypes.Structure:
+    def numbers(self, tensors: Tensors) -> Sequence[int | float]:
         x, maps = tensors["x"], len(self.widths) - 1
         assert x is not None
-        widths = (ctypes.c_int64 * (MAPS + 1))(*self.widths)
-        threads = torch.get_num_threads()
-        return _Call(
-            rows=x.shape[0], maps=maps, bent=self.bent, threads=threads, type=self.type, width=widths, **addresses
-        )
+        known = (x.shape[0], maps, self.bent, torch.get_num_threads(), self.type)
+        return *known, *self.widths, *(0,) * (MAPS - maps), self.epsilon
 
     def sums(self, tensors: Tensors) -> list[Tensor]:
         x = tensors["x"]
@@ -84,9 +75,13 @@ class _MLP(twice.Layer):
         assert x is not None
         return {"z0": x.new_empty(0)}  # a linear map keeps nothing
 
-    def back(self, kept: Tensors) -> dict[str, Tensor]:
-        arrays = [kept[f"z{k}"] for k in range(len(self.widths) - 2)]
-        return {f"back{k}": torch.empty_like(x) for k, x in enumerate(arrays) if x is not None}
+    def back(self, known: Tensors) -> dict[str, Tensor]:
+        x, arrays = known["x"], [known[f"z{k}"] for k in range(len(self.widths) - 2)]
+        assert x is not None
+        back = {f"back{k}": torch.empty_like(z) for k, z in enumerate(arrays) if z is not None}
+        if "norm" in self.names:
+            back["back_x"] = x.new_empty(x.shape[0], -(-self.widths[0] // 32) * 32)
+        return back
 
     def changes(self, kept: Tensors) -> dict[str, Tensor]:
         return {f"d_{name}": torch.empty_like(x) for name, x in kept.items() if x is not None}
@@ -95,6 +90,8 @@ class _MLP(twice.Layer):
         given = dict(self.named(inputs))
         y, maps = given["x"], len(self.widths) - 1
         assert y is not None
+        if "norm" in given:
+            y = layer_norm(y, y.shape[1:], given["norm"], given["norm_bias"], self.epsilon)  # type: ignore[arg-type]
         for k in range(maps):
             y = linear(y, given[f"w{k}"], given.get(f"b{k}"))  # type: ignore[arg-type]
             y = silu(y) if self.bent or k + 1 < maps else y

@@ -1,7 +1,6 @@
 """The edges of a layer of PaiNN in C++ (`native/painn.h`)."""
 
-import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +15,6 @@ ARRAYS = (
     "i", "j", *INPUTS, "sum_m", "G_m", *(f"g_{x}" for x in INPUTS), *(f"d_{x}" for x in INPUTS[:5]), "d_sum_m", "N_m",
 )  # fmt: skip
 GROUP = 16  # what channels are a multiple of
-
-
-class _Call(ctypes.Structure):
-    """PaiNNCall of native/painn.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("edges", "atoms", "H", "R", "threads", "type")),
-        *((name, ctypes.c_void_p) for name in ARRAYS),
-    ]
 
 
 def edges(plain: Callable[..., Tensor], i: Tensor, j: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -55,18 +45,19 @@ def padded(inputs: Sequence[Tensor]) -> list[Tensor]:
 @dataclass
 class Edges(twice.Layer):
     function = "multifid_painn"
+    layout, arrays = twice.layout(6, 0, ARRAYS), ARRAYS  # PaiNNCall of native/painn.h
     i: Tensor
     j: Tensor
     channels: int
     in_torch: Callable[..., Tensor] | None
 
-    def structure(self, tensors: Tensors, addresses: Mapping[str, int]) -> ctypes.Structure:
+    def numbers(self, tensors: Tensors) -> Sequence[int]:
         phi, b = tensors["phi"], tensors["b"]
         assert phi is not None and b is not None
-        return _Call(
-            edges=self.i.shape[0], atoms=phi.shape[0], H=phi.shape[2], R=b.shape[1], threads=torch.get_num_threads(),
-            type=self.type, i=self.i.data_ptr(), j=self.j.data_ptr(), **addresses,
-        )  # fmt: skip
+        return self.i.shape[0], phi.shape[0], phi.shape[2], b.shape[1], torch.get_num_threads(), self.type
+
+    def call(self, what: int, arrays: Tensors) -> None:
+        super().call(what, {**arrays, "i": self.i, "j": self.j})
 
     def sums(self, tensors: Tensors) -> list[Tensor]:
         phi = tensors["phi"]
@@ -76,7 +67,7 @@ class Edges(twice.Layer):
     def kept(self, tensors: Tensors) -> dict[str, Tensor]:
         return {}
 
-    def back(self, kept: Tensors) -> dict[str, Tensor]:
+    def back(self, known: Tensors) -> dict[str, Tensor]:
         return {}
 
     def changes(self, kept: Tensors) -> dict[str, Tensor]:

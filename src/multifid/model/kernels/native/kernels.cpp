@@ -3,6 +3,8 @@
 #include "egnn.h"
 #include "mlp.h"
 #include "painn.h"
+#include "painn_atoms.h"
+#include "pairs.h"
 
 using namespace multifid;
 
@@ -31,6 +33,10 @@ long multifid_widest() { return BYTES == 64 ? STRIDES[sizeof(STRIDES) / sizeof(l
 long multifid_maps() { return MAPS; }
 void multifid_egnn(const EGNNCall *call, int what) { run<EGNN>(*call, what); }
 void multifid_mlp(const MLPCall *call, int what) { run<MLP>(*call, what); }
+void multifid_painn_atoms(const PaiNNAtomsCall *call, int what) { run<PaiNNAtoms>(*call, what); }
+void multifid_pairs(const PairsCall *call, int what) {
+  call->type == 1 ? run_as<Pairs, Full<double>>(*call, what) : run_as<Pairs, Full<float>>(*call, what);
+}
 void multifid_painn(const PaiNNCall *call, int what) {
   call->type == 1 ? run_as<PaiNN, Full<double>>(*call, what) : run_as<PaiNN, Full<float>>(*call, what);
 }

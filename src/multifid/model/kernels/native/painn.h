@@ -5,6 +5,7 @@
 // phi and v are the sender's. Nothing of an edge is kept: filters are a product with a few radial functions. The four
 // functions are those of egnn.h; the second derivative is the first one taken with dual numbers.
 #pragma once
+#include "duals.h"
 #include "products.h"
 #include <omp.h>
 
@@ -28,15 +29,6 @@ template <class Type> class PaiNN {
   static constexpr long L = Lanes<T>::N;
   static constexpr long EDGES = 56 / ROWS * ROWS;
 
-  struct Plain {
-    using S = T;
-    using Q = V<T>;
-  };
-  struct Changing {
-    using S = Dual<T>;
-    using Q = Dual<V<T>>;
-  };
-
 public:
   explicit PaiNN(const PaiNNCall &call)
       : p(call), H(call.H), R(call.R), step(stride(call.H)), step_b(stride(call.R)), weights(call.g_weight) {
@@ -44,10 +36,10 @@ public:
     if (p.g_b)
       for (long x = 0; x < 3; ++x) filter_back[x].pack(in(p.weight) + x * H * R, H, R, R, 1);
   }
-  void forward() { over_tiles([&](Tile &t, long e, long rows) { ahead<Plain>(t, e, rows); }); }
-  void tangent() { over_tiles([&](Tile &t, long e, long rows) { ahead<Changing>(t, e, rows); }); }
-  void backward() { over_tiles([&](Tile &t, long e, long rows) { back<Plain>(t, e, rows); }), end(); }
-  void again() { over_tiles([&](Tile &t, long e, long rows) { back<Changing>(t, e, rows); }), end(); }
+  void forward() { over_tiles([&](Tile &t, long e, long rows) { ahead<Plain<T>>(t, e, rows); }); }
+  void tangent() { over_tiles([&](Tile &t, long e, long rows) { ahead<Changing<T>>(t, e, rows); }); }
+  void backward() { over_tiles([&](Tile &t, long e, long rows) { back<Plain<T>>(t, e, rows); }), end(); }
+  void again() { over_tiles([&](Tile &t, long e, long rows) { back<Changing<T>>(t, e, rows); }), end(); }
 
 private:
   const PaiNNCall &p;
@@ -84,21 +76,9 @@ private:
     return e;
   }
 
-  static void get(T &to, const T *from, const T *, long k) { to = from[k]; }
-  static void get(Dual<T> &to, const T *from, const T *d, long k) { to = {from[k], d ? d[k] : T(0)}; }
-  static void get(V<T> &to, const T *from, const T *, long k) { to = load(from + k); }
-  static void get(Dual<V<T>> &to, const T *from, const T *d, long k) { to = {load(from + k), d ? load(d + k) : V<T>{}}; }
-  template <class X> static X last(X x) { return x; }
-  template <class X> static X last(Dual<X> x) { return x.d; }
-  static void increase(T *to, V<T> x) { store(to, load(to) + x); }
-  static T total(V<T> x) { return sum<T>(x); }
-  static Dual<T> total(Dual<V<T>> x) { return {sum<T>(x.v), sum<T>(x.d)}; }
-  static void add_bias(V<T> &x, V<T> bias) { x += bias; }
-  static void add_bias(Dual<V<T>> &x, V<T> bias) { x.v += bias; }
-
   // f (rows, 3 H) = b W^T of the tile's edges, and with changes df; without the bias.
   template <class M> void filters(Tile &t, long e, long rows) const {
-    constexpr bool CHANGE = std::is_same<M, Changing>::value;
+    constexpr bool CHANGE = M::CHANGE;
     T *b = t.b.of((EDGES + ROWS) * step_b), *f = t.f.of((EDGES + ROWS) * (3 * H + 2 * L));
     for (long n = 0; n < rows; ++n) std::memcpy(b + n * step_b, in(p.b) + (e + n) * R, R * sizeof(T));
     multiply(rows, b, step_b, filter, f, 3 * H, false);
@@ -113,7 +93,7 @@ private:
   template <class M> void ahead(Tile &t, long e, long rows) const {
     using Q = typename M::Q;
     filters<M>(t, e, rows);
-    T *sums = out(std::is_same<M, Changing>::value ? p.d_sum_m : p.sum_m);
+    T *sums = out(M::CHANGE ? p.d_sum_m : p.sum_m);
     for (long n = 0; n < rows; ++n) {
       const long sender = p.j[e + n] * 3 * H;
       const T *f = t.f.get() + n * 3 * H, *df = t.df.get() + n * 3 * H;
@@ -126,7 +106,7 @@ private:
         for (int x = 0; x < 3; ++x) {
           Q phi;
           get(m[x], f, df, x * H + k), get(phi, in(p.phi), in(p.d_phi), sender + x * H + k);
-          add_bias(m[x], load(in(p.bias) + x * H + k));
+          add_constant(m[x], load(in(p.bias) + x * H + k));
           m[x] = u * (m[x] * phi);
         }
         increase(to + k, last(m[0]));
@@ -167,7 +147,7 @@ private:
   // Gradients of the filters before their bias and envelope to g (3, rows, step), and their changes to dg.
   template <class M> void back(Tile &t, long e, long rows) {
     using Q = typename M::Q;
-    constexpr bool CHANGE = std::is_same<M, Changing>::value;
+    constexpr bool CHANGE = M::CHANGE;
     if (!t.began) begin(t);
     filters<M>(t, e, rows);
     const long part = (EDGES + ROWS) * step;
@@ -184,7 +164,7 @@ private:
         for (int d = 0; d < 4; ++d) get(of_sum[d], in(p.G_m), in(p.N_m), receiver + d * H + k);
         for (int x = 0; x < 3; ++x) {
           get(w[x], f, df, x * H + k), get(phi[x], in(p.phi), in(p.d_phi), sender + x * H + k);
-          add_bias(w[x], load(in(p.bias) + x * H + k));
+          add_constant(w[x], load(in(p.bias) + x * H + k));
           get(v[x], in(p.v), in(p.d_v), sender + x * H + k);
         }
         of_m[0] = of_sum[0];
@@ -203,9 +183,9 @@ private:
           if (weights) increase(t.bias + x * H + k, last(of_f));
         }
       }
-      if (p.g_u) out(p.g_u)[e + n] = last(total(of_u));
+      if (p.g_u) out(p.g_u)[e + n] = last(total<T>(of_u));
       if (p.g_r)
-        for (int d = 0; d < 3; ++d) out(p.g_r)[3 * (e + n) + d] = last(total(of_r[d]));
+        for (int d = 0; d < 3; ++d) out(p.g_r)[3 * (e + n) + d] = last(total<T>(of_r[d]));
     }
     if (weights) {
       T *turned = t.turned.of((EDGES + ROWS) * up(R, ROWS));

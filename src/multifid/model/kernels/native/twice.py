@@ -11,10 +11,10 @@ matrices where a step with direct ones has three. `values` therefore has one mor
 the backward pass of `gradients` comes before its own.
 """
 
-import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from struct import Struct
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,11 @@ TYPES = {
 Tensors = Mapping[str, Tensor | None]
 
 
+def layout(whole: int, other: int, arrays: Sequence[str]) -> Struct:
+    """So many whole numbers, other numbers, and addresses, as a C structure has them."""
+    return Struct("q" * whole + "d" * other + "Q" * len(arrays))
+
+
 @dataclass
 class Layer(ABC):
     """One call of a function: what it is about beside its differentiable inputs, and the arrays that it needs.
@@ -42,6 +47,8 @@ class Layer(ABC):
     """
 
     function: ClassVar[str]  # in the library
+    layout: ClassVar[Struct]  # of what C is given: `numbers`, and addresses of `arrays`, 0 for absent ones
+    arrays: ClassVar[tuple[str, ...]]
     outputs: tuple[str, ...]
     names: tuple[str, ...]  # of the inputs, in order
     weights: tuple[str, ...]  # those of them that gradients of all or of none are made of
@@ -52,8 +59,8 @@ class Layer(ABC):
     left_in: int = field(default=-1, init=False)
 
     @abstractmethod
-    def structure(self, tensors: Tensors, addresses: Mapping[str, int]) -> ctypes.Structure:
-        """What C is given: addresses of arrays by name, and numbers."""
+    def numbers(self, tensors: Tensors) -> Sequence[int | float]:
+        """Whole numbers that C is given, then others."""
 
     @abstractmethod
     def sums(self, tensors: Tensors) -> list[Tensor]:
@@ -64,8 +71,8 @@ class Layer(ABC):
         """Arrays for what is kept for the backward pass."""
 
     @abstractmethod
-    def back(self, kept: Tensors) -> dict[str, Tensor]:
-        """Arrays for what the backward pass keeps for the second one."""
+    def back(self, known: Tensors) -> dict[str, Tensor]:
+        """Arrays for what the backward pass keeps for the second one; known: inputs, and what is kept."""
 
     @abstractmethod
     def changes(self, kept: Tensors) -> dict[str, Tensor]:
@@ -101,8 +108,8 @@ class Layer(ABC):
             return
         made = library()
         assert made is not None
-        structure = self.structure(arrays, {k: x.data_ptr() for k, x in arrays.items() if x is not None})
-        getattr(made, self.function)(ctypes.byref(structure), what)
+        addresses = [0 if (x := arrays.get(name)) is None else x.data_ptr() for name in self.arrays]
+        getattr(made, self.function)(self.layout.pack(*self.numbers(arrays), *addresses), what)
 
 
 def apply(layer: Layer, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -192,7 +199,7 @@ class _Gradients(torch.autograd.Function):
         given, inputs = [x.contiguous() for x in rest[:outputs]], rest[ends:]
         kept = dict(zip(names, rest[outputs:ends], strict=True))
         tensors = layer.named(inputs)
-        g, back = layer.gradients(tensors, wanted), layer.back(kept)
+        g, back = layer.gradients(tensors, wanted), layer.back({**tensors, **kept})
         layer.call(BACKWARD, {**tensors, **kept, **layer.of_outputs("G_", given), **g, **back})
         ctx.layer, ctx.wanted, ctx.kept, ctx.back = layer, wanted, names, tuple(back)
         ctx.save_for_backward(*given, *kept.values(), *inputs, *back.values())

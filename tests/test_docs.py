@@ -36,7 +36,10 @@ def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
             continue
         if inner is not None:
             many = str(field.annotation).count("dict[")
-            rows += reference(inner, f"{key}{'.<name>' * many}.")
+            own = reference(inner, f"{key}{'.<name>' * many}.")
+            if key == "model.branches":  # where nothing is said
+                own = [re.sub(r"\| `[^|]*` (\|[^|]*\|)$", r"| as `model.branch` \1", row) for row in own]
+            rows += own
             continue
         default = field.get_default(call_default_factory=True, validated_data={})
         default = "required" if default is PydanticUndefined else f"`{_plain(default)}`"

@@ -310,7 +310,7 @@ def test_a_model_file_is_fine_tuned_to_conservative_forces_and_new_elements(pare
         quiet=True,
     )
     model = multifid.load(result.run)
-    assert model.conservative and model.elements("sulfur") == ["H", "C", "S"] and model.tasks == ["sulfur"]
+    assert model.is_conservative("sulfur") and model.elements("sulfur") == ["H", "C", "S"] and model.tasks == ["sulfur"]
     with pytest.raises(ValueError, match=r"has never seen S .*--no-new-elements"):
         again = [f"sulfur={tmp_path / 'sulfur.xyz'}"]
         cache = {"trust_units": True, "cache": tmp_path / "cache", "quiet": True}

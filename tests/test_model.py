@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,50 @@ def test_shared_slices_train_as_separate_ones_do(encoder, forces):
     joint = gradients([batch_of(*systems, slices=slices)])
     separate = gradients([batch_of(*systems, slices={t: (0, 2)}) for t in slices])
     for a, b in zip(joint, separate, strict=True):
+        assert_close(a, b)
+
+
+def with_both_forces(encoder):
+    """A model with branches `direct` and `slope`, tasks of those names, and `late`, which shares `direct`'s."""
+    config = ModelConfig(
+        cutoff=CUTOFF,
+        encoder=small(encoder),
+        branch={"hidden": [8]},
+        branches={"slope": {"forces": "conservative"}},
+    )
+    names = ["direct", "slope"]
+    return Potential(config, names, {"direct": "direct", "slope": "slope", "late": "direct"}, seed=0).double()
+
+
+@pytest.mark.parametrize("encoder", every_kind)
+def test_direct_and_conservative_branches_stand_side_by_side(encoder):
+    """Each as in a model of its kind alone, in passes of their own or in one; gradients too. Molecules and crystals."""
+    both = with_both_forces(encoder)
+    systems = [system(4), system(3, skewed(4.0)), system(5, skewed(5.0)), system(2), system(6)]
+    slices = {"direct": (0, 2), "slope": (2, 4), "late": (4, 5)}
+    batch = batch_of(*systems, slices=slices)
+    for forces, tasks in (("direct", ("direct", "late")), ("conservative", ("slope",))):
+        config = both.config.model_copy(update={"branch": both.config.branch.model_copy(update={"forces": forces})})
+        alone = Potential(
+            config.model_copy(update={"branches": {}}), list(both.branches), both.branch_of, seed=1
+        ).double()
+        alone.load_state_dict(both.state_dict(), strict=False)
+        for task in tasks:
+            first, last = slices[task]
+            expected = alone.eval()(batch_of(*systems[first:last], slices={task: (0, last - first)}), stress=True)[task]
+            assert_alike(both.eval()(batch, stress=True)[task], expected)
+            assert (expected.stress is None) == (forces == "direct")
+
+    def gradients(apart):
+        model = with_both_forces(encoder).train()
+        model.apart = apart
+        found = model(batch, stress=True)
+        assert list(found) == list(slices)
+        own = {task: replace(batch, cell=batch.cell[batch.slices[task][0]]) for task in slices}
+        sum(loss(p, own[task]) for task, p in found.items()).backward()
+        return [p.grad for p in model.parameters()]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
         assert_close(a, b)
 
 

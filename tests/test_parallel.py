@@ -49,12 +49,19 @@ def values_of(stores, tasks: int, run: str = "unused", placement="auto", forces=
         "model": {
             "cutoff": 3.0,
             "encoder": {"name": "egnn", "layers": 1, "hidden": 8, "vectors": 2},
-            "branch": {"hidden": [6], "forces": forces},
+            **branches_with(forces),
         },
         "train": {"batch": 3, "steps": 12, "epoch_steps": 6, "lr": LR, "warmup": 2, "clip": 0.5, "precision": "fp64"}
         | train,
         "parallel": {"placement": placement},
     }
+
+
+def branches_with(forces: str) -> dict:
+    """The shapes of branches: of one kind of forces, or (`both`) apple's conservative beside direct ones."""
+    if forces != "both":
+        return {"branch": {"hidden": [6], "forces": forces}}
+    return {"branch": {"hidden": [6]}, "branches": {"apple": {"forces": "conservative"}}}
 
 
 def random_placement(tasks: int, ranks: int, seed: int) -> dict[str, list[int]]:
@@ -103,10 +110,13 @@ MODES = [  # forces, most edges of a micro-batch, task without forces, task with
     ("direct", 20, "apple", "cherry"),
     ("conservative", 20, None, "apple"),
     ("direct", None, None, "apple"),
+    ("both", None, "berry", None),
+    ("both", 20, None, "apple"),
 ]
 # Every placement meets every mode and every size both kinds of forces; these meet what they would not in turn.
-CASES = [(*case, i % len(MODES)) for i, case in enumerate(PLACED)]
+CASES = [(*case, i % 5) for i, case in enumerate(PLACED)]
 CASES += [(5, 7, "uneven", 2), (5, 7, "uneven", 3), (5, 5, "split", 2), (5, 5, "random", 3), (2, 4, "split", 3)]
+CASES += [(3, 2, "split", 5), (5, 7, "uneven", 5), (5, 3, "random", 6)]
 _reference: dict = {}
 
 
@@ -138,7 +148,11 @@ LAYOUTS = {  # ranks, placement, most edges of a micro-batch
     ("layout", "encoder", "forces"),
     [
         pytest.param(layout, encoder, forces, marks=[] if ordinary else pytest.mark.full)
-        for layout, encoder, forces in itertools.product(LAYOUTS, ("egnn", "painn"), ("direct", "conservative"))
+        for layout, encoder, forces in [
+            *itertools.product(LAYOUTS, ("egnn", "painn"), ("direct", "conservative")),
+            ("explicit", "egnn", "both"),
+            ("replicated", "painn", "both"),
+        ]
         for ordinary in [
             (layout, encoder, forces) in {("micro-batches", "egnn", "direct"), ("explicit", "painn", "direct")}
         ]

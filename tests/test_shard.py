@@ -31,6 +31,7 @@ CASES = [  # tasks, ranks, placement, encoder, forces, most edges of a micro-bat
     (2, 5, "split", PAINN, "conservative", 20, None, "apple"),  # ranks run over no atoms in some rounds
     (2, 3, {"apple": [0], "berry": [0, 2]}, EGNN, "conservative", None, None, "berry"),  # rank 1 has no branch
     (2, 3, {"apple": [0, 2], "berry": [0]}, EGNN, "direct", None, None, None),
+    (3, 3, "split", PAINN, "both", 20, "berry", None),  # one rank with conservative forces, two with direct ones
 ]
 
 

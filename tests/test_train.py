@@ -287,6 +287,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_position(stores, 
     assert all(torch.equal(before[n], p) for n, p in trainer.parameters.items())
 
 
+def test_branches_of_their_own_shape_are_of_the_run_and_take_the_rest_from_the_common_one(stores, tmp_path):
+    values = config_of(stores, tmp_path / "run")
+    values["model"] |= {"branch": {"hidden": [7]}, "branches": {"berry": {"forces": "conservative"}}}
+    model = parse_config(values, "test").model
+    assert model.shape("berry").model_dump() == model.branch.model_dump() | {"forces": "conservative"}
+    assert model.shape("apple") == model.branch and model.branch.hidden == [7]
+    for changed, message in (
+        (
+            {"model": values["model"] | {"branches": {"elder": {}}}},
+            r"model\.branches names elder; the branches .* are apple",
+        ),
+        ({"model": values["model"] | {"branches": {"berry": {"force": "direct"}}}}, "did you mean 'forces'"),
+        ({"train": values["train"] | {"compile": True}}, "train.compile makes passes for one kind of forces"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_config(values | changed, "test")
+
+
 def test_another_config_is_refused_with_the_differences(stores, tmp_path):
     start(config_of(stores, tmp_path / "run", train={"steps": 2}))
     with pytest.raises(ValueError, match=r"train\.lr: 0\.5 here, 0\.001 in the run"):

@@ -59,8 +59,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
-        if self.objective.stress > 0 and self.model.branch.forces != "conservative":
-            raise ValueError("objective.stress > 0 needs model.branch.forces: conservative (only they give a stress)")
+        self._shaped()
         if self.train.batch is not None and self.train.local_batch is not None:
             raise ValueError("train.batch and train.local_batch say the same thing twice: give one of them")
         if (self.train.batch or 1) < 1 and any(task.per_step is None for task in self.tasks.values()):
@@ -82,7 +81,7 @@ class Config(BaseModel):
         self._diagnosed()
         self._balanced()
         encoder, low = self.model.encoder.name, self.train.precision in ("bf16", "tf32")
-        if low and self.model.branch.forces == "conservative" and all_encoders()[encoder].slopes_need_float32:
+        if low and self.model.conservative and all_encoders()[encoder].slopes_need_float32:
             raise ValueError(
                 f"train.precision: {self.train.precision} rounds the conservative forces of {encoder} by several per "
                 "cent: take fp32, or model.branch.forces: direct"
@@ -92,6 +91,24 @@ class Config(BaseModel):
         if self.finetune is not None:
             self._fine_tunes(self.finetune)
         return self
+
+    def _shaped(self) -> None:
+        """ValueError where branches of a shape of their own are none of the run, or cannot do what is asked."""
+        branches = sorted(set(self.branch_of().values()))
+        unknown = sorted(set(self.model.branches) - set(branches))
+        if unknown and self.finetune is None:  # then they may be branches of the model that it begins with
+            raise ValueError(
+                f"model.branches names {', '.join(unknown)}; the branches of this run are {', '.join(branches)}"
+            )
+        forces = {self.model.shape(branch).forces for branch in branches}
+        if self.objective.stress > 0 and "conservative" not in forces:
+            raise ValueError("objective.stress > 0 needs model.branch.forces: conservative (only they give a stress)")
+        if len(forces) > 1 and (self.train.compile or self.train.capture):
+            key = "train.compile" if self.train.compile else "train.capture"
+            raise ValueError(
+                f"{key} makes passes for one kind of forces, and model.branches asks for direct and conservative ones: "
+                "set it to false"
+            )
 
     def _diagnosed(self) -> None:
         """ValueError where gradients of tasks are to be measured that cannot be had apart."""

@@ -72,7 +72,7 @@ class Calculator(ase.Calculator):
         self._trained, self._compiled = self.models, compiled
         if compiled:
             self.models = [_compiled(model, self.task, compiled) for model in self.models]
-        self.conservative = all(model.conservative for model in self.models)
+        self.conservative = all(model.is_conservative(self.task) for model in self.models)
         self.neighbors = SkinList(max(model.cutoff for model in self.models), skin)
         self._stress_wanted = self._warned_of_motion = False
         self._doubts_wanted: bool | Literal["energy"] = False

@@ -85,7 +85,9 @@ class Driver(Dummy_driver):
     def _refuse_moving(self, cells: list[np.ndarray]) -> None:
         if self._first_cell is None:
             self._first_cell = np.array(cells[0])
-        if not self.model.conservative and not all(np.array_equal(cell, self._first_cell) for cell in cells):
+        if not self.model.is_conservative(self.task) and not all(
+            np.array_equal(cell, self._first_cell) for cell in cells
+        ):
             raise ValueError(
                 "the cell moves, but the forces of this model are predicted directly, so it has no virial: keep the "
                 "cell, or take a model of `model.branch.forces: conservative`"

@@ -81,8 +81,8 @@ class Exported(Answers):
         self.device, self.dtype = torch.device("cpu"), getattr(torch, package.about["precision"])
         self._inputs = [x["name"] for x in package.about["inputs"][len(self.weights) :]]
 
-    @property
-    def conservative(self) -> bool:
+    def is_conservative(self, task: str) -> bool:
+        """As in the other forms; there is one task."""
         return self.package.about["forces"] == "conservative"
 
     def in_precision(self, precision: str | None) -> Self:

@@ -54,9 +54,9 @@ def relax(
     with groups.world(device) as world:
         loaded = load(model, world.device).in_precision(DTYPES[dtype])
         name = loaded.energy_task(task)
-        if settings.cell and not loaded.conservative:
+        if settings.cell and not loaded.is_conservative(name):
             raise ValueError(
-                f"--cell: the forces of {model} are predicted directly, so it has no stress, and its cells cannot be "
+                f"--cell: {model} predicts the forces of {name} directly, so it has no stress, and its cells cannot be "
                 "relaxed; a model of `model.branch.forces: conservative` can"
             )
         with world.together():

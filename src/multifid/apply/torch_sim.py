@@ -42,7 +42,7 @@ class TorchSimModel(ModelInterface):
         self._device, self._dtype = model.device, model.dtype
         self._compute_forces, self._memory_scales_with = True, "n_atoms_x_density"
         self._compute_stress = False
-        self.compute_stress = model.conservative if compute_stress is None else compute_stress
+        self.compute_stress = model.is_conservative(self.task) if compute_stress is None else compute_stress
 
     @property
     def compute_stress(self) -> bool:
@@ -51,7 +51,7 @@ class TorchSimModel(ModelInterface):
 
     @compute_stress.setter
     def compute_stress(self, wanted: bool) -> None:
-        if wanted and not self.model.conservative:
+        if wanted and not self.model.is_conservative(self.task):
             # torch-sim's own check takes this error for "has no stress"
             raise NotImplementedError(
                 "the forces of this model are predicted directly, not as a gradient of its energy, so it has no stress"

@@ -65,7 +65,7 @@ def predictions(
     index: of its structures in the source's store; comes back with the batch, or with each half.
     """
     task, label_set = next(iter(source.tasks.items()))
-    stress = model.conservative and source.store.manifest["tasks"][label_set]["labels"]["stress"] > 0
+    stress = model.is_conservative(task) and source.store.manifest["tasks"][label_set]["labels"]["stress"] > 0
     prediction = None
     try:
         prediction = model.aligned(replace(batch, targets={}), task, stress=stress)

@@ -144,7 +144,7 @@ def _raw(
     energies, forces, stresses = [], [], []
     for batch in _batches(model, source, index, share):
         targets = batch.targets[task]
-        labelled = model.conservative and targets.stress is not None and bool(targets.stress.isfinite().any())
+        labelled = model.is_conservative(task) and targets.stress is not None and bool(targets.stress.isfinite().any())
         found = held(model.potential, replace(batch, targets={}), task, rigidity, stress=labelled)
         p = model.physical(found.prediction, task)
         error = (p.energy - targets.energy).abs() / batch.natoms

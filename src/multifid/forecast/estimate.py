@@ -133,7 +133,7 @@ def _sent(subject: Subject, rank: Member, ranks: int, sharded: bool) -> float:
 
 def _rounds(subject: Subject) -> int:
     """A sharded encoder is gathered forward (and again backward, if it was dropped), and its gradients scattered."""
-    return 2 if subject.model.branch.forces == "conservative" else 3
+    return 2 if subject.model.conservative else 3
 
 
 def _phases(

@@ -176,7 +176,7 @@ def make_subject(
         branch = Branch(encoder, model.branch, model.cutoff)
     if finetune is not None:
         moves_of_encoder(encoder, finetune, 0)
-    beside = gathered(encoder, model.branch.forces == "conservative", max_edges is not None)
+    beside = gathered(encoder, model.conservative, max_edges is not None)
     atoms = sum(load.structures * load.atoms for load in tasks.values())
     edges = sum(load.structures * load.edges for load in tasks.values())
     triplets = sum(load.structures * load.triplets for load in tasks.values())

@@ -12,9 +12,10 @@ other domains' atoms (or of images of its own) that send and never receive. What
 `exchanged` fetches it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,6 +105,61 @@ def completed(batch: Batch, needs: GraphNeeds) -> Batch:
         places = torch.searchsorted(batch.edges[0].contiguous(), bounds).tolist()  # edges are sorted by receiver
         slices = {task: slice(*place) for task, place in zip(batch.slices, places, strict=True)}
     return replace(batch, reverse=reverse, triplets=triplets, edge_slices=slices)
+
+
+def only(batch: Batch, tasks: Collection[str]) -> Batch:
+    """The structures of some tasks of a batch that is `completed`, in their order; without targets and labels."""
+    assert batch.edge_slices is not None
+    places = {task: (*batch.slices[task], batch.edge_slices[task]) for task in tasks}
+    blocks: list[list[slice]] = []  # structures, atoms, edges; tasks of one store share theirs
+    for place in sorted(places.values(), key=lambda p: (p[0].start, p[0].stop)):
+        if blocks and place[0].start < blocks[-1][0].stop:
+            blocks[-1] = [slice(a.start, max(a.stop, b.stop)) for a, b in zip(blocks[-1], place, strict=True)]
+        else:
+            blocks.append(list(place))
+    sizes = np.array([[part.stop - part.start for part in block] for block in blocks]).reshape(-1, 3)
+    begins = np.cumsum(sizes, axis=0) - sizes
+    moved = begins - np.array([[part.start for part in block] for block in blocks]).reshape(-1, 3)
+
+    def joined(x: Tensor, kind: int, shift: int | None = None, dim: int = 0) -> Tensor:
+        """The blocks' parts of a tensor; numbers of structures (0), atoms (1) or edges (2) in it counted anew."""
+        parts = [x.narrow(dim, b[kind].start, b[kind].stop - b[kind].start) for b in blocks]
+        if shift is not None:
+            parts = [part + int(m[shift]) for part, m in zip(parts, moved, strict=True)]
+        return torch.cat([x.narrow(dim, 0, 0), *parts], dim=dim)
+
+    triplets = batch.triplets
+    if triplets is not None:
+        ends = [
+            torch.searchsorted(triplets[1].contiguous(), triplets.new_tensor([b[2].start, b[2].stop])) for b in blocks
+        ]
+        parts = [triplets[:, first:last] + int(m[2]) for (first, last), m in zip(ends, moved, strict=True)]
+        triplets = torch.cat([triplets[:, :0], *parts], dim=1)
+    which = {
+        task: next(k for k, b in enumerate(blocks) if p[0].start >= b[0].start and p[0].stop <= b[0].stop)
+        for task, p in places.items()
+    }
+    slices = {
+        task: [
+            slice(part.start + int(m), part.stop + int(m)) for part, m in zip(place, moved[which[task]], strict=True)
+        ]
+        for task, place in places.items()
+    }
+    return Batch(
+        numbers=joined(batch.numbers, 1),
+        positions=joined(batch.positions, 1),
+        cell=joined(batch.cell, 0),
+        charge=joined(batch.charge, 0),
+        spin=joined(batch.spin, 0),
+        natoms=joined(batch.natoms, 0),
+        structure=joined(batch.structure, 1, shift=0),
+        edges=joined(batch.edges, 2, shift=1, dim=1),
+        shifts=joined(batch.shifts, 2),
+        slices={task: (place[0], place[1]) for task, place in slices.items()},
+        reverse=None if batch.reverse is None else joined(batch.reverse, 2, shift=2),
+        triplets=triplets,
+        edge_slices={task: place[2] for task, place in slices.items()},
+    )
 
 
 def graph_of(batch: Batch) -> Graph:

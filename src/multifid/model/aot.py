@@ -119,7 +119,7 @@ def _about(
         Input(n, str(w.dtype).removeprefix("torch."), tuple(w.shape), "weight") for n, w in written.weights.items()
     ]
     inputs = [*weights, *inputs_for(function.needs)]
-    outputs = [ENERGIES, FORCES, *([VIRIAL] if model.conservative else [])]
+    outputs = [ENERGIES, FORCES, *([VIRIAL] if function.conservative else [])]
     return {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -127,7 +127,7 @@ def _about(
         "elements": model.elements(task),
         "cutoff": model.cutoff,
         "units": UNITS,
-        "forces": "conservative" if model.conservative else "direct",
+        "forces": "conservative" if function.conservative else "direct",
         "precision": str(model.dtype).removeprefix("torch."),
         "model": checksum(function.state_dict()),
         "inputs": [x._asdict() for x in inputs],

@@ -42,7 +42,7 @@ def compile_training(potential: Potential, how: Compile, backend: str | Callable
     lists = Lists(backend, options(cuda_graphs=how == "reduce-overhead") if backend == "inductor" else {})
     if how == "reduce-overhead":
         potential.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
-    if potential.config.branch.forces == "conservative":
+    if potential.config.conservative:
         potential.forward = _Conservative(potential, lists)  # type: ignore[method-assign]
         return lists
     stacks = [child for child in potential.encoder.children() if isinstance(child, nn.ModuleList)]

@@ -69,11 +69,12 @@ def voices(model: "Predictor") -> dict[str, list[str]]:
 def disagreement(model: "Predictor", packed: Packed, *, stress: bool, max_edges: int = EDGES) -> Disagreement:
     """The disagreement about structures, with the charge and multiplicity that they say.
 
-    One pass of the model for each branch that has a say. stress: its too, where forces are conservative.
+    One pass of the model for each branch that has a say. stress: its too, where all of them have conservative forces.
     """
     tasks = voices(model)
     pieces = [between(packed, *piece) for piece in cut_structures(packed, model.cutoff, max_edges)]
-    found = [_of_piece(model, tasks, piece, stress=stress and model.conservative) for piece in pieces]
+    stress = stress and all(model.is_conservative(task) for of_branch in tasks.values() for task in of_branch)
+    found = [_of_piece(model, tasks, piece, stress=stress) for piece in pieces]
     zeros = np.zeros(0)
     nothing = Disagreement(zeros, zeros, zeros, zeros, zeros.astype(np.int64))
     return Disagreement(*(np.concatenate([getattr(x, f.name) for x in [nothing, *found]]) for f in fields(nothing)))

@@ -101,7 +101,7 @@ def share_of(potential: Potential, task: str, graph: Graph, own: Tensor) -> Shar
     """
     branch = potential.branches[potential.branch_of[task]]
     assert isinstance(branch, Branch)
-    if potential.config.branch.forces == "direct":
+    if not potential.is_conservative(task):
         with torch.no_grad():
             features = potential.encoder(graph)
             if branch.reads_edges:

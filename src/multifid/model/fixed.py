@@ -78,7 +78,8 @@ class Fixed(nn.Module):
         self.register_buffer("references", references)
         self.scale: Tensor
         self.register_buffer("scale", torch.tensor([about["scale"]], dtype=torch.float64))
-        self.conservative, self.dtype, self.needs = model.conservative, model.dtype, potential.encoder.needs
+        self.conservative, self.dtype = model.is_conservative(task), model.dtype
+        self.needs = potential.encoder.needs
         self.eval().requires_grad_(False).to(model.device)
 
     def forward(

@@ -117,7 +117,7 @@ def footprint(
     live = [counted(size, 1, True) for size in sizes] if compiled else trials
     seen = [Trial(size.vector(), 1, trial.moments) for size, trial in zip(sizes, live, strict=True)]
     # Where a derivative is autograd's, it keeps the values of all tiles: what one needs for itself is of no matter.
-    if processor and config.branch.forces == "direct":
+    if processor and not config.conservative:
         more = replace(base, edges=2 * base.edges, triplets=2 * base.triplets)
         several = ((base, 2), (base, 3), (more, 2))
         seen += [Trial(size.vector(), pieces, counted(size, pieces, compiled).moments) for size, pieces in several]

@@ -6,7 +6,7 @@ batch -> encoder (once, over all structures) -> node features -> branch of each 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor, nn
 
 from multifid.graphs.batch import Batch, rows_times_matrices
-from multifid.graphs.graph import Graph, completed, graph_of
+from multifid.graphs.graph import Graph, completed, graph_of, only
 from multifid.model.branch import Branch, BranchConfig
 from multifid.model.contract import Encoder, Features
 from multifid.model.encoders import DEFAULT, AnyEncoderConfig, all_encoders, build_encoder, why_unknown
@@ -32,7 +32,12 @@ class ModelConfig(BaseModel):
     encoder: AnyEncoderConfig = Field(
         default={"name": DEFAULT}, validate_default=True, description="The shared encoder."
     )
-    branch: BranchConfig = Field(default_factory=BranchConfig, description="The branches, all of one shape.")
+    branch: BranchConfig = Field(default_factory=BranchConfig, description="The shape of the branches.")
+    branches: dict[str, BranchConfig] = Field(
+        default_factory=dict,
+        description="Branches of another shape, by name: `{mptrj: {forces: direct}}`. What is not said is as in "
+        "`branch`. Conservative and direct forces may stand side by side.",
+    )
     properties: dict[str, PropertyConfig] = Field(
         default_factory=dict,
         description="Branches that predict a property in place of energies; taken from the stores where left out.",
@@ -48,21 +53,50 @@ class ModelConfig(BaseModel):
             raise ValueError(why_unknown(value["name"]))
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_branch(cls, values: Any) -> Any:
+        """What `branches` leaves out, from `branch`."""
+        if not isinstance(values, dict) or not isinstance(values.get("branches"), dict):
+            return values
+        common = values.get("branch", {})
+        common = common.model_dump() if isinstance(common, BranchConfig) else common
+        if not isinstance(common, dict):
+            return values
+        one_by_one = {
+            name: common | asked if isinstance(asked, dict) else asked for name, asked in values["branches"].items()
+        }
+        return values | {"branches": one_by_one}
+
     @model_validator(mode="after")
     def _fits(self) -> "ModelConfig":
         """Build both once without memory: what an encoder or a head refuses is refused when a config is read."""
         with torch.device("meta"):
             encoder = build_encoder(self.encoder, self.cutoff)
-            for name in [None, *self.properties]:
+            for name in [None, *self.branches, *self.properties]:
                 build_branch(encoder, self, name)
         return self
 
+    def shape(self, branch: str | None) -> BranchConfig:
+        """The shape of a branch; None: of those that have no shape of their own."""
+        return self.branch if branch is None else self.branches.get(branch, self.branch)
+
+    @property
+    def shapes(self) -> list[BranchConfig]:
+        """All shapes that a branch may have here."""
+        return [self.branch, *self.branches.values()]
+
+    @property
+    def conservative(self) -> bool:
+        """Whether any forces are gradients of an energy."""
+        return any(shape.forces == "conservative" for shape in self.shapes)
+
 
 def build_branch(encoder: Encoder, config: ModelConfig, name: str | None = None) -> Branch | PropertyBranch:
-    """The branch of a name (None: of any task with energies), with weights that are not yet drawn."""
+    """The branch of a name (None: of a task with energies like most), with weights that are not yet drawn."""
     if name is not None and (asked := config.properties.get(name)) is not None:
-        return PropertyBranch(encoder, asked, config.branch, config.cutoff)
-    return Branch(encoder, config.branch, config.cutoff)
+        return PropertyBranch(encoder, asked, config.shape(name), config.cutoff)
+    return Branch(encoder, config.shape(name), config.cutoff)
 
 
 @dataclass(slots=True)
@@ -95,6 +129,9 @@ class Potential(nn.Module):
         self.branch_of = dict(branch_of)
         # What surrounds the gradient that gives conservative forces, for those who hook into backward passes.
         self.inner_gradient: Callable[[], AbstractContextManager] = nullcontext
+        # Whether conservative and other tasks go through the encoder in passes of their own. Not where passes are
+        # collective: all ranks must make as many.
+        self.apart = True
         self.encoder = build_encoder(config.encoder, config.cutoff)
         self.branches = nn.ModuleDict({n: build_branch(self.encoder, config, n) for n in branches})
         draw_weights(self.encoder, generator_for(seed, "encoder"))
@@ -110,19 +147,33 @@ class Potential(nn.Module):
         return self.branches[branch].named_parameters(prefix=f"branches.{branch}")
 
     def forward(self, batch: Batch, stress: bool = False) -> dict[str, Prediction]:
-        """The predictions of every task in `batch.slices`; with `stress` also stresses, if forces are conservative."""
-        if self.config.branch.forces == "direct":
+        """The predictions of every task in `batch.slices`; with `stress` also stresses of conservative forces."""
+        sloped = [task for task in batch.slices if self.is_conservative(task)]
+        plain = [task for task in batch.slices if task not in sloped]
+        if sloped and plain and self.apart:
+            # Each structure pays for the derivatives that its own task needs.
             batch = completed(batch, self.encoder.needs)
-            graph = graph_of(batch)
-            features = self.encoder(graph)
-            # A backward pass begins with what was computed last: gradients arrive in the order of the tasks.
-            heads = {task: self._head(task, features, batch, graph) for task in reversed(batch.slices)}
+            heads = self._conservative(only(batch, sloped), stress) | self._direct(only(batch, plain))
             return {task: heads[task] for task in batch.slices}
-        return self._conservative(batch, stress)
+        return self._conservative(batch, stress) if sloped else self._direct(batch)
 
     def predicts_property(self, task: str) -> bool:
         """Whether a task has a property in place of energies."""
         return self.branch_of[task] in self.config.properties
+
+    def is_conservative(self, task: str) -> bool:
+        """Whether the forces of a task are minus the gradient of its energy; not of a property, which has none."""
+        branch = self.branch_of[task]
+        return branch not in self.config.properties and self.config.shape(branch).forces == "conservative"
+
+    def _direct(self, batch: Batch) -> dict[str, Prediction]:
+        """Of tasks without conservative forces."""
+        batch = completed(batch, self.encoder.needs)
+        graph = graph_of(batch)
+        features = self.encoder(graph)
+        # A backward pass begins with what was computed last: gradients arrive in the order of the tasks.
+        heads = {task: self._head(task, features, batch, graph) for task in reversed(batch.slices)}
+        return {task: heads[task] for task in batch.slices}
 
     def _head(self, task: str, features: Features, batch: Batch, graph: Graph) -> Prediction:
         """With direct forces, or of a property."""
@@ -166,9 +217,9 @@ class Potential(nn.Module):
             graph = graph_of(strained)
             features = self.encoder(graph)
             predictions = {
-                task: self._property(task, features, strained, graph)
+                task: self._head(task, features, strained, graph)
                 for task in batch.slices
-                if self.predicts_property(task)
+                if not self.is_conservative(task)
             }
             slices = {task: place for task, place in batch.slices.items() if task not in predictions}
             heads = {task: self._branch(task, features, strained, graph) for task in slices}
@@ -197,9 +248,10 @@ class Potential(nn.Module):
     @staticmethod
     def _kept(prediction: Prediction, training: bool) -> Prediction:
         """Without what a derivative would need, where there will be none."""
-        if training or prediction.value is None:
+        if training:
             return prediction
-        return replace(prediction, value=prediction.value.detach())
+        held = {f.name: getattr(prediction, f.name) for f in fields(prediction)}
+        return replace(prediction, **{name: value.detach() for name, value in held.items() if value is not None})
 
 
 def generator_for(seed: int, part: str) -> torch.Generator:

@@ -60,10 +60,9 @@ class Predictor(TaskModel):
         self.potential = self.potential.to(device=self.device, dtype=self.dtype).eval()
         self.potential.requires_grad_(False)
 
-    @property
-    def conservative(self) -> bool:
-        """Whether forces are minus the gradient of the energy; only then there is a stress."""
-        return self.potential.config.branch.forces == "conservative"
+    def is_conservative(self, task: str) -> bool:
+        """Whether a task's forces are minus the gradient of its energy; only then there is a stress."""
+        return self.potential.is_conservative(task)
 
     def in_precision(self, precision: str | None) -> Self:
         """This model in another precision, a copy; itself where that is its own."""

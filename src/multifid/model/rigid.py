@@ -60,7 +60,7 @@ def held(
     forces: theirs too, and that of the stress where there is one, for which conservative forces need a backward pass
     for each sample; NaN without.
     """
-    if potential.config.branch.forces == "direct":
+    if not potential.is_conservative(task):
         return _direct(potential, batch, task, rigidity)
     return _conservative(potential, batch, task, rigidity, stress, forces)
 

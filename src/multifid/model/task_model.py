@@ -36,10 +36,9 @@ class TaskModel(ABC):
     dtype: torch.dtype
     gives_features: bool = True
 
-    @property
     @abstractmethod
-    def conservative(self) -> bool:
-        """Whether forces are minus the gradient of the energy; only then there is a stress."""
+    def is_conservative(self, task: str) -> bool:
+        """Whether a task's forces are minus the gradient of its energy; only then there is a stress."""
 
     @abstractmethod
     def in_precision(self, precision: str | None) -> Self:
@@ -144,7 +143,7 @@ class TaskModel(ABC):
         given = [structures] if alone else list(structures)
         name, model = self.task(task), self.in_precision(precision)
         said = pack_atoms(given)
-        packed, with_stress = model.ready(said, name), stress and model.conservative
+        packed, with_stress = model.ready(said, name), stress and model.is_conservative(name)
         if (held := self.property_of(name)) is not None:
             if uncertainty or features or disagreement:
                 raise ValueError(f"task {name!r} predicts a property: it has no uncertainty and gives no features")

@@ -156,12 +156,13 @@ def _pull(config: Config, moving: Named, factors: Mapping[str, float]) -> Pull |
 
 def apply_shards(potential: Potential, wanted: bool, world: World) -> Shards | None:
     """The encoder on the device of this rank: in pieces (wanted, and several ranks), or whole."""
-    conservative = potential.config.branch.forces == "conservative"
+    conservative = potential.config.conservative
     shards = shard(potential.encoder, ENCODER, world, keep_gathered=conservative) if wanted else None
     if shards is None:
         potential.encoder.to(world.device)
     else:
         potential.inner_gradient = shards.inner_gradient
+        potential.apart = False
     return shards
 
 

@@ -28,18 +28,22 @@ SAMPLE = 1000  # structures of a train split whose edges are estimated
 # 7 to 14. Trial steps (`trial.py`) on two cores said 323 (EGNN 4 x 866, heads 3 x 889), 416 (4 x 128, 3 x 128) and 167
 # (the same with conservative forces).
 UPDATE = 300.0
+SLOPES = 2.0  # a step with conservative forces, by one with direct forces (docs/performance.md)
 
 
 def loads(config: Config, sources: list[Source], draws: list[Draw]) -> dict[str, Load]:
     """The load of every task in a mean step."""
-    encoder, branch = parameters(config.model)
-    held = bytes_of_branch(config.model, config.train)
-    out = {}
+    branch_of, out = config.branch_of(), {}
+    kinds = {config.model.shape(branch).forces for branch in branch_of.values()}
     for source, draw in zip(sources, draws, strict=True):
         edges = mean_edges(source, config.model.cutoff)
         atoms = float(source.store.rows("natoms", sample_of(source)).mean())
         for task in draw.tasks:  # tasks of one store share the encoder's pass, and their ranks
+            encoder, branch = parameters(config.model, branch_of[task])
+            held = bytes_of_branch(config.model, config.train, branch_of[task])
             work = 3 * float(draw.rate) * (edges * encoder / len(draw.tasks) + atoms * branch)
+            if len(kinds) > 1 and config.model.shape(branch_of[task]).forces == "conservative":
+                work *= SLOPES
             own = config.branches != "shared"
             spread = spread_of(source, draw, config.model.cutoff)
             out[task] = Load(cost=work, holding=UPDATE * branch * own, bytes=held * own, spread=spread)
@@ -69,7 +73,7 @@ def memory(config: Config, ranks: int = 1) -> Memory | None:
         return None
     everywhere = encoder_bytes(config, ranks)
     if config.branches == "shared":
-        everywhere += bytes_of_branch(config.model, config.train)
+        everywhere += bytes_of_branch(config.model, config.train, "shared")
     return Memory(limit=int(config.parallel.memory * GIB), encoder=everywhere)
 
 
@@ -91,8 +95,7 @@ def encoder_bytes(config: Config, ranks: int) -> int:
         beside = beside_moments(config.train.optimizer, moving)
         return copies * trained + number * (beside + (whole - trained) * (1 + (config.train.ema is not None)))
     pieces = sum(elements(p.shape, ranks) for p in encoder.parameters())
-    conservative = config.model.branch.forces == "conservative"
-    return copies * pieces + number * gathered(encoder, conservative, config.train.max_edges is not None)
+    return copies * pieces + number * gathered(encoder, config.model.conservative, config.train.max_edges is not None)
 
 
 def gathered(encoder: nn.Module, conservative: bool, micro_batches: bool) -> int:
@@ -104,28 +107,29 @@ def gathered(encoder: nn.Module, conservative: bool, micro_batches: bool) -> int
     return 2 * (whole - sum(layers)) + 4 * max(layers) + (whole if micro_batches else 0)
 
 
-def bytes_of_branch(model: ModelConfig, train: TrainConfig) -> int:
-    """Of a branch on a rank that trains it: all copies of it."""
-    return parameters(model)[1] * bytes_per_parameter(train) + kept_beside(model, train)[1] * bytes_of_number(train)
+def bytes_of_branch(model: ModelConfig, train: TrainConfig, branch: str | None = None) -> int:
+    """Of a branch on a rank that trains it: all copies of it. None: of a branch like most."""
+    copies, beside = bytes_per_parameter(train), kept_beside(model, train, branch)[1]
+    return parameters(model, branch)[1] * copies + beside * bytes_of_number(train)
 
 
-def parameters(model: ModelConfig) -> tuple[int, int]:
-    """Parameters of the encoder and of a branch, counted on modules without memory."""
-    encoder, branch = _modules(model)
-    return sum(p.numel() for p in encoder.parameters()), sum(p.numel() for p in branch.parameters())
+def parameters(model: ModelConfig, branch: str | None = None) -> tuple[int, int]:
+    """Parameters of the encoder and of a branch, counted on modules without memory. None: of a branch like most."""
+    encoder, module = _modules(model, branch)
+    return sum(p.numel() for p in encoder.parameters()), sum(p.numel() for p in module.parameters())
 
 
-def kept_beside(model: ModelConfig, train: TrainConfig) -> tuple[int, int]:
+def kept_beside(model: ModelConfig, train: TrainConfig, branch: str | None = None) -> tuple[int, int]:
     """Numbers that the optimizer keeps of the encoder and of a branch besides two moments."""
-    encoder, branch = (beside_moments(train.optimizer, dict(m.named_parameters())) for m in _modules(model))
-    return encoder, branch
+    encoder, held = (beside_moments(train.optimizer, dict(m.named_parameters())) for m in _modules(model, branch))
+    return encoder, held
 
 
-def _modules(model: ModelConfig) -> tuple[nn.Module, nn.Module]:
+def _modules(model: ModelConfig, branch: str | None) -> tuple[nn.Module, nn.Module]:
     """Encoder and branch without memory."""
     with torch.device("meta"):
         encoder = build_encoder(model.encoder, model.cutoff)
-        return encoder, Branch(encoder, model.branch, model.cutoff)
+        return encoder, Branch(encoder, model.shape(branch), model.cutoff)
 
 
 def bytes_per_parameter(train: TrainConfig) -> int:

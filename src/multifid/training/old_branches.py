@@ -33,12 +33,13 @@ def keep_old_branches(run: Path, config: Config) -> None:
     if config.finetune is None or config.init is None:
         return
     potential, old = load_model(Path(config.init))
-    same = potential.config.branch == config.model.branch
     trained = set(config.branch_of().values())
     wanted = {
         about["branch"]
         for task, about in old["tasks"].items()
-        if same and about["branch"] not in trained and task not in config.tasks
+        if about["branch"] not in trained
+        and task not in config.tasks
+        and potential.config.shape(about["branch"]) == config.model.shape(about["branch"])
     }
     prefixes = tuple(f"branches.{branch}." for branch in sorted(wanted))
     tensors = {f"weight/{n}": t.contiguous() for n, t in potential.state_dict().items() if n.startswith(prefixes)}

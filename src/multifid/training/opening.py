@@ -68,14 +68,19 @@ def _model(model: ModelConfig) -> str:
     encoder, branch = model.encoder, model.branch
     size = ", ".join(f"{key} {value}" for key, value in encoder if key != "name" and value is not None)
     size = f"{encoder.name}, {size}" if size else encoder.name
-    return f"{size}; branches {'-'.join(map(str, branch.hidden))}, {branch.forces} forces; cutoff {model.cutoff}"
+    others = [f"; branch {n} {'-'.join(map(str, b.hidden))}, {b.forces} forces" for n, b in model.branches.items()]
+    heads = f"branches {'-'.join(map(str, branch.hidden))}, {branch.forces} forces{''.join(others)}"
+    return f"{size}; {heads}; cutoff {model.cutoff}"
 
 
 def _parameters(config: Config) -> str:
-    encoder, branch = parameters(config.model)
-    number = len(set(config.branch_of().values()))
-    branches = f"{number} branch{'es' if number > 1 else ''}"
-    return f"encoder {encoder:,}; each branch {branch:,}; in all, with {branches}, {encoder + number * branch:,}"
+    names = sorted(set(config.branch_of().values()))
+    encoder = parameters(config.model)[0]
+    each = {name: parameters(config.model, name)[1] for name in names}
+    sizes = sorted(set(each.values()))
+    size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    branches = f"{len(names)} branch{'es' if len(names) > 1 else ''}"
+    return f"encoder {encoder:,}; each branch {size}; in all, with {branches}, {encoder + sum(each.values()):,}"
 
 
 def _training(t: TrainConfig, o: ObjectiveConfig, seed: int, init: str | None) -> str:

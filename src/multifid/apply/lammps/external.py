@@ -64,7 +64,7 @@ def attach(
         atoms.info.update(charge=charge, spin=spin)
         atoms.calc = calculator
         virial = np.zeros(6)
-        if model.conservative:
+        if model.is_conservative(task):
             virial = -atoms.get_stress()[list(EV_PER_VOLUME)] * atoms.get_volume()
         f[:nlocal] = atoms.get_forces()[tags[:nlocal] - 1]
         lmp.fix_external_set_energy_global(fix, atoms.get_potential_energy())

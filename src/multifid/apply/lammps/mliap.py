@@ -54,7 +54,7 @@ class MLIAP:
             raise ValueError(f"dtype {dtype!r} must be float32 or float64")
         loaded = open_model(model)
         loaded.energy_task(task)
-        if not loaded.conservative:
+        if not loaded.is_conservative(task):
             raise ValueError(
                 "ML-IAP takes forces of pairs, and the forces of this model are predicted directly: take a model of "
                 "`model.branch.forces: conservative`, or pair_style multifid"

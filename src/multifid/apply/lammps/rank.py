@@ -83,7 +83,7 @@ class RankModel:
         first = self.models[0]
         for model in self.models:
             model.energy_task(self.task)
-            if (model.cutoff, model.conservative) != (first.cutoff, first.conservative):
+            if model.cutoff != first.cutoff or model.is_conservative(self.task) != self.conservative:
                 raise ValueError("the models of a committee must have one cutoff, and forces of one kind")
         self.width = max(3, *(widest_exchange(model.potential) for model in self.models))
         self.references = [self._references(model) for model in self.models]
@@ -96,7 +96,7 @@ class RankModel:
     @property
     def conservative(self) -> bool:
         """Whether answers have slopes of pairs, or else forces of atoms."""
-        return self.models[0].conservative
+        return self.models[0].is_conservative(self.task)
 
     def set_types(self, symbols: Sequence[str]) -> None:
         """Elements of the types, in their order. ValueError for what is none, or one that the task has not seen."""

@@ -118,9 +118,20 @@ def _largest(subject: Subject, rank: Member, held: dict[str, int], limit: float,
     own = subject.footprint
     state = sum(held.values()) - held["activations"]
     state += subject.encoder.gathered * subject.width * sharded
-    nothing = own.activations(rank.size.times(0.0))
-    growth = own.activations(rank.size) - nothing
-    return max(0.0, (limit - state - nothing) / max(growth, 1.0))
+
+    def fits(times: float) -> bool:
+        return state + own.activations(rank.size.times(times)) <= limit
+
+    # The fullest moment of a large batch may be another one than that of a small one: no straight line leads there.
+    if not fits(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while fits(high) and high < 1e12:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _sent(subject: Subject, rank: Member, ranks: int, sharded: bool) -> float:

@@ -30,7 +30,7 @@ def batch_with(packed: Packed, edges: np.ndarray, shifts: np.ndarray, task: str)
 
 def refuse_coincident(batch: Batch, first: int) -> None:
     """ValueError where two atoms, or an atom and its own image, lie on each other; `first`: number of the first one."""
-    lengths = torch.linalg.vector_norm(edge_vectors(batch), dim=1)
+    lengths = torch.linalg.vector_norm(_vectors(batch), dim=1)
     if not len(lengths) or float(lengths.min()) >= NEAREST:
         return
     edge = int(lengths.argmin())
@@ -40,6 +40,14 @@ def refuse_coincident(batch: Batch, first: int) -> None:
     raise ValueError(
         f"structure {first + structure}: atoms {i - start} and {j - start} are {lengths[edge]:.2g} angstrom apart"
     )
+
+
+def _vectors(batch: Batch) -> torch.Tensor:
+    """(E, 3) angstrom, to rounding; of one structure, which has one cell, in a fraction of the time."""
+    if batch.structures != 1:
+        return edge_vectors(batch)
+    i, j = batch.edges
+    return batch.positions.index_select(0, j) - batch.positions.index_select(0, i) + batch.shifts @ batch.cell[0]
 
 
 def between(packed: Packed, first: int, last: int) -> Packed:

@@ -176,10 +176,10 @@ def ways(model: Model, folder: Path, cache: Path | None) -> dict[str, Callable[[
         if not code.exists():
             export_package(model, "salt", code)
         loaded = multifid.load(code)
-        return flying(atoms, lambda: loaded.predict(atoms))
+        return flying(atoms, lambda: loaded.predict(atoms, stress=False))
 
     return {
-        "predict": lambda atoms: flying(atoms, lambda: model.predict(atoms)),
+        "predict": lambda atoms: flying(atoms, lambda: model.predict(atoms, stress=False)),
         "calculator": lambda atoms: by_calculator(model.calculator(), atoms),
         "compiled": lambda atoms: by_calculator(model.calculator(compiled=cache or folder / "cache"), atoms),
         "exported": exported,

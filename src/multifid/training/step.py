@@ -167,6 +167,10 @@ class Trainer:
         self.number = {task.name: k for k, task in enumerate(self.tasks)}
         constants = torch.tensor([[t.scale for t in self.tasks], [t.weight for t in self.tasks]], dtype=torch.float64)
         self.scales, self.weights = constants.to(self.device)
+        # Positions, whose gradient gave forces, are leaves too, but nobody asks for the gradient of the loss there. The
+        # leaves of an encoder in pieces are FSDP's own.
+        moving = [p for p in self.parameters.values() if p.requires_grad]
+        self._reached = moving if self.gradients.shards is None else None
         # Where a step is over when the host has computed it, there is nothing to wait for.
         self.at_once = self.device.type == "cpu"
 
@@ -334,7 +338,7 @@ class Trainer:
             if self.balance is not None:
                 self.balance.passes(task)
             if share.requires_grad:  # not where no structure here has a label that counts
-                share.backward(retain_graph=k < len(parts))
+                share.backward(retain_graph=k < len(parts), inputs=self._reached)
         if self.balance is not None:
             self.balance.passes(None)
 

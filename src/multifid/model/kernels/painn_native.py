@@ -24,8 +24,9 @@ def edges(plain: Callable[..., Tensor], i: Tensor, j: Tensor, inputs: Sequence[T
     r (E, 3), basis b (E, R), envelope u (E, 1), and weight (3 H, R) and bias (3 H,) of the filters.
     """
     channels, kind = inputs[0].shape[2], twice.TYPES[inputs[0].dtype]
+    always = ("phi", "v") if inputs[1].requires_grad else ("phi",)  # v of a first layer is zero
     layer = Edges(
-        ("m",), INPUTS, ("weight", "bias"), ("phi", "v"), kind, i.contiguous(), j.contiguous(), channels, plain,
+        ("m",), INPUTS, ("weight", "bias"), always, kind, i.contiguous(), j.contiguous(), channels, plain,
     )  # fmt: skip
     (sums,) = twice.apply(layer, padded(inputs))
     return sums[:, :, :channels]

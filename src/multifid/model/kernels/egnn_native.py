@@ -102,7 +102,7 @@ class Channels:
 @dataclass
 class Edges(twice.Layer):
     function = "multifid_egnn"
-    layout, arrays = twice.layout(9, 1, ARRAYS), ARRAYS  # EGNNCall of native/egnn.h
+    layout = twice.Layout(9, 1, ARRAYS)  # EGNNCall of native/egnn.h
     i: Tensor
     j: Tensor
     per_area: float

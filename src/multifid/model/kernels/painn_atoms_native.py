@@ -52,7 +52,7 @@ def update(
 @dataclass
 class _Atoms(twice.Layer):
     function = "multifid_painn_atoms"
-    layout, arrays = twice.layout(4, 3, ARRAYS), ARRAYS  # PaiNNAtomsCall of native/painn_atoms.h
+    layout = twice.Layout(4, 3, ARRAYS)  # PaiNNAtomsCall of native/painn_atoms.h
     constants: tuple[float, float, float]
     in_torch: Callable[..., tuple[Tensor, Tensor]]
 

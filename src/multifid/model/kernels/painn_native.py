@@ -46,7 +46,7 @@ def padded(inputs: Sequence[Tensor]) -> list[Tensor]:
 @dataclass
 class Edges(twice.Layer):
     function = "multifid_painn"
-    layout, arrays = twice.layout(6, 0, ARRAYS), ARRAYS  # PaiNNCall of native/painn.h
+    layout = twice.Layout(6, 0, ARRAYS)  # PaiNNCall of native/painn.h
     i: Tensor
     j: Tensor
     channels: int

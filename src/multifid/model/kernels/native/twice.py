@@ -12,6 +12,7 @@ the backward pass of `gradients` comes before its own.
 """
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from struct import Struct
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from multifid.model.kernels.engine import goes_on_with
 from multifid.model.kernels.native.build import library
@@ -33,9 +35,20 @@ TYPES = {
 Tensors = Mapping[str, Tensor | None]
 
 
-def layout(whole: int, other: int, arrays: Sequence[str]) -> Struct:
-    """So many whole numbers, other numbers, and addresses, as a C structure has them."""
-    return Struct("q" * whole + "d" * other + "Q" * len(arrays))
+class Layout:
+    """A structure in C: so many whole numbers, other numbers, and addresses of arrays, 0 for absent ones."""
+
+    def __init__(self, whole: int, other: int, arrays: Sequence[str]) -> None:
+        self._numbers = Struct("q" * whole + "d" * other)
+        self._places = {name: place for place, name in enumerate(arrays)}
+        self._nothing = array("Q", bytes(8 * len(arrays)))
+
+    def pack(self, numbers: Sequence[int | float], arrays: Tensors) -> bytes:
+        addresses = self._nothing[:]
+        for name, x in arrays.items():
+            if x is not None:
+                addresses[self._places[name]] = x.data_ptr()
+        return self._numbers.pack(*numbers) + addresses.tobytes()
 
 
 @dataclass
@@ -47,8 +60,7 @@ class Layer(ABC):
     """
 
     function: ClassVar[str]  # in the library
-    layout: ClassVar[Struct]  # of what C is given: `numbers`, and addresses of `arrays`, 0 for absent ones
-    arrays: ClassVar[tuple[str, ...]]
+    layout: ClassVar["Layout"]  # of what C is given
     outputs: tuple[str, ...]
     names: tuple[str, ...]  # of the inputs, in order
     weights: tuple[str, ...]  # those of them that gradients of all or of none are made of
@@ -98,8 +110,8 @@ class Layer(ABC):
         weights = self.weights if any(name in wanted for name in self.weights) else ()
         names = [x for x in self.names if x in weights or x in self.always or (x in wanted and x not in self.weights)]
         like = [x for x in (tensors[name] for name in names) if x is not None]
-        parts = like[0].new_zeros(sum(x.numel() for x in like)).split([x.numel() for x in like])  # one call for all
-        return {f"g_{name}": part.view(x.shape) for name, part, x in zip(names, parts, like, strict=True)}
+        parts = _unflatten_dense_tensors(like[0].new_zeros(sum(x.numel() for x in like)), like)  # few calls for all
+        return {f"g_{name}": part for name, part in zip(names, parts, strict=True)}
 
     def call(self, what: int, arrays: Tensors) -> None:
         """Run one of the four functions over arrays; over those without memory, nothing."""
@@ -108,8 +120,7 @@ class Layer(ABC):
             return
         made = library()
         assert made is not None
-        addresses = [0 if (x := arrays.get(name)) is None else x.data_ptr() for name in self.arrays]
-        getattr(made, self.function)(self.layout.pack(*self.numbers(arrays), *addresses), what)
+        getattr(made, self.function)(self.layout.pack(self.numbers(arrays), arrays), what)
 
 
 def apply(layer: Layer, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -18,6 +18,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get(
 
 import numpy as np
 import pytest
+import torch
 
 from multifid.evaluation.data import Data, label_sets
 from multifid.preparation.prepare import prepare
@@ -202,3 +203,10 @@ def pool():
     pool = Pool(7)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

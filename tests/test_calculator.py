@@ -30,9 +30,13 @@ KNOWN = {1: -13.6, 6: -1030.0, 8: -2042.0, 11: -40.0, 17: -100.5, 29: -45.0}
 
 
 def model(forces="conservative", seed=3, encoder="egnn", dtype=torch.float64, cutoff=4.0, **about) -> Model:
-    """An untrained model of two tasks, a and b (which does not know copper), far from zero."""
+    """An untrained model of two tasks, a and b (which does not know copper), far from zero.
+
+    encoder: a name, or a name and more.
+    """
+    known = {"name": encoder} if isinstance(encoder, str) else encoder
     config = ModelConfig(
-        cutoff=cutoff, encoder={"name": encoder, "hidden": 12, "layers": 2}, branch={"hidden": [8], "forces": forces}
+        cutoff=cutoff, encoder={"hidden": 12, "layers": 2, **known}, branch={"hidden": [8], "forces": forces}
     )
     potential = Potential(config, ["a", "b"], {"a": "a", "b": "b"}, seed=seed)
     with torch.no_grad():  # rows of charges and spins begin at zero: as if they had been trained

@@ -92,13 +92,6 @@ def test_values_and_two_derivatives_are_those_of_torch(case, dtype, threads, set
         assert_near(found, expected, TOLERANCE[dtype])
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def test_third_derivatives_are_those_of_torch():
     """By torch: what they are needed for is rare."""
     plain, compiled, *given = layer_of("few tensors")

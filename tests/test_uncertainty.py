@@ -123,9 +123,11 @@ def test_with_all_draws_sampled_forces_and_stresses_have_the_exact_variance_and_
     assert found.stress[1] == pytest.approx(float(exact), rel=1e-7) and found.stress[0].isnan()
 
 
-@pytest.mark.parametrize("encoder", ["egnn", "painn"])
-def test_gradients_of_several_last_layers_come_from_one_backward_pass(encoder):
-    """Also where edges and maps are compiled kernels, which run once for each of them."""
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("encoder", ["egnn", {"name": "egnn", "tensors": 4, "vectors": 3}, "painn", "schnet"], ids=str)
+def test_gradients_of_several_last_layers_come_from_one_backward_pass(encoder, threads, set_threads):
+    """Also where edges and maps are compiled kernels, which share what a tile of edges needs."""
+    set_threads(threads)
     made = model(encoder=encoder)
     batch = batch_of(pack_atoms([MOLECULES[1], crystal()]), made.cutoff, "a")
     positions = batch.positions.clone().requires_grad_()

@@ -99,6 +99,7 @@ class Encoder(nn.Module):
     needs: ClassVar[GraphNeeds] = EDGES_ONLY
     degrees: dict[int, int]  # degree -> channels; scalars (0) always
     slopes_need_float32: ClassVar[bool] = False  # conservative forces with bf16 or TF32 products would be off by 10 %
+    edges_in_library: ClassVar[bool] = False  # `kernels/native` computes its edges, where there is a compiler
     readouts: int = 0  # entries of `Features.layers`
     recompute: bool = False  # keep nothing between the layers' ends for the backward pass
     every: int = 1  # layers from one block of global attention to the next

@@ -1,7 +1,8 @@
 """One pass that gives predictions and how well they are held: see `rigidity.py` for the equations.
 
-Conservative forces and those of the sampled last layers come from one forward pass. For small systems one batched
-backward pass has them all. For large ones, which batched would run out of the cache, each layer has a pass of its own.
+Conservative forces and those of the sampled last layers come from one forward pass. One batched backward pass has as
+many of them as what it needs for the edges allows. Where these are C++ (`kernels/native`) that is all, but for very
+large systems; elsewhere as many as stay in a processor's cache, of large systems one.
 """
 
 from dataclasses import dataclass, replace
@@ -14,9 +15,12 @@ from multifid.graphs.edges import TILE_VALUES
 from multifid.graphs.graph import Graph, completed, graph_of
 from multifid.model.branch import Branch
 from multifid.model.contract import Features
+from multifid.model.kernels.native.build import usable
 from multifid.model.layers import sum_over
 from multifid.model.potential import Potential, Prediction, stress_of, under_strain
 from multifid.model.rigidity import BranchRigidity
+
+EDGES_AT_ONCE = 1 << 18  # of all last layers of a backward pass: some 20 numbers each, the gradients of what edges read
 
 
 @dataclass
@@ -98,7 +102,7 @@ def _conservative(
         phi = branch.last_features(features)
     samples = rigidity.samples if forces else rigidity.samples[:0]
     last = torch.cat([branch.last_weights()[None].double(), samples.to(phi.device)]).to(phi.dtype)  # (1 + K, D)
-    slopes = _slopes(phi, [positions, strain] if stress else [positions], last, _at_once(batch, phi))
+    slopes = _slopes(phi, [positions, strain] if stress else [positions], last, _at_once(potential, batch, phi))
     phi, local = phi.detach(), rigidity.scalars.variance(phi.detach())
     energies = (phi * last[0]).sum(dim=1)
     energy = sum_over(energies, batch.structure[atoms] - structures.start, structures.stop - structures.start)
@@ -117,9 +121,12 @@ def _conservative(
     )
 
 
-def _at_once(batch: Batch, phi: Tensor) -> int:
-    """Last layers in a backward pass: so many that what they need for the edges stays in a processor's cache."""
-    return max(1, TILE_VALUES * torch.get_num_threads() // max(1, batch.edges.shape[1] * phi.shape[1]))
+def _at_once(potential: Potential, batch: Batch, phi: Tensor) -> int:
+    """Last layers in a backward pass."""
+    edges = max(1, batch.edges.shape[1])
+    if potential.encoder.edges_in_library and usable(phi, phi.shape[1]):
+        return max(1, EDGES_AT_ONCE // edges)
+    return max(1, TILE_VALUES * torch.get_num_threads() // (edges * phi.shape[1]))
 
 
 def _slopes(phi: Tensor, wanted: list[Tensor], last: Tensor, at_once: int) -> list[Tensor]:

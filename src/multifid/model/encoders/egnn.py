@@ -62,6 +62,8 @@ from multifid.model.layers import (
 class EGNN(Encoder):
     """Scalars of width `hidden` and `vectors` vector channels per atom after `layers` layers."""
 
+    edges_in_library = True
+
     class Config(EncoderConfig):
         name: Literal["egnn"] = "egnn"
         layers: int = Field(default=4, ge=1, description="Rounds of message passing.")

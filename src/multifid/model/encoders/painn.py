@@ -54,6 +54,8 @@ Map = Callable[[Tensor], Tensor]
 class PaiNN(Encoder):
     """Scalars of width `hidden` and as many vector channels per atom after `layers` layers."""
 
+    edges_in_library = True
+
     class Config(EncoderConfig):
         name: Literal["painn"] = "painn"
         layers: int = Field(default=4, ge=1, description="Rounds of message passing.")

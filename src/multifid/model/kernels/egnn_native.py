@@ -116,8 +116,8 @@ class Edges(twice.Layer):
         sizes = (self.i.shape[0], atoms, hidden, vectors, radial, phi.shape[0] - vectors, self.channels.angles)
         return *sizes, torch.get_num_threads(), self.type, self.per_area
 
-    def call(self, what: int, arrays: Tensors) -> None:
-        super().call(what, {**arrays, "i": self.i, "j": self.j})
+    def call(self, what: int, arrays: Tensors, each: Sequence[Tensors] = ({},)) -> None:
+        super().call(what, {**arrays, "i": self.i, "j": self.j}, each)
 
     def sums(self, tensors: Tensors) -> list[Tensor]:
         a, v, phi = (tensors[name] for name in ("a", "v", "weight_bias"))

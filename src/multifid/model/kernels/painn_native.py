@@ -57,8 +57,8 @@ class Edges(twice.Layer):
         assert phi is not None and b is not None
         return self.i.shape[0], phi.shape[0], phi.shape[2], b.shape[1], torch.get_num_threads(), self.type
 
-    def call(self, what: int, arrays: Tensors) -> None:
-        super().call(what, {**arrays, "i": self.i, "j": self.j})
+    def call(self, what: int, arrays: Tensors, each: Sequence[Tensors] = ({},)) -> None:
+        super().call(what, {**arrays, "i": self.i, "j": self.j}, each)
 
     def sums(self, tensors: Tensors) -> list[Tensor]:
         phi = tensors["phi"]

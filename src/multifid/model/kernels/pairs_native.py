@@ -59,9 +59,9 @@ class _Pairs(twice.Layer):
         assert r is not None
         return r.shape[0], *of.counts, torch.get_num_threads(), self.type, of.cutoff, of.width
 
-    def call(self, what: int, arrays: Tensors) -> None:
+    def call(self, what: int, arrays: Tensors, each: Sequence[Tensors] = ({},)) -> None:
         of = self.functions
-        super().call(what, {**arrays, "waves": of.waves, "sizes": of.sizes, "centres": of.centres})
+        super().call(what, {**arrays, "waves": of.waves, "sizes": of.sizes, "centres": of.centres}, each)
 
     def sums(self, tensors: Tensors) -> list[Tensor]:
         r, of = tensors["r"], self.functions

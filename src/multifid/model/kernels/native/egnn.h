@@ -1,7 +1,7 @@
 // The edges of a layer of EGNN: the equations at the head of model/encoders/egnn.py between the features of atoms.
 //
 //   forward    sums of messages, moves of vectors, sums of tensors                      (outputs)
-//   backward   gradients of a sum of the outputs times `G`                              (g)
+//   backward   gradients of a sum of the outputs times `G`                              (g); of inputs also for many `G` at once
 //   tangent    how the outputs change along a direction of the inputs                   (d)
 //   again      gradients of the sum of `backward`'s g times the direction, and of the outputs times `N`:
 //              the derivative of `backward` along the direction, with `N` as that of `G`
@@ -12,6 +12,7 @@
 // products of matrices (products.h); all else is done in one loop between two of them.
 #pragma once
 #include "products.h"
+#include <deque>
 #include <omp.h>
 
 namespace multifid {
@@ -55,10 +56,10 @@ template <class Type> class EGNN {
   };
 
 public:
-  explicit EGNN(const EGNNCall &call)
+  explicit EGNN(const EGNNCall &call, const EGNN *like = nullptr) // like: has the same weights, laid out
       : p(call), K(call.K), C(call.C), R(call.R), O(call.C + call.T),
         P(call.C + call.R + (call.angles ? 2 * call.C : 0)), step(stride(call.K)), step_p(stride(std::max(P, O))),
-        weights(call.g_message), vectors(call.g_v || call.g_r || call.g_b) {}
+        weights(call.g_message), vectors(call.g_v || call.g_r || call.g_b), laid(like ? like->laid : own) {}
 
   void forward() {
     lay(true);
@@ -69,15 +70,40 @@ public:
     over_tiles([&](Tile &t, long e, long rows) { tangent_tile(t, e, rows); });
   }
   void backward() { back<false>(); }
+
+  // Gradients of inputs for many gradients of the outputs: what calls differ in. What an edge and its SiLU need is made once.
+  static void backward(const EGNNCall *calls, long many) {
+    EGNN whole(*calls);
+    std::deque<EGNN> each;
+    for (long k = 0; k < many; ++k) each.emplace_back(calls[k], &whole);
+    whole.lay(false);
+    whole.over_tiles([&](Tile &t, long e, long rows) {
+      if (!t.began) whole.begin(t, many);
+      whole.share(t, e, rows);
+      for (long k = 0; k < many; ++k) {
+        each[k].receive(t, k, &t == whole.tiles[0]);
+        each[k].template back_tile<false, true>(t, e, rows);
+      }
+    });
+    for (size_t thread = 1; thread < whole.tiles.size(); ++thread)
+      for (long k = 0; k < many; ++k)
+        if (Tile *t = whole.tiles[thread]; t && t->began) {
+          each[k].receive(*t, k, false);
+          each[k].add_atoms(*t);
+        }
+  }
   void again() { back<true>(); }
 
 private:
   const EGNNCall &p;
   const long K, C, R, O, P, step, step_p;
   const bool weights, vectors; // which gradients are wanted
-  Type message, move;          // (K, K), for the direction of the pass
-  Room<T> pair;                // (P, K)
-  Panels<T> pair_back;         // (K, P)
+  struct Laid {
+    Type message, move;  // (K, K), for the direction of the pass
+    Room<T> pair;        // (P, K)
+    Panels<T> pair_back; // (K, P)
+  } own;
+  Laid &laid;
 
   static const T *in(const void *x) { return static_cast<const T *>(x); }
   static T *out(void *x) { return static_cast<T *>(x); }
@@ -85,17 +111,18 @@ private:
   static Kept *keep(void *x) { return static_cast<Kept *>(x); }
 
   void lay(bool forwards) {
-    message.pack(in(p.message), K, K, forwards), move.pack(in(p.move), K, K, forwards);
-    T *to = pair.of(P * K);
+    laid.message.pack(in(p.message), K, K, forwards), laid.move.pack(in(p.move), K, K, forwards);
+    T *to = laid.pair.of(P * K);
     for (long k = 0; k < K; ++k)
       for (long n = 0; n < P; ++n) to[n * K + k] = in(p.pair)[k * P + n];
-    if (!forwards && vectors) pair_back.pack(in(p.pair), K, P, P, 1);
+    if (!forwards && vectors) laid.pair_back.pack(in(p.pair), K, P, P, 1);
   }
 
   // What a thread has for its tiles, and its gradients of what is shared.
   struct Tile {
     typename Type::Work work;
     Room<T> f, df, looks, moved, b1, b2, b3, s1, s2, row;
+    Room<T> y, slope_1, slope_2, slope_3; // of many at once: silu(second), and the slopes of the three
     Room<Operand> o1, o2, o3, o4, o5, o6;
     Room<T> room_weights, room_c, room_v;
     bool began = false;
@@ -299,7 +326,7 @@ private:
 
   // x = a_i + c_j + f pair, given to `use` row by row.
   template <class Use> void first_map(long e, long rows, const void *a, const void *c, const T *f, Use use) const {
-    const T *w = pair.get();
+    const T *w = laid.pair.get();
     by_rows(rows, [&](long n, auto four) {
       constexpr int Q = decltype(four)::value;
       const T *x[Q], *y[Q], *g[Q];
@@ -344,7 +371,7 @@ private:
       if (first) store(first + (e + n) * K + k, x);
       Type::put(o + n * step + k, x * sigmoid(x));
     });
-    message.times(rows, o, step, b, step);
+    laid.message.times(rows, o, step, b, step);
     const T *gate = in(p.gate), *bias = in(p.message_bias);
     for (long n0 = 0; n0 < rows; n0 += TOGETHER) {
       const long n1 = std::min(n0 + TOGETHER, rows);
@@ -373,7 +400,7 @@ private:
         }
       }
     }
-    move.times(rows, o, step, b, step);
+    laid.move.times(rows, o, step, b, step);
     bias = in(p.move_bias);
     for (long n = 0; n < rows; ++n) {
       for (long k = 0; k < K; k += L) {
@@ -400,7 +427,7 @@ private:
       store(keep(p.d_first) + at, dx);
       Type::put(o + n * step + k, SiLU<V<T>>(load(kept(p.first) + at)).slope * dx);
     });
-    message.times(rows, o, step, b, step);
+    laid.message.times(rows, o, step, b, step);
     const T *gate = in(p.gate);
     for (long n = 0; n < rows; ++n) {
       T *to = out(p.d_sum_m) + p.i[e + n] * K;
@@ -421,7 +448,7 @@ private:
         store(to + k, load(to + k) + u * dm + (du * open) * y);
       }
     }
-    move.times(rows, o, step, b, step);
+    laid.move.times(rows, o, step, b, step);
     for (long n = 0; n < rows; ++n) {
       for (long k = 0; k < K; k += L) {
         const V<T> dx = load(b + n * step + k);
@@ -445,11 +472,12 @@ private:
     end();
   }
 
-  void begin(Tile &t) {
+  void begin(Tile &t, long many = 1) {
     const bool first = &t == tiles[0];
     t.began = true;
-    t.g_c = first ? out(p.g_c) : t.room_c.zeros(p.atoms * K);
-    if (p.g_v) t.g_v = first ? out(p.g_v) : t.room_v.zeros(p.atoms * C * 3);
+    if (!first) t.room_c.zeros(many * p.atoms * K);
+    if (!first && p.g_v) t.room_v.zeros(many * p.atoms * C * 3);
+    receive(t, 0, first);
     if (!weights) return;
     const long square = up(K, ROWS) * K;
     const long sizes[] = {P * K, square, K, K, 16, square, K, O * K, O};
@@ -460,15 +488,22 @@ private:
     for (int k = 0; k < 9; ++k) *parts[k] = at, at += sizes[k];
   }
 
+  // Where a thread adds gradients of senders, and of vectors: the first one to what was asked for.
+  void receive(Tile &t, long number, bool first) const {
+    t.g_c = first ? out(p.g_c) : t.room_c.get() + number * p.atoms * K;
+    if (p.g_v) t.g_v = first ? out(p.g_v) : t.room_v.get() + number * p.atoms * C * 3;
+  }
+  void add_atoms(const Tile &t) const {
+    sum_up(out(p.g_c), t.g_c, p.atoms * K);
+    if (p.g_v) sum_up(out(p.g_v), t.g_v, p.atoms * C * 3);
+  }
+
   // Sums over threads, in their order.
   void end() {
     for (size_t k = 0; k < tiles.size(); ++k) {
       if (!tiles[k] || !tiles[k]->began) continue; // no edges
       const Tile &t = *tiles[k];
-      if (k) {
-        sum_up(out(p.g_c), t.g_c, p.atoms * K);
-        if (p.g_v) sum_up(out(p.g_v), t.g_v, p.atoms * C * 3);
-      }
+      if (k) add_atoms(t);
       if (!weights) continue;
       for (long n = 0; n < P; ++n)
         for (long m = 0; m < K; ++m) out(p.g_pair)[m * P + n] += t.pair[n * K + m];
@@ -500,7 +535,7 @@ private:
   };
 
   // Gradients of phi (s1, s2) -> of the third input of SiLU, and those of the last map.
-  template <bool AGAIN> void back_last(const Back &x, Tile &t) const {
+  template <bool AGAIN, bool MANY> void back_last(const Back &x, Tile &t) const {
     by_rows(x.rows, [&](long n, auto four) {
       constexpr int Q = decltype(four)::value;
       const T *g[Q], *dg[Q];
@@ -516,6 +551,10 @@ private:
         V<T> bias = {};
         for (int q = 0; q < Q; ++q) {
           const long at = (x.e + n + q) * K + k, to = (n + q) * step + k;
+          if constexpr (MANY) {
+            Type::put(x.third + to, of_y[q] * load(t.slope_3.get() + to));
+            continue;
+          }
           const SiLU<V<T>> silu(load(kept(p.third) + at));
           y[q] = silu.y;
           const V<T> of_third = of_y[q] * silu.slope;
@@ -530,20 +569,20 @@ private:
             bias += of_third;
           }
         }
-        if (!weights) continue;
+        if (MANY || !weights) continue;
         increase(t.move_bias + k, bias);
         outer<Q>(t.weight, O, AGAIN ? dg : g, y, k);
         if (AGAIN) outer<Q>(t.weight, O, g, dy, k);
       }
     });
-    if (!weights) return;
+    if (MANY || !weights) return;
     const T *s = AGAIN ? x.s2 : x.s1;
     for (long n = 0; n < x.rows; ++n)
       for (long o = 0; o < O; ++o) t.weight_bias[o] += s[n * step_p + o];
   }
 
   // Gradients of messages by way of the moves (b1) -> of the second input of SiLU; of u by way of the sums to of_u.
-  void back_gates(const Back &x, Tile &t, T *of_u) const {
+  template <bool MANY> void back_gates(const Back &x, Tile &t, T *of_u) const {
     const T *gate = in(p.gate);
     T *room = t.row.of(2 * TOGETHER * K), of_gate[TOGETHER];
     for (long n0 = 0; n0 < x.rows; n0 += TOGETHER) {
@@ -552,8 +591,16 @@ private:
         const long e = x.e + n;
         const T *G = in(p.G_m) + p.i[e] * K, u = in(p.u)[e], open = in(p.gates)[e];
         T *row = x.b1 + n * step, *ys = room + 2 * (n - n0) * K, *slopes = ys + K;
+        const T *made = t.y.get() + n * step;
         V<T> at_gate = {}, at_u = {};
         for (long k = 0; k < K; k += L) {
+          if constexpr (MANY) {
+            const V<T> of_sum = load(G + k), of_m = load(row + k) + u * of_sum, y = load(made + k);
+            store(row + k, of_m);
+            at_gate += of_m * y;
+            at_u += of_sum * y;
+            continue;
+          }
           const SiLU<V<T>> silu(load(kept(p.second) + e * K + k));
           const V<T> of_sum = load(G + k), of_m = load(row + k) + u * of_sum;
           if (p.back_m) store(keep(p.back_m) + e * K + k, of_m);
@@ -567,7 +614,8 @@ private:
       }
       for (long n = n0; n < n1; ++n) {
         const T open = in(p.gates)[x.e + n], of = of_gate[n - n0];
-        const T *row = x.b1 + n * step, *ys = room + 2 * (n - n0) * K, *slopes = ys + K;
+        const T *row = x.b1 + n * step, *ys = room + 2 * (n - n0) * K;
+        const T *slopes = MANY ? t.slope_2.get() + n * step : ys + K;
         for (long k = 0; k < K; k += L) {
           const V<T> change = (load(row + k) * open + of * load(gate + k)) * load(slopes + k);
           Type::put(x.second + n * step + k, change);
@@ -619,7 +667,7 @@ private:
   }
 
   // Gradients of silu(first) (b2) -> of first (b1), or its change with the gradient itself in b3; silu(first) to m (dm).
-  template <bool AGAIN> void back_first(const Back &x, Tile &t) const {
+  template <bool AGAIN, bool MANY> void back_first(const Back &x, Tile &t) const {
     by_rows(x.rows, [&](long n, auto four) {
       constexpr int Q = decltype(four)::value;
       const T *f[Q], *df[Q];
@@ -628,6 +676,13 @@ private:
         V<T> g[Q], plain[Q];
         for (int q = 0; q < Q; ++q) {
           const long e = x.e + n + q, at = e * K + k, to = (n + q) * step + k;
+          if constexpr (MANY) {
+            g[q] = load(x.b2 + to) * load(t.slope_1.get() + to);
+            if (vectors) store(x.b1 + to, g[q]);
+            increase(out(p.g_a) + p.i[e] * K + k, g[q]);
+            increase(t.g_c + p.j[e] * K + k, g[q]);
+            continue;
+          }
           const SiLU<V<T>> silu(load(kept(p.first) + at));
           const V<T> of_y = load(x.b2 + to);
           g[q] = of_y * silu.slope;
@@ -645,7 +700,7 @@ private:
           increase(out(p.g_a) + p.i[e] * K + k, g[q]);
           increase(t.g_c + p.j[e] * K + k, g[q]);
         }
-        if (!weights) continue;
+        if (MANY || !weights) continue;
         outer<Q>(t.pair, P, f, g, k);
         if (AGAIN) outer<Q>(t.pair, P, df, plain, k);
       }
@@ -663,7 +718,26 @@ private:
     if (AGAIN) Type::gradient(t.work, rows, g, K, dx, K, step, to, K);
   }
 
-  template <bool AGAIN> void back_tile(Tile &t, long e, long rows) {
+  // Of a tile, for all gradients of the outputs: what edges look like, and the slopes of SiLU.
+  void share(Tile &t, long e, long rows) const {
+    const long room = rows_of_room(), groups = C / GROUP;
+    T *f = t.f.of(room * step_p);
+    auto *looks = looks_of<Plain>(t, room);
+    T *y = t.y.of(room * step), *slopes[] = {t.slope_1.of(room * step), t.slope_2.of(room * step), t.slope_3.of(room * step)};
+    const void *inputs[] = {p.first, p.second, p.third};
+    for (long n = 0; n < rows; ++n) {
+      look<Plain>(looks + n * groups, e + n, f + n * step_p, nullptr);
+      for (int which = 0; which < 3; ++which)
+        for (long k = 0; k < K; k += L) {
+          const SiLU<V<T>> silu(load(kept(inputs[which]) + (e + n) * K + k));
+          store(slopes[which] + n * step + k, silu.slope);
+          if (which == 1) store(y + n * step + k, silu.y);
+        }
+    }
+  }
+
+  // MANY: one of many gradients of the outputs, after `share`.
+  template <bool AGAIN, bool MANY = false> void back_tile(Tile &t, long e, long rows) {
     using M = std::conditional_t<AGAIN, Changing, Plain>;
     const long room = rows_of_room(), groups = C / GROUP;
     auto values = [&](Room<T> &of) { return of.of(room * step); };
@@ -677,29 +751,29 @@ private:
     auto *room_x = reinterpret_cast<typename M::Q *>(t.moved.of(room * 3 * groups * Q));
     Moved<M> moved[Type::EDGES];
     for (long n = 0; n < rows; ++n) {
-      look<M>(looks + n * groups, e + n, x.f + n * step_p, x.df + n * step_p);
+      if (!MANY) look<M>(looks + n * groups, e + n, x.f + n * step_p, x.df + n * step_p);
       moved[n].x = room_x + n * 3 * groups;
       move_back<M>(looks + n * groups, e + n, x.s1 + n * step_p, x.s2 + n * step_p, moved[n]);
     }
-    back_last<AGAIN>(x, t);
-    move.times(rows, AGAIN ? x.d_third : x.third, step, x.b1, step);
+    back_last<AGAIN, MANY>(x, t);
+    laid.move.times(rows, AGAIN ? x.d_third : x.third, step, x.b1, step);
     T of_u[Type::EDGES];
     if (AGAIN)
       for (long n = 0; n < rows; ++n) of_u[n] = back_gate_again(x, t, n);
     else
-      back_gates(x, t, of_u);
+      back_gates<MANY>(x, t, of_u);
     if (p.g_u)
       for (long n = 0; n < rows; ++n) out(p.g_u)[e + n] = of_u[n] + last(moved[n].u);
     gradient<AGAIN>(t, rows, x.third, x.d_third, x.m, x.dm, t.move);
-    message.times(rows, AGAIN ? x.d_second : x.second, step, x.b2, step);
-    back_first<AGAIN>(x, t);
+    laid.message.times(rows, AGAIN ? x.d_second : x.second, step, x.b2, step);
+    back_first<AGAIN, MANY>(x, t);
     gradient<AGAIN>(t, rows, x.second, x.d_second, x.m, x.dm, t.message);
     if (p.g_y)
       for (long n = 0; n < rows; ++n)
         for (int k = 0; k < 5; ++k) out(p.g_y)[5 * (e + n) + k] = last(moved[n].y[k]);
     if (!vectors) return;
-    multiply(rows, x.b1, step, pair_back, x.s1, step_p, false); // of the features, or its change
-    if (AGAIN) multiply(rows, x.b3, step, pair_back, x.s2, step_p, false);
+    multiply(rows, x.b1, step, laid.pair_back, x.s1, step_p, false); // of the features, or its change
+    if (AGAIN) multiply(rows, x.b3, step, laid.pair_back, x.s2, step_p, false);
     for (long n = 0; n < rows; ++n) {
       const T *g = x.s1 + n * step_p, *other = x.s2 + n * step_p;
       look_back<M>(looks + n * groups, e + n, AGAIN ? other : g, g, moved[n], t);

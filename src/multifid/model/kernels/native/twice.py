@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import _add_batch_dim, get_unwrapped, is_batchedtensor, maybe_get_bdim, maybe_get_level
 from torch._utils import _unflatten_dense_tensors
 
 from multifid.model.kernels.engine import goes_on_with
@@ -105,22 +106,28 @@ class Layer(ABC):
     def of_outputs(self, prefix: str, tensors: Sequence[Tensor | None]) -> Tensors:
         return {prefix + name: x for name, x in zip(self.outputs, tensors, strict=True)}
 
-    def gradients(self, tensors: Tensors, wanted: Sequence[str]) -> dict[str, Tensor]:
-        """Zeros for the gradients of inputs."""
+    def gradients(self, tensors: Tensors, wanted: Sequence[str], many: int | None = None) -> dict[str, Tensor]:
+        """Zeros for the gradients of inputs; many: for so many of each, (many, ...)."""
         weights = self.weights if any(name in wanted for name in self.weights) else ()
         names = [x for x in self.names if x in weights or x in self.always or (x in wanted and x not in self.weights)]
         like = [x for x in (tensors[name] for name in names) if x is not None]
+        like = like if many is None else [x.expand(many, *x.shape) for x in like]
         parts = _unflatten_dense_tensors(like[0].new_zeros(sum(x.numel() for x in like)), like)  # few calls for all
         return {f"g_{name}": part for name, part in zip(names, parts, strict=True)}
 
-    def call(self, what: int, arrays: Tensors) -> None:
-        """Run one of the four functions over arrays; over those without memory, nothing."""
+    def call(self, what: int, arrays: Tensors, each: Sequence[Tensors] = ({},)) -> None:
+        """Run one of the four functions over arrays; over those without memory, nothing.
+
+        each: of many backward passes, the arrays that they do not have in common.
+        """
         first = arrays[self.names[0]]
         if first is not None and first.is_meta:
             return
         made = library()
         assert made is not None
-        getattr(made, self.function)(self.layout.pack(self.numbers(arrays), arrays), what)
+        numbers = self.numbers(arrays)
+        calls = [self.layout.pack(numbers, {**arrays, **more}) for more in each]
+        getattr(made, self.function)(b"".join(calls), what, len(calls))
 
 
 def apply(layer: Layer, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -158,11 +165,11 @@ class _Values(torch.autograd.Function):
                 return (None, *_by_torch(layer, inputs, given, wanted))
             found = _Gradients.apply(layer, tuple(wanted), ctx.kept, token, *given, *kept, *inputs)
             return (None, *(dict(zip(wanted, found, strict=True)).get(name) for name in layer.names))
-        if torch._C._are_functorch_transforms_active():  # many gradients at once
-            found = _Slopes.apply(layer, tuple(wanted), ctx.kept, *given, *kept, *inputs)
-            return (None, *(dict(zip(wanted, found, strict=True)).get(name) for name in layer.names))
+        known = {**tensors, **dict(zip(ctx.kept, kept, strict=True))}
+        if any(map(is_batchedtensor, given)):
+            return (None, *_of_many(layer, wanted, known, given))
         g = layer.gradients(tensors, wanted)
-        arrays = {**tensors, **dict(zip(ctx.kept, kept, strict=True)), **g}
+        arrays = {**known, **g}
         given = [x.contiguous() for x in given]
         if layer.left and layer.left_in == torch._C._current_graph_task_id():
             layer.call(AGAIN, {**arrays, **layer.left, **layer.of_outputs("N_", given)})
@@ -172,31 +179,20 @@ class _Values(torch.autograd.Function):
         return (None, *(g.get(f"g_{name}") if name in wanted else None for name in layer.names))
 
 
-class _Slopes(torch.autograd.Function):
-    """The backward pass of `_Values`, once, for many gradients of the outputs of one forward pass."""
+def _of_many(layer: Layer, wanted: Sequence[str], known: Tensors, given: Sequence[Tensor]) -> list[Tensor | None]:
+    """The backward pass of `_Values` for the many gradients of its outputs that `torch.vmap` has, in one call.
 
-    @staticmethod
-    def forward(layer: Layer, wanted: tuple[str, ...], names: tuple[str, ...], *rest: Tensor) -> tuple[Tensor, ...]:
-        outputs, ends = len(layer.outputs), len(layer.outputs) + len(names)
-        tensors = layer.named(rest[ends:])
-        kept = dict(zip(names, rest[outputs:ends], strict=True))
-        g, given = layer.gradients(tensors, wanted), [x.contiguous() for x in rest[:outputs]]
-        layer.call(BACKWARD, {**tensors, **kept, **layer.of_outputs("G_", given), **g})
-        return tuple(g[f"g_{name}"] for name in wanted)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing: this is not differentiated."""
-
-    @staticmethod
-    def vmap(
-        info: Any, dims: Any, layer: Layer, wanted: tuple[str, ...], names: tuple[str, ...], *rest: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        def at(k: int) -> list[Tensor]:
-            return [x if dim is None else x.select(dim, k) for x, dim in zip(rest, dims[3:], strict=True)]
-
-        found = [_Slopes.forward(layer, wanted, names, *at(k)) for k in range(info.batch_size)]
-        return tuple(torch.stack(x) for x in zip(*found, strict=True)), (0,) * len(found[0])
+    They are taken out of its wrappings here: telling it how a function is batched costs half a millisecond a call.
+    """
+    rows = [get_unwrapped(x).movedim(maybe_get_bdim(x), 0) if is_batchedtensor(x) else x[None] for x in given]
+    if any(map(is_batchedtensor, rows)):
+        raise RuntimeError("one batch of gradients, not batches of batches")
+    many, level = max(x.shape[0] for x in rows), max(map(maybe_get_level, given))
+    g = layer.gradients(known, wanted, many)
+    each = {**layer.of_outputs("G_", [x.contiguous().expand(many, *x.shape[1:]) for x in rows]), **g}
+    of_each = zip(*(x.unbind() for x in each.values() if x is not None), strict=True)
+    layer.call(BACKWARD, known, [dict(zip(each, parts, strict=True)) for parts in of_each])
+    return [_add_batch_dim(g[f"g_{name}"], 0, level) if name in wanted else None for name in layer.names]
 
 
 class _Gradients(torch.autograd.Function):

@@ -62,7 +62,7 @@ class Together:
     members: list[nn.Parameter]
     count: Tensor  # of updates, float32, no dimension, on the host; `updates` is the same number
     updates: int
-    kept: dict[str, Tensor]  # (B, ...)
+    kept: dict[str, Tensor]  # (B, ...) of matrices that are rotated, (n,) of all numbers of the others
 
 
 class SOAP(torch.optim.Optimizer):
@@ -113,7 +113,8 @@ class SOAP(torch.optim.Optimizer):
             with exact_products():
                 moved = move(run, self._gradients(run.members), *run.group["betas"])
             weights = [p.detach() for p in run.members]
-            torch._foreach_mul_(weights, 1 - run.group["lr"] * run.group["weight_decay"])
+            if run.group["weight_decay"]:
+                torch._foreach_mul_(weights, 1 - run.group["lr"] * run.group["weight_decay"])
             torch._foreach_add_(weights, moved, alpha=-run.group["lr"])
 
     def _collected(self, group: dict[str, Any]) -> list[Together]:
@@ -128,40 +129,40 @@ class SOAP(torch.optim.Optimizer):
             most = len(members) if shape is None else max(1, TOGETHER // shape.numel())
             for k in range(0, len(members), most):
                 some, count = members[k : k + most], torch.tensor(float(updates))
-                out.append(Together(group, some, count, updates, self._stacked(some) if shape is not None else {}))
+                out.append(Together(group, some, count, updates, self._stacked(some, shape is not None)))
                 for p in some:
                     self.state[p]["step"] = count
         return out
 
-    def _stacked(self, members: list[nn.Parameter]) -> dict[str, Tensor]:
-        """What is kept of matrices of one shape, (B, ...) each; their states become parts of it."""
-        kept = {key: torch.stack([self.state[p][key] for p in members]) for key in ("exp_avg", "exp_avg_sq", *ROTATION)}
-        for key, of_all in kept.items():
-            for p, own in zip(members, of_all.unbind(), strict=True):
+    def _stacked(self, members: list[nn.Parameter], rotated: bool) -> dict[str, Tensor]:
+        """What is kept of some parameters, together; their states become parts of it."""
+        kept = {}
+        for key in ("exp_avg", "exp_avg_sq", *(ROTATION if rotated else ())):
+            each = [self.state[p][key] for p in members]
+            kept[key] = torch.stack(each) if rotated else torch.cat([x.flatten() for x in each])
+            for p, own in zip(members, kept[key].unbind() if rotated else parts_of(kept[key], members), strict=True):
                 self.state[p][key] = own
         return kept
 
     def _gradients(self, members: list[nn.Parameter]) -> list[Tensor]:
         grads = [p.grad for p in members if p.grad is not None]
         assert len(grads) == len(members), "every parameter has a gradient in every step"
-        return grads if self.grad_scale is None else list(torch._foreach_div(grads, self.grad_scale))
+        return grads
+
+    def _scaled(self, g: Tensor) -> Tensor:
+        return g if self.grad_scale is None else g.div_(self.grad_scale.to(g.device))
 
     def _plain(self, run: Together, grads: list[Tensor], b1: float, b2: float) -> Any:
-        first = [self.state[p]["exp_avg"] for p in run.members]
-        second = [self.state[p]["exp_avg_sq"] for p in run.members]
-        torch._foreach_lerp_(first, grads, 1 - b1)
-        torch._foreach_mul_(second, b2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - b2)
-        size = torch._foreach_sqrt(second)
-        torch._foreach_mul_(size, (1 - b2**run.updates) ** -0.5)
-        torch._foreach_add_(size, EPSILON)
-        moved = torch._foreach_div(first, size)
-        torch._foreach_div_(moved, 1 - b1**run.updates)
-        return moved
+        g = self._scaled(torch.cat([x.flatten() for x in grads]))
+        first, second = run.kept["exp_avg"], run.kept["exp_avg_sq"]
+        first.lerp_(g, 1 - b1)
+        second.mul_(b2).addcmul_(g, g, value=1 - b2)
+        size = second.sqrt().mul_((1 - b2**run.updates) ** -0.5).add_(EPSILON)
+        return parts_of((first / size).div_(1 - b1**run.updates), run.members)
 
     def _rotated(self, run: Together, grads: list[Tensor], b1: float, b2: float) -> Any:
         """What to subtract from matrices of one shape (m, n), together: B of them."""
-        g = torch.stack(grads)
+        g = self._scaled(torch.stack(grads))
         first, second, left, right, q_l, q_r = (run.kept[key] for key in ("exp_avg", "exp_avg_sq", *ROTATION))
         first.lerp_(g, 1 - b1)
         left.lerp_(g @ g.mT, 1 - b2)
@@ -175,6 +176,12 @@ class SOAP(torch.optim.Optimizer):
         if run.updates % EVERY == 0:
             q_l.copy_(iterated(left, q_l)), q_r.copy_(iterated(right, q_r))
         return moved.unbind()
+
+
+def parts_of(flat: Tensor, members: list[nn.Parameter]) -> list[Tensor]:
+    """What of numbers (n,) belongs to each of some parameters, in its shape."""
+    parts = flat.split([p.numel() for p in members])
+    return [part.view(p.shape) for p, part in zip(members, parts, strict=True)]
 
 
 @lru_cache(maxsize=64)

@@ -169,6 +169,36 @@ def test_edges_of_painn_are_those_of_torch(case, dtype, set_threads):
     assert_near(*found, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("moving", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_edges_of_painn_that_run_both_ways_share_their_filters(threads, moving, set_threads):
+    """Half of them have the same functions as their twin; second derivatives are along changes that differ."""
+    set_threads(threads)
+    random = torch.Generator().manual_seed(1)
+    i, j = torch.nonzero(torch.ones(19, 19) - torch.eye(19)).t()
+    place = torch.randn(19, 3, generator=random, dtype=torch.float64)
+    twin = painn_native.twins(i, j, 19, place[j] - place[i])
+    assert torch.equal(i[twin], j) and torch.equal(j[twin], i)
+    shapes = [(19, 3, 32), (19, 3, 32), (len(i), 3), (len(i), 5), (len(i), 1), (96, 5), (96,)]
+    given = [x.detach() for x in directions([torch.empty(s, dtype=torch.float64) for s in shapes])]
+    given[1] = given[1] if moving else 0 * given[1]
+    first_of_both, alike = torch.minimum(torch.arange(len(i)), twin), i + j < 19
+    given[3:5] = [torch.where(alike[:, None], x[first_of_both], x) for x in given[3:5]]
+    given = [x.requires_grad_(moving or k != 1) for k, x in enumerate(given)]
+    plain, found, inputs = partial(painn.edges_of_layer, i, j), [], [x for x in given[:5] if x.requires_grad]
+    for function in (lambda *x: painn_native.edges(plain, i, j, x, twin), plain):
+
+        def of_layer(*x, f=function):
+            return (f(*x) if moving else f(x[0], given[1], *x[1:]),)
+
+        outputs, gradients = first(of_layer, inputs, given[5:])
+        found.append([*outputs, *gradients, *second(of_layer, inputs, given[5:])])
+        (sums,) = of_layer(*inputs, *given[5:])  # as in a step: gradients of energies and forces, for weights alone
+        (forces,) = torch.autograd.grad(sums.sin().sum(), inputs[0], create_graph=True)
+        found[-1] += torch.autograd.grad(forces.square().sum() + sums.sum(), [inputs[0], *given[5:]])
+    assert_near(*found, TOLERANCE[torch.float64])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("channels", "atoms"), [(32, 150), (20, 7), (16, 0)])
 def test_atoms_of_painn_are_those_of_torch(channels, atoms, dtype, set_threads):

@@ -87,11 +87,14 @@ class PaiNN(Encoder):
         s = self.embedding(numbers, graph.charge, graph.spin, structure)
         v = graph.vectors.new_zeros((numbers.shape[0], 3, self.degrees[1]))
         direction, basis, u = pairs(graph, self.basis, self.cutoff, directions=True)
+        of_graph: dict[str, Any] = {} if graph.own is None else {"fetch": graph.exchanged}
+        if usable(u, self.degrees[0]):
+            of_graph["twin"] = native.twins(graph.receivers, graph.senders, graph.atoms, graph.vectors)
         of_layers = []
         for number, layer in enumerate(self.layers):
             if number and graph.own is None:
                 s, v = graph.exchanged(s, v)
-            of_domain = layer if graph.own is None else partial(layer, fetch=graph.exchanged)
+            of_domain = partial(layer, **of_graph) if of_graph else layer
             s, v = call(of_domain, self.recompute, s, v, graph.receivers, graph.senders, direction, basis, u)
             of_layers.append(s)
         return Features(self.norm(s), v.transpose(1, 2).contiguous(), layers=tuple(of_layers[:-1]))
@@ -145,10 +148,11 @@ class PaiNNLayer(nn.Module):
         basis: Tensor,
         u: Tensor,
         fetch: Callable[..., tuple[Tensor, ...]] | None = None,
+        twin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """s (N, H), v (N, 3, H), receivers i and senders j (E,), direction (E, 3), basis (E, R), envelope u (E, 1).
 
-        fetch: `Graph.exchanged` of a domain, whose own atoms s and v are of.
+        fetch: `Graph.exchanged` of a domain, whose own atoms s and v are of. twin: as by `native.twins`.
         """
         atoms, hidden = s.shape
         phi = bent_maps(s, self.phi.linears(), bent=False, norm=self.norm).view(atoms, 3, hidden).to(v.dtype)
@@ -156,7 +160,7 @@ class PaiNNLayer(nn.Module):
         inputs = (phi, of_all, direction, basis, u, self.filter.weight, self.filter.bias)
         known = partial(edges_of_layer, i, j)
         if usable(u, hidden):
-            message = native.edges(known, i, j, inputs)
+            message = native.edges(known, i, j, inputs, twin)
         elif wanted(u, hidden):
             message = operations.edges(i, j, inputs)
         else:

@@ -39,6 +39,10 @@ long multifid_maps() { return MAPS; }
 void multifid_egnn(const EGNNCall *calls, int what, int many) { run<EGNN>(calls, what, many); }
 void multifid_mlp(const MLPCall *calls, int what, int many) { run<MLP>(calls, what, many); }
 void multifid_painn_atoms(const PaiNNAtomsCall *calls, int what, int many) { run<PaiNNAtoms>(calls, what, many); }
+void multifid_twins(long edges, long atoms, const int64_t *i, const int64_t *j, const void *r, int64_t *twin, long type) {
+  if (type == 1) find_twins(edges, atoms, i, j, static_cast<const double *>(r), twin);
+  else find_twins(edges, atoms, i, j, static_cast<const float *>(r), twin);
+}
 void multifid_pairs(const PairsCall *calls, int what, int many) {
   calls->type == 1 ? run_as<Pairs, Full<double>>(calls, what, many) : run_as<Pairs, Full<float>>(calls, what, many);
 }

@@ -3,9 +3,10 @@
     python benchmarks/batched.py [--structures 50] [--steps 10] [--pairs 2] [--cache DIRECTORY]
 
 together: `multifid.apply.lockstep`, an ASE optimizer for each structure and one pass of the model for all, as
-`multifid relax` does. torch-sim: FIRE, NVE and Langevin's NPT with `TorchSimModel`. ASE: FIRE, velocity Verlet and
-Berendsen's NPT, one structure after the other, with either calculator. Rock salt of 8 atoms, with relaxed cells too,
-and ethanol; float32, one thread, all ways in turn in one process; medians over the turns of times and of ratios.
+`multifid relax` does. torch-sim: FIRE, NVE and Langevin's NPT with `TorchSimModel`, eager and compiled. ASE: FIRE,
+velocity Verlet and Berendsen's NPT, one structure after the other, with either calculator. Rock salt of 8 atoms, with
+relaxed cells too, and ethanol; float32, one thread, all ways in turn in one process; medians over the turns of times
+and of ratios.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,17 +58,17 @@ def together(model: Model, structure: str, process: str, number: int, steps: int
     relax_together(drawn(structure, number), ask, Settings(1e-9, steps, cell=cell), [None] * number)
 
 
-def in_torch_sim(model: Model, structure: str, process: str, number: int, steps: int) -> None:
-    asked = TorchSimModel(model, compute_stress=process in WITH_STRESS)
+def in_torch_sim(model: TorchSimModel, structure: str, process: str, number: int, steps: int) -> None:
+    model.compute_stress = process in WITH_STRESS
     state = torch_sim.io.atoms_to_state(drawn(structure, number), torch.device("cpu"), torch.float32)
     dt, kT = torch.tensor(FEMTOSECOND), torch.tensor(units.kB * KELVIN, dtype=torch.float32)
     if process == "NVE":
-        start, step = torch_sim.nve(model=asked, dt=dt, kT=kT, seed=0)
+        start, step = torch_sim.nve(model=model, dt=dt, kT=kT, seed=0)
     elif process == "NPT":
-        start, step = torch_sim.npt_langevin(model=asked, dt=dt, kT=kT, external_pressure=torch.tensor(0.0), seed=0)
+        start, step = torch_sim.npt_langevin(model=model, dt=dt, kT=kT, external_pressure=torch.tensor(0.0), seed=0)
     else:
         fire = torch_sim.frechet_cell_fire if process in WITH_STRESS else torch_sim.optimizers.fire
-        start, step = fire(model=asked)
+        start, step = fire(model=model)
     state = start(state)
     for _ in range(steps):
         state = step(state)
@@ -96,18 +98,20 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     model, size = untrained(), (options.structures, options.steps)
-    eager, compiled = model.calculator(), model.calculator(compiled=options.cache or True)
-    print("| structures | ASE eager, ms | ASE compiled, ms | torch-sim, ms | together, ms | ", end="")
-    print("eager / torch-sim | compiled / torch-sim | eager / together | compiled / together |\n|" + "---|" * 9)
+    forms = (False, options.cache or True)
+    always: list[tuple[Callable, Any]] = [(one_by_one, model.calculator(compiled=form)) for form in forms]
+    always += [(in_torch_sim, TorchSimModel(model, compiled=form)) for form in forms]
+    several = ("torch-sim", "compiled torch-sim", "together")
+    print("| structures | ASE eager, ms | ASE compiled, ms | " + " | ".join(f"{x}, ms" for x in several), end=" | ")
+    print(" | ".join(f"{x} / {y}" for y in several for x in ("eager", "compiled")), "|\n|" + "---|" * 12)
     for kind in KINDS:
         structure, process = kind.split(", ")
-        ways: list[tuple[Callable, object]] = [(one_by_one, eager), (one_by_one, compiled), (in_torch_sim, model)]
-        ways += [(together, model)] if "FIRE" in process else []
+        ways = [*always, (together, model)] if "FIRE" in process else always
         works = [partial(way, of, structure, process, *size) for way, of in ways]
         turns = [[spent(work) for work in works] for _ in range(options.pairs)]
         times = [f"{median(t[k] for t in turns) / (size[0] * size[1]) * 1e3:.2f}" for k in range(len(ways))]
         ratios = [f"{median(t[k] / t[j] for t in turns):.1f}" for j in range(2, len(ways)) for k in (0, 1)]
-        cells = times + [""] * (4 - len(times)) + ratios + [""] * (4 - len(ratios))
+        cells = times + [""] * (5 - len(times)) + ratios + [""] * (6 - len(ratios))
         print(f"| {size[0]} x {kind} | {' | '.join(cells)} |", flush=True)
 
 

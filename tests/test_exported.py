@@ -56,6 +56,14 @@ class Uncompiled:
         return [x.detach() for x in self.function(*tensors)]
 
 
+def state_of(atoms):
+    """What torch-sim gives of one structure."""
+    return {k: torch.as_tensor(v) for k, v in {
+        "positions": atoms.positions, "cell": atoms.cell.array.T[None], "pbc": True,
+        "atomic_numbers": atoms.numbers, "system_idx": np.zeros(len(atoms), np.int64),
+    }.items()}  # fmt: skip
+
+
 def write_archive(path: Path, about) -> Path:
     """A file with the metadata of an exported one and no code in it."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -87,11 +95,7 @@ def test_an_exported_model_answers_as_the_model(forces):
     np.testing.assert_allclose(atoms.get_forces(), trained.predict(atoms, "a").forces, rtol=0, atol=1e-10)
     if forces == "conservative":
         np.testing.assert_allclose(atoms.get_stress(voigt=False), trained.predict(atoms, "a").stress, atol=1e-10)
-    state = {k: torch.as_tensor(v) for k, v in {
-        "positions": atoms.positions, "cell": atoms.cell.array.T[None], "pbc": True,
-        "atomic_numbers": atoms.numbers, "system_idx": np.zeros(len(atoms), np.int64),
-    }.items()}  # fmt: skip
-    batched = TorchSimModel(exported)(state)
+    batched = TorchSimModel(exported)(state_of(atoms))
     np.testing.assert_allclose(batched["forces"], trained.predict(atoms, "a").forces, rtol=0, atol=1e-10)
 
 
@@ -243,6 +247,9 @@ def test_compiled_code_is_kept_for_an_architecture_and_checked_before_use(tmp_pa
     np.testing.assert_allclose(atoms.calc.get_property("features", atoms), expected.features, atol=1e-10)
     atoms.calc = atoms.calc.switch("a")
     np.testing.assert_allclose(atoms.get_forces(), first.predict(atoms, "a").forces, rtol=0, atol=1e-10)
+    batched = TorchSimModel(first, "b", compiled=tmp_path)
+    np.testing.assert_allclose(batched(state_of(atoms))["forces"], first.predict(atoms, "b").forces, rtol=0, atol=1e-10)
+    assert type(batched.model) is compiled.Compiled and len(made) == 2
     for path in tmp_path.glob("*.pt2"):
         path.write_text("damage")
     first.calculator("a", compiled=tmp_path)

@@ -71,7 +71,7 @@ class Calculator(ase.Calculator):
             model.energy_task(self.task)
         self._trained, self._compiled = self.models, compiled
         if compiled:
-            self.models = [_compiled(model, self.task, compiled) for model in self.models]
+            self.models = [as_compiled(model, self.task, compiled) for model in self.models]
         self.conservative = all(model.is_conservative(self.task) for model in self.models)
         self.neighbors = SkinList(max(model.cutoff for model in self.models), skin)
         self._stress_wanted = self._warned_of_motion = False
@@ -228,8 +228,8 @@ class Calculator(ase.Calculator):
         )
 
 
-def _compiled(model: TaskModel, task: str, where: bool | Path | str) -> TaskModel:
-    """The compiled form of a model; itself where it is compiled already."""
+def as_compiled(model: TaskModel, task: str, where: bool | Path | str) -> TaskModel:
+    """The compiled form of a model, from the cache that `where` names if it is no bool; itself if it has that form."""
     if not isinstance(model, Predictor):
         return model
     from multifid.apply.compiled import compiled

@@ -10,12 +10,14 @@ Numbers are those of `Predictor.predict`. Works with torch-sim 0.3 (Python 3.11)
 charge and spin as extras of the state, outputs without a graph.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from multifid.apply.calculator import as_compiled
 from multifid.model.pieces import batch_of, refuse_coincident
 from multifid.model.task_model import TaskModel
 from multifid.structures.atoms import refuse_flat
@@ -33,12 +35,20 @@ class TorchSimModel(ModelInterface):
 
     model: what `multifid.load` gives; its device and precision are those of the states. task: which branch answers; may
     be left out where there is only one. compute_stress: by default where forces are conservative; NotImplementedError,
-    as torch-sim expects, where it is asked of a model that predicts forces directly.
+    as torch-sim expects, where it is asked of a model that predicts forces directly. compiled: see `Calculator`.
     """
 
-    def __init__(self, model: TaskModel, task: str | None = None, *, compute_stress: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: TaskModel,
+        task: str | None = None,
+        *,
+        compute_stress: bool | None = None,
+        compiled: bool | Path | str = False,
+    ) -> None:
         super().__init__()
-        self.model, self.task = model, model.energy_task(task)
+        self.task = model.energy_task(task)
+        self.model = as_compiled(model, self.task, compiled) if compiled else model
         self._device, self._dtype = model.device, model.dtype
         self._compute_forces, self._memory_scales_with = True, "n_atoms_x_density"
         self._compute_stress = False
@@ -113,7 +123,7 @@ def packed_of(state: Any) -> Packed:
     if bad.any():
         raise ValueError(f"system {int(np.flatnonzero(bad)[0])} of the state: positions and cell must be finite")
     pbc = np.broadcast_to(host(take("pbc")).astype(bool), (systems, 3)) & cell.any(axis=2)
-    for k in range(systems):
+    for k in np.flatnonzero(pbc.any(axis=1) & ~spans_volume(cell)).tolist():
         refuse_flat(k, cell[k], pbc[k])
 
     def extra(name: str, default: int, dtype: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ encoder's vectors; where it has none, of the unit vectors along the edges of eac
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -16,6 +16,7 @@ from multifid.graphs.edges import EdgeFunction, over_edges
 from multifid.graphs.graph import Graph
 from multifid.model.contract import Encoder, Features
 from multifid.model.layers import MLP, SILU_GAIN, TYPICAL_NEIGHBORS, Linear, RadialBasis, envelope
+from multifid.model.pairs import PairEnergies
 
 FIRST_GUESS = 0.1  # size of the untrained predictions: small, so that training starts near the reference energies
 RADIAL = 8  # radial basis functions of a force head over edges
@@ -38,6 +39,21 @@ class BranchConfig(BaseModel):
         description="Energies from the features after the last layer, or also, by a linear map each, from those after "
         "every layer before it.",
     )
+    pairs: int = Field(
+        default=0,
+        ge=0,
+        description="Radial functions of a pair potential that is added to energies, with coefficients from the "
+        "periodic table, fitted before the first step: for few data of many elements, and direct forces. 0: none.",
+    )
+
+    @model_validator(mode="after")
+    def _pairs_have_no_forces(self) -> "BranchConfig":
+        if self.pairs and self.forces == "conservative":
+            raise ValueError(
+                f"pairs: {self.pairs} is fitted to energies alone, and its gradient spoils conservative forces: set "
+                "it to 0, or forces to direct"
+            )
+        return self
 
 
 class Branch(nn.Module):
@@ -58,6 +74,7 @@ class Branch(nn.Module):
         self.readouts = nn.ModuleList(
             Linear(hidden, 1, gain=FIRST_GUESS) for _ in range(encoder.readouts if config.readout == "layers" else 0)
         )
+        self.pairs = PairEnergies(config.pairs, cutoff) if config.pairs else None
         self.forces: nn.Module | None = None
         if config.forces == "direct" and vectors is not None:
             self.forces = MLP([hidden, *config.hidden, vectors], last_gain=FIRST_GUESS)
@@ -67,7 +84,7 @@ class Branch(nn.Module):
     @property
     def reads_edges(self) -> bool:
         """Whether a pass needs the graph."""
-        return isinstance(self.forces, EdgeForces)
+        return self.pairs is not None or isinstance(self.forces, EdgeForces)
 
     def forward(self, features: Features, graph: Graph | None = None) -> tuple[Tensor, Tensor | None]:
         """What each atom adds to the energy, (N,), and direct forces (N, 3) or None.
@@ -75,9 +92,12 @@ class Branch(nn.Module):
         graph: of the same atoms, for heads that read edges.
         """
         energy = self._energy_of_atoms(features)
+        if self.pairs is not None:
+            assert graph is not None
+            energy = energy + self.pairs(graph)[: energy.shape[0]]  # a domain's ghosts lie behind its own atoms
         if self.forces is None:
             return energy, None
-        if self.reads_edges:
+        if isinstance(self.forces, EdgeForces):
             assert graph is not None
             return energy, self.forces(*graph.exchanged(features.scalars), graph)
         assert features.vectors is not None
@@ -95,6 +115,8 @@ class Branch(nn.Module):
         for linear in last:
             for parameter in linear.parameters():
                 parameter.mul_(ratio)
+        if self.pairs is not None:
+            self.pairs.multiply(ratio)
 
     def last_features(self, features: Features) -> Tensor:
         """(N, D): what the energies of atoms are linear in, the constant one of their biases in the last column."""

@@ -114,8 +114,8 @@ def draw_weights(module: nn.Module, generator: torch.Generator) -> None:
     """Draw every parameter of the module from the generator, in the order in which its blocks were built."""
     drawn = 0
     for block in module.modules():
-        if isinstance(block, Linear | Embedding | LayerNorm):
-            block.draw(generator)
+        if callable(draw := getattr(block, "draw", None)):
+            draw(generator)
             drawn += len(list(block.parameters()))
     assert drawn == len(list(module.parameters())), "a parameter lives outside the blocks that know how to draw it"
 

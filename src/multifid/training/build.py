@@ -12,6 +12,7 @@ import torch
 
 from multifid.config import Config
 from multifid.feed.loader import Source
+from multifid.model.branch import Branch
 from multifid.model.compiled import compile_training
 from multifid.model.inherit import start_from
 from multifid.model.kernels.gpu.chosen import use_kernels
@@ -42,6 +43,9 @@ def settings_of_torch_kept() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+Pairs = tuple[list[list[float]], list[float]]  # coefficients (K, M) and energies of elements (119,), in scaled units
+
+
 def build(
     config: Config,
     sources: list[Source],
@@ -49,10 +53,12 @@ def build(
     per_epoch: int,
     world: World,
     begins: bool = True,
+    pairs: Mapping[str, Pairs] | None = None,
 ) -> Trainer:
     """The trainer of this rank, with the branches of the tasks that the placement (task -> ranks) gives it.
 
     begins: whether the run does; one that goes on has its weights from a checkpoint, and needs no `init` any more.
+    pairs: the pair potentials of fresh branches (`training/pairs.py`).
     """
     t, branch_of = config.train, config.branch_of()
     torch.manual_seed(config.seed)  # nothing here draws from the global generator; what may one day is a function of it
@@ -68,13 +74,19 @@ def build(
     shards = apply_shards(potential, config.parallel.shard_encoder, world)
     potential.encoder.recompute = t.recompute
     potential.branches.to(world.device)
+    for name, values in (pairs or {}).items():
+        if name in mine and isinstance(branch := potential.branches[name], Branch) and branch.pairs is not None:
+            branch.pairs.set(*values)
     # Of the whole process: products of float32 are exact unless a run asks for TF32.
     torch.set_float32_matmul_precision("high" if t.precision == "tf32" else "highest")
     in_one_order(t.deterministic)
     use_kernels(t.kernels == "auto")
     if t.compile:
         compile_training(potential, t.compile)
-    parts = [ModelPart(part_of_branch(b), [p for _, p in potential.branch_parameters(b)], groups[b]) for b in mine]
+    parts = [
+        ModelPart(part_of_branch(b), [p for _, p in potential.branch_parameters(b) if p.requires_grad], groups[b])
+        for b in mine
+    ]
     moving_encoder = [p for p in potential.encoder.parameters() if p.requires_grad]
     encoder = dict(potential.encoder_parameters()) if shards is None else shards.pieces
     whole = moving_encoder if shards is None else list(encoder.values())

@@ -48,6 +48,7 @@ from multifid.training.log import Bar, Log, duration
 from multifid.training.old_branches import described, keep_old_branches, kept_places
 from multifid.training.opening import heading, opening
 from multifid.training.pace import Pace
+from multifid.training.pairs import fitted_pairs
 from multifid.training.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
 from multifid.training.resolve import needs_trial, open_run, placement_of, with_properties, write_config
 from multifid.training.share import Exchange
@@ -177,6 +178,13 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
             write_config(config, folder, placement, world.size)
     if config.train.stage is not None:
         sources = near(sources, placement, Path(config.train.stage), world)
+    pairs = None
+    if found is None and any(shape.pairs for shape in config.model.shapes):
+        with world.together():
+            pairs, said = fitted_pairs(config, sources) if world.first else ({}, [])
+            for line in said:
+                log.print(escape(line))
+        pairs = world.share(pairs)
     exchange = None
     if config.train.share_data:
         with world.together():
@@ -184,7 +192,7 @@ def open_all(config: Config, world: groups.World, log: Log, clock: Callable[[], 
             sources = exchange.sources
     feed = Feed(config, sources, draws, placement, world.rank, lists, exchange)
     with world.together():
-        trainer = build(config, sources, placement, feed.epoch_steps, world, begins=found is None)
+        trainer = build(config, sources, placement, feed.epoch_steps, world, begins=found is None, pairs=pairs)
         position, state = Position(Totals([t.name for t in trainer.tasks], trainer.device)), None
         if found is not None:
             state, files, _ = found

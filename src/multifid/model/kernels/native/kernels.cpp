@@ -1,5 +1,5 @@
-// What Python calls. Numbers of types: 0 float32, 1 float64, 2 bfloat16 products with float32 sums, 3 the same where the
-// processor has none. Numbers of functions: 0 forward, 1 backward, 2 tangent, 3 again (egnn.h). Many calls are backward passes
+// What Python calls. Numbers of types: 0 float32, 1 float64, 2 bfloat16 products with float32 sums (in tiles, or in pairs,
+// as the processor has them), 3 the same of rounded numbers. Numbers of functions: 0 forward, 1 backward, 2 tangent, 3 again (egnn.h). Many calls are backward passes
 // for inputs alone, and differ in the gradients that they are given and make.
 #include "egnn.h"
 #include "mlp.h"
@@ -27,6 +27,9 @@ template <template <class> class Layer, class Call> void run(const Call *calls, 
 #if defined(MULTIFID_AMX)
   static const bool allowed = Tiled::allowed();
   if (calls->type == 2 && allowed) return run_as<Layer, Tiled>(calls, what, many);
+#endif
+#if defined(__AVX512BF16__)
+  if (calls->type == 2) return run_as<Layer, Paired>(calls, what, many);
 #endif
   run_as<Layer, Rounded>(calls, what, many);
 }

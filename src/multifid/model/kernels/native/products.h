@@ -367,4 +367,105 @@ struct Tiled {
 
 #endif
 
+#if defined(__AVX512BF16__)
+
+// bfloat16 in vectors: sums of products of two neighbours, in float32.
+struct Paired {
+  using Number = float;
+  using Operand = bf16;
+  using Kept = bf16;
+  static constexpr long EDGES = 112, MULTIPLE = ROWS, WIDTH = 32, DEEP = 256;
+  static void begin() {}
+  static void end() {}
+
+  Room<bf16> room;
+  long depth = 0, width = 0; // multiples of 32, with zeros behind
+  struct Work {
+    Room<bf16> g, x;
+  };
+
+  // Panels of 32 columns; of each, pairs of rows: 32 columns, the two of the pair.
+  void pack(const float *w, long outputs, long inputs, bool forwards) {
+    const long rows = forwards ? inputs : outputs, columns = forwards ? outputs : inputs;
+    const long down = forwards ? 1 : inputs, across = forwards ? inputs : 1;
+    depth = up(rows, 32), width = up(columns, 32);
+    bf16 *to = room.of(depth * width);
+    alignas(64) float row[64];
+    for (long n = 0; n < width; n += 32)
+      for (long k = 0; k < depth; k += 2, to += 64) {
+        for (long c = 0; c < 32; ++c)
+          for (long two = 0; two < 2; ++two)
+            row[2 * c + two] = k + two < rows && n + c < columns ? w[(k + two) * down + (n + c) * across] : 0.0f;
+        for (int v = 0; v < 64; v += 16) store(to + v, load(row + v));
+      }
+  }
+
+  // c (ROWS, 32) (+)= a (ROWS, 2 depth) b, b a panel. STEP: from row to row of a; 0: a is in pairs of rows.
+  template <int STEP> static void product(long depth, const bf16 *a, const bf16 *b, float *c, long step_c, bool add) {
+    __m512 s[ROWS][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < 2; ++v) s[r][v] = add ? (__m512)load(c + r * step_c + 16 * v) : _mm512_setzero_ps();
+    for (long k = 0; k < depth; ++k, b += 64, a += STEP ? 2 : 2 * ROWS) {
+      const __m512bh y0 = (__m512bh)_mm512_loadu_si512(b), y1 = (__m512bh)_mm512_loadu_si512(b + 32);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        int two;
+        std::memcpy(&two, a + r * (STEP ? STEP : 2), 4);
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+        s[r][0] = _mm512_dpbf16_ps(s[r][0], x, y0), s[r][1] = _mm512_dpbf16_ps(s[r][1], x, y1);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < 2; ++v) store(c + r * step_c + 16 * v, (V<float>)s[r][v]);
+  }
+  using Product = void (*)(long, const bf16 *, const bf16 *, float *, long, bool);
+  static Product product_of(long step) {
+    switch (step) {
+    case 48: return product<48>;
+    case 80: return product<80>;
+    case 144: return product<144>;
+    case 272: return product<272>;
+    case 528: return product<528>;
+    case 1040: return product<1040>;
+    default: return product<2064>;
+    }
+  }
+
+  void times(long rows, const bf16 *a, long step_a, float *c, long step_c) const {
+    const Product product = product_of(step_a);
+    for (long k = 0; k < depth; k += DEEP)
+      for (long n = 0; n < width; n += 32)
+        for (long r = 0; r < rows; r += ROWS)
+          product(std::min(DEEP, depth - k) / 2, a + r * step_a + k, room.get() + n * depth + k * 32,
+                  c + r * step_c + n, step_c, k > 0);
+  }
+
+  // Rows up to an even number must be there, zeros in g and numbers in x.
+  static void gradient(Work &work, long rows, const bf16 *g, long width_g, const bf16 *x, long width_x, long step, float *c, long step_c) {
+    const long pairs = up(rows, 2) / 2, columns = up(width_g, ROWS);
+    bf16 *left = work.g.of(pairs * 2 * columns + 32), *right = work.x.of(pairs * 2 * width_x);
+    for (long n = 0; n < columns; n += ROWS, left += pairs * 2 * ROWS)
+      for (long t = 0; t < pairs; ++t) interleave(g + 2 * t * step + n, step, left + t * 2 * ROWS); // two more, written over
+    for (long n = 0; n < width_x; n += 16)
+      for (long t = 0; t < pairs; ++t)
+        interleave(x + 2 * t * step + n, step, right + n / 32 * 32 * pairs * 2 + t * 64 + n % 32 * 2);
+    left = work.g.get();
+    for (long n = 0; n < width_x; n += 32)
+      for (long r = 0; r < columns; r += ROWS)
+        product<0>(pairs, left + r * pairs * 2, right + n * pairs * 2, c + r * step_c + n, step_c, true);
+  }
+  // 16 columns of two rows -> 16 pairs
+  static void interleave(const bf16 *from, long step, bf16 *to) {
+    const U32 even = __builtin_convertvector((U16) * (const U16Anywhere *)from, U32);
+    const U32 odd = __builtin_convertvector((U16) * (const U16Anywhere *)(from + step), U32);
+    const U32 both = even | (odd << 16);
+    std::memcpy(to, &both, sizeof(both));
+  }
+  static void put(bf16 *p, V<float> x) { store(p, x); }
+};
+
+#endif
+
 } // namespace multifid

@@ -114,9 +114,9 @@ class Calculator(ase.Calculator):
             "numbers": (before.numbers, atoms.numbers),
             "cell": (before.cell.array, atoms.cell.array),
             "pbc": (before.pbc, atoms.pbc),
-            "info": (_electrons(before), _electrons(atoms)),
         }
-        return [name for name, (a, b) in pairs.items() if not np.array_equal(a, b)]
+        changed = [name for name, (a, b) in pairs.items() if a.shape != b.shape or not (a == b).all()]
+        return changed if _electrons(before) == _electrons(atoms) else [*changed, "info"]
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
         if name in STRESSES and not self.conservative:

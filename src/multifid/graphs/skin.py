@@ -10,6 +10,7 @@ is now at
 so that a pair from beyond the list, |r0| >= cutoff + skin, stays beyond the cutoff while the right side does.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,11 @@ from multifid.structures.structure import Packed
 
 SKIN = 0.5  # angstrom
 ROUNDING = 1e-9  # angstrom
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one shape have the same numbers."""
+    return bool((a == b).all())
 
 
 class SkinList:
@@ -41,8 +47,7 @@ class SkinList:
         if not self._holds(packed):
             self._make(packed)
         assert self._before is not None
-        same = np.array_equal(self._before.cell, packed.cell)
-        cell = self._cell if same else self._cell_of(packed)
+        cell = self._cell if _same(self._before.cell, packed.cell) else self._cell_of(packed)
         positions = packed.positions - self._away @ cell - self._middle
         i, j = self._candidates
         vectors = positions.take(j, axis=0) - positions.take(i, axis=0)
@@ -82,16 +87,17 @@ class SkinList:
         before = self._before
         if before is None or len(before.positions) != len(packed.positions):
             return False
-        if not np.array_equal(before.pbc, packed.pbc) or not np.array_equal(before.numbers, packed.numbers):
+        if not _same(before.pbc, packed.pbc) or not _same(before.numbers, packed.numbers):
             return False
         if not len(packed.positions):
             return True
         moved, least = packed.positions - before.positions, 1.0
-        if not np.array_equal(before.cell, packed.cell):
+        if not _same(before.cell, packed.cell):
             deformation = np.linalg.solve(self._cell_of(before), self._cell_of(packed))
             moved, least = packed.positions - before.positions @ deformation, self._least(deformation)
         moved = moved - moved.mean(axis=0)  # a structure that moves as a whole keeps its neighbours
-        longest = np.sqrt(np.sort(np.einsum("ik,ik->i", moved, moved))[-2:]).sum()
+        squares = np.sort(np.einsum("ik,ik->i", moved, moved))[-2:].tolist()
+        longest = sum(map(math.sqrt, squares))
         # An atom and its own image differ by no u at all, two atoms by at most the two largest.
         return bool(least * (self.cutoff + self.skin) - longest > self.cutoff + ROUNDING)
 

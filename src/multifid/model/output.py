@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def doubts_of_each(doubts: list[Doubts], alone: bool) -> tuple[Any, Any, Any, An
 
 def sums_of(values: np.ndarray, packed: Packed) -> np.ndarray:
     """(N,) -> (S,): the sum over each structure's atoms."""
-    return np.array([values[a:b].sum() for a, b in zip(packed.offsets[:-1], packed.offsets[1:], strict=True)])
+    return np.array([values[a:b].sum() for a, b in pairwise(packed.offsets.tolist())])
 
 
 def each_of(
@@ -81,7 +82,7 @@ def each_of(
     features: np.ndarray | None,
 ) -> Iterator[Answer]:
     """Results of a batch, (S,), (N, 3), (S, 3, 3), (N,), (N, H), structure by structure."""
-    for k, (a, b) in enumerate(zip(packed.offsets[:-1], packed.offsets[1:], strict=True)):
+    for k, (a, b) in enumerate(pairwise(packed.offsets.tolist())):
         yield (
             float(energy[k]),
             forces[a:b],

@@ -1,5 +1,6 @@
 """Structures of ASE as packed structures: what a user hands over, checked before anything is computed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ def _check(k: int, atoms: Any) -> None:
 
 def refuse_flat(k: int, cell: np.ndarray, pbc: np.ndarray) -> None:
     """ValueError where the cell (3, 3) of structure k is not finite, or spans nothing in its periodic directions."""
+    if _spans(*cell.tolist()):
+        return
     if not np.isfinite(cell).all():
         raise ValueError(f"structure {k}: the cell {cell.tolist()} must be finite")
     vectors = cell[pbc]
@@ -57,6 +60,13 @@ def refuse_flat(k: int, cell: np.ndarray, pbc: np.ndarray) -> None:
             f"structure {k}: periodic along {''.join(c for c, p in zip('abc', pbc, strict=True) if p)}, "
             f"but the cell vectors there span nothing: {vectors.tolist()}"
         )
+
+
+def _spans(a: list[float], b: list[float], c: list[float]) -> bool:
+    """Whether three vectors span a volume, so that any of them span what they should; of numbers, for each step."""
+    normal = (a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0])
+    volume = abs(normal[0] * c[0] + normal[1] * c[1] + normal[2] * c[2])
+    return 2 * SINGULAR * math.hypot(*a) * math.hypot(*b) * math.hypot(*c) < volume < math.inf
 
 
 def _whole(k: int, info: Mapping[str, Any], key: str, default: int, least: int, most: int) -> int:

@@ -43,6 +43,7 @@ def mlp(x: Tensor, maps: Sequence[torch.nn.Linear], bent: bool, norm: torch.nn.L
 @dataclass
 class _MLP(twice.Layer):
     function = "multifid_mlp"
+    written = ("x",)
     layout = twice.Layout(5 + MAPS + 1, 1, ARRAYS)  # MLPCall of native/mlp.h
     widths: tuple[int, ...]
     bent: bool

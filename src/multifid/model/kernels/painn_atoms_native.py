@@ -52,6 +52,7 @@ def update(
 @dataclass
 class _Atoms(twice.Layer):
     function = "multifid_painn_atoms"
+    written = INPUTS
     layout = twice.Layout(4, 3, ARRAYS)  # PaiNNAtomsCall of native/painn_atoms.h
     constants: tuple[float, float, float]
     in_torch: Callable[..., tuple[Tensor, Tensor]]

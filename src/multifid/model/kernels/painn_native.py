@@ -66,6 +66,7 @@ def padded(inputs: Sequence[Tensor]) -> list[Tensor]:
 @dataclass
 class Edges(twice.Layer):
     function = "multifid_painn"
+    written = ("r", "b", "u")
     layout = twice.Layout(6, 0, ARRAYS)  # PaiNNCall of native/painn.h
     i: Tensor
     j: Tensor

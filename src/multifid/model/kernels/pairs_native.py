@@ -50,6 +50,7 @@ def pairs(
 @dataclass
 class _Pairs(twice.Layer):
     function = "multifid_pairs"
+    written = ("r",)
     layout = twice.Layout(5, 2, ARRAYS)  # PairsCall of native/pairs.h
     functions: Functions
     in_torch: Callable[[Tensor], Sequence[Tensor]]

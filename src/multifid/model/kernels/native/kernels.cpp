@@ -1,6 +1,6 @@
 // What Python calls. Numbers of types: 0 float32, 1 float64, 2 bfloat16 products with float32 sums (in tiles, or in pairs,
-// as the processor has them), 3 the same of rounded numbers. Numbers of functions: 0 forward, 1 backward, 2 tangent, 3 again (egnn.h). Many calls are backward passes
-// for inputs alone, and differ in the gradients that they are given and make.
+// as the processor has them), 3 the same of rounded numbers. Numbers of functions: 0 forward, 1 backward, 2 tangent,
+// 3 again (egnn.h). Many calls are backward passes for inputs alone, and differ in the gradients that they are given and make.
 #include "egnn.h"
 #include "mlp.h"
 #include "painn.h"

@@ -61,6 +61,7 @@ class Layer(ABC):
     """
 
     function: ClassVar[str]  # in the library
+    written: ClassVar[tuple[str, ...]] = ()  # inputs whose gradients it writes, where it adds to others
     layout: ClassVar["Layout"]  # of what C is given
     outputs: tuple[str, ...]
     names: tuple[str, ...]  # of the inputs, in order
@@ -107,13 +108,18 @@ class Layer(ABC):
         return {prefix + name: x for name, x in zip(self.outputs, tensors, strict=True)}
 
     def gradients(self, tensors: Tensors, wanted: Sequence[str], many: int | None = None) -> dict[str, Tensor]:
-        """Zeros for the gradients of inputs; many: for so many of each, (many, ...)."""
+        """Zeros for the gradients of inputs, anything where C writes them; many: for so many of each, (many, ...)."""
         weights = self.weights if any(name in wanted for name in self.weights) else ()
         names = [x for x in self.names if x in weights or x in self.always or (x in wanted and x not in self.weights)]
-        like = [x for x in (tensors[name] for name in names) if x is not None]
-        like = like if many is None else [x.expand(many, *x.shape) for x in like]
-        parts = _unflatten_dense_tensors(like[0].new_zeros(sum(x.numel() for x in like)), like)  # few calls for all
-        return {f"g_{name}": part for name, part in zip(names, parts, strict=True)}
+        found: dict[str, Tensor] = {}
+        for written in (False, True):
+            like = {name: x for name in names if (name in self.written) == written and (x := tensors[name]) is not None}
+            shapes = [x if many is None else x.expand(many, *x.shape) for x in like.values()]
+            if shapes:
+                size, make = sum(x.numel() for x in shapes), shapes[0].new_empty if written else shapes[0].new_zeros
+                parts = _unflatten_dense_tensors(make(size), shapes)
+                found |= {f"g_{name}": part for name, part in zip(like, parts, strict=True)}
+        return found
 
     def call(self, what: int, arrays: Tensors, each: Sequence[Tensors] = ({},)) -> None:
         """Run one of the four functions over arrays; over those without memory, nothing.
@@ -223,8 +229,8 @@ class _Gradients(torch.autograd.Function):
             found = _twice_by_torch(layer, ctx.wanted, given, inputs, directions)
             return (None, None, None, None, *found[:outputs], *[None] * len(kept), *found[outputs:])
         direction = {f"d_{name}": x.contiguous() for name, x in zip(ctx.wanted, directions, strict=True)}
-        for name in layer.always:
-            direction.setdefault(f"d_{name}", torch.zeros_like(tensors[name]))
+        missing = [name for name in layer.always if name not in ctx.wanted]
+        direction |= {f"d_{name}": torch.zeros_like(tensors[name]) for name in missing}  # type: ignore[arg-type]
         direction |= layer.changes(kept)
         sums = layer.sums(tensors)
         arrays = {**tensors, **kept, **direction}

@@ -31,6 +31,7 @@ from multifid.training.build import build
 from multifid.training.checkpoint import load_checkpoint
 from multifid.training.feed import Feed, make_draws
 from multifid.training.journal import read_journal
+from multifid.training.loss import validation_value
 from multifid.training.optimizer import Schedule
 from multifid.training.run import train
 from multifid.training.step import Totals, Trainer
@@ -303,6 +304,29 @@ def test_branches_of_their_own_shape_are_of_the_run_and_take_the_rest_from_the_c
     ):
         with pytest.raises(ValueError, match=message):
             parse_config(values | changed, "test")
+
+
+def test_the_best_model_may_be_chosen_by_the_geometric_mean_of_tasks():
+    """A small loss that doubles costs as much as a large one that does; a task without labels does not count."""
+    weights = {"large": 1.0, "small": 1.0, "silent": 4.0}
+    before, after = {"large": 1.0, "small": 0.01, "silent": 0.0}, {"large": 0.95, "small": 0.02, "silent": 0.0}
+    assert validation_value(weights, after, "objective") < validation_value(weights, before, "objective")
+    assert validation_value(weights, before, "geometric") == pytest.approx(0.1)
+    assert validation_value(weights, after, "geometric") == pytest.approx((0.95 * 0.02) ** 0.5)
+    assert math.isnan(validation_value(weights, before | {"small": math.nan}, "geometric"))
+    assert validation_value(weights, dict.fromkeys(weights, 0.0), "geometric") == 0.0
+
+
+def test_a_run_keeps_the_model_that_is_best_by_the_mean_it_asks_for(stores, tmp_path):
+    """Its rows have each task's part of the objective: the step that is kept is the least of the mean of them."""
+    values = config_of(stores, tmp_path / "run", train={"best_by": "geometric", "lr": 0.02})
+    ended = train(parse_config(values, "test"), Console(quiet=True))
+    found: dict[int, dict[str, float]] = {}
+    for row in ended.rows:
+        if row["split"] == "validation":
+            found.setdefault(row["step"], {})[row["task"]] = row["loss"]
+    means = {step: math.prod(losses.values()) ** (1 / 3) for step, losses in found.items() if step}
+    assert ended.best == pytest.approx(min(means.values())) and ended.best_step == min(means, key=means.__getitem__)
 
 
 def test_another_config_is_refused_with_the_differences(stores, tmp_path):

@@ -12,6 +12,7 @@ step, over all ranks and micro-batches. So each part back-propagates sums over g
 no factor depends on how many parts there are. Terms with a zero count are zero; a NaN label reaches no gradient.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -164,3 +165,17 @@ def _residual(predicted: Tensor, rows: LabelRows, scales: Tensor, natoms: Tensor
 def task_objectives(sums: Tensor, counts: Tensor) -> Tensor:
     """Of each task, the sum over kinds of sums / counts, zero where the count is zero: (tasks,)."""
     return torch.where(counts > 0, sums / counts.clamp(min=1), 0.0).sum(dim=1)
+
+
+def validation_value(weights: Mapping[str, float], losses: Mapping[str, float], best_by: str) -> float:
+    """What models of one run are compared by, of the tasks' parts of the objective before their weights.
+
+    `objective`: the weighted sum. `geometric`: the weighted geometric mean, so that tasks with small losses count too.
+    """
+    if best_by == "objective":
+        return sum(weight * losses[task] for task, weight in weights.items())
+    counted = {task: weight for task, weight in weights.items() if losses[task] != 0}  # the others have no labels
+    if not counted:
+        return 0.0
+    logarithms = sum(weight * math.log(losses[task]) for task, weight in counted.items())
+    return math.exp(logarithms / sum(counted.values()))

@@ -45,6 +45,7 @@ from multifid.training.journal import Journal
 from multifid.training.length import Length, length_of
 from multifid.training.lines import Lines
 from multifid.training.log import Bar, Log, duration
+from multifid.training.loss import validation_value
 from multifid.training.old_branches import described, keep_old_branches, kept_places
 from multifid.training.opening import heading, opening
 from multifid.training.pace import Pace
@@ -308,7 +309,7 @@ def end_epoch(run: Run, began: float) -> bool:
     trainer, position = run.trainer, run.position
     totals = trainer.validate(run.feed.split("validation"))
     losses = totals.objectives()
-    value = sum(task.weight * losses[task.name] for task in trainer.tasks)
+    value = validation_value({task.name: task.weight for task in trainer.tasks}, losses, run.config.train.best_by)
     run.watch.validation(totals, value)
     trainer.schedule.validated(value)
     position.epochs_without_better += 1

@@ -45,6 +45,11 @@ class TrainConfig(BaseModel):
     patience: int | None = Field(
         10, gt=0, description="epochs without a better validation value before stopping; null: never"
     )
+    best_by: Literal["objective", "geometric"] = Field(
+        "objective",
+        description="what models are compared by on validation: the objective, or the weighted geometric mean of the "
+        "tasks' parts of it, in which a per cent of every task counts alike",
+    )
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = Field(
         "fp32",
         description="tf32: matrix products in TF32, on accelerators that have it; bf16: in bfloat16, by autocast. "

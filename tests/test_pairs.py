@@ -7,13 +7,14 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+import yaml
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.neighborlist import neighbor_list
 from safetensors.torch import load_file
 
 import multifid
-from multifid.config import parse_config
+from multifid.config import dump_config, parse_config
 from multifid.feed.loader import open_sources
 from multifid.graphs.graph import graph_of
 from multifid.model.domain import in_domains, share_of
@@ -29,6 +30,8 @@ from multifid.preparation.prepare import prepare
 from multifid.structures.atoms import pack_atoms
 from multifid.structures.periodic import RADIUS
 from multifid.training.pairs import fitted_pairs
+from multifid.workflows.finetune import refit_references
+from multifid.workflows.study import models_of
 
 CUTOFF, FUNCTIONS = 4.0, 5
 SYMBOLS = ("Li", "O", "F", "Mg", "Ti", "Cs", "Gd")
@@ -151,6 +154,28 @@ def test_runs_with_pairs_resume_exactly_and_are_used(planted, tmp_path, pool):
     for k, one_of_them in enumerate(atoms):
         one_of_them.calc = model.calculator(task="planted", dtype="float64")
         assert one_of_them.get_potential_energy() == pytest.approx(output.energy[k], abs=1e-8)
+
+
+def test_what_begins_with_such_a_branch_has_its_shape_and_its_pairs(planted, tmp_path):
+    """Fine-tuning, references fitted anew, and the models of a study, whose branches are fewer or one."""
+    values = values_of(planted, tmp_path / "start")
+    multifid.train(values, quiet=True)
+    known = load_file(tmp_path / "start" / "model.safetensors")["branches.planted.pairs.coefficients"]
+    common = {"start": "planted", "quiet": True, "trust_units": True}
+    for name, overrides in (("tuned", ["train.steps=2", "train.warmup=0", "finetune.moves=branch"]), ("refit", None)):
+        out = tmp_path / name
+        if overrides is None:
+            refit_references(tmp_path / "start", f"new={planted}", out, **common)
+        else:
+            multifid.finetune(tmp_path / "start", f"new={planted}", out, overrides, **common)
+        assert torch.equal(
+            load_file(out / "model.safetensors")["branches.new.pairs.coefficients"].float(), known.float()
+        )
+        assert multifid.load(out).predict(crystals(1, seed=4), task="new").energy.shape == (1,)
+
+    for config in models_of(parse_config(values, "test"), seed=0):
+        again = parse_config(yaml.safe_load(dump_config(config)), "test")
+        assert set(again.model.branches) == ({"planted"} if "planted" in again.branch_of().values() else set())
 
 
 @pytest.mark.parametrize("encoder", ["painn", "schnet"])

@@ -101,11 +101,13 @@ def models_of(config: Config, seed: int) -> list[Config]:
     def model(name: str, tasks: list[str], branches: str) -> Config:
         chosen = {t: resolved.tasks[t].model_copy(update={"per_step": float(rate[t])}) for t in tasks}
         plain = {} if branches == "per_task" and len(tasks) > 1 else {"balance": "none"}
+        shapes = {b: shape for b, shape in resolved.model.branches.items() if branches == "per_task" and b in tasks}
         return resolved.model_copy(
             update={
                 "run": str(folder / name),
                 "tasks": chosen,
                 "branches": branches,
+                "model": resolved.model.model_copy(update={"branches": shapes}),
                 "train": resolved.train.model_copy(update=length | plain),
                 "parallel": resolved.parallel.model_copy(update={"placement": "auto"}),
                 "study": None,

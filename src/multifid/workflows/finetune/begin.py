@@ -1,5 +1,6 @@
 """How a fine-tuned run begins: from which branches, with which reference energies, what moves; all in one config."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def begun(
         "run": str(run),
         "init": str(path),
         "tasks": tasks,
-        "model": model.description["architecture"],
+        "model": shaped_like(model.description["architecture"], branches),
         "train": chosen["train"],
         "finetune": {**chosen["finetune"], "branches": branches},
     }
@@ -76,6 +77,12 @@ def begun(
         values["train"]["steps"] = None  # the length is given otherwise
     values["finetune"]["references"] = {t: {str(z): e for z, e in r.items()} for t, r in references.items()}
     return values
+
+
+def shaped_like(architecture: dict[str, Any], begun: Mapping[str, str | None]) -> dict[str, Any]:
+    """The architecture of a model with new branches, each of the shape of the one that it begins with."""
+    own = architecture.get("branches", {})
+    return architecture | {"branches": own | {new: own[old] for new, old in begun.items() if old in own}}
 
 
 def nearest(model: Predictor, target: Target, start: str | None, console: Console) -> Agreement | None:

@@ -21,7 +21,7 @@ from multifid.store.store import Store
 from multifid.training.about import about_task
 from multifid.training.finetune import FinetuneConfig, with_references
 from multifid.workflows.finetune.asked import Target
-from multifid.workflows.finetune.begin import SCRATCH, nearest, refuse
+from multifid.workflows.finetune.begin import SCRATCH, nearest, refuse, shaped_like
 
 
 def refit_only(path: Path, asked: list[Target], out: Path, start: str | None, console: Console) -> Path:
@@ -51,7 +51,9 @@ def refit_only(path: Path, asked: list[Target], out: Path, start: str | None, co
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     os.replace(part, out / "model.safetensors")
     branches = sorted([*old["branches"], target.name])
-    save_description(out / "model.json", {**old, "tasks": dict(sorted(tasks.items())), "branches": branches})
+    architecture = shaped_like(old["architecture"], {target.name: found.branch})
+    changed = {"architecture": architecture, "tasks": dict(sorted(tasks.items())), "branches": branches}
+    save_description(out / "model.json", {**old, **changed})
     console.print(
         f"{out}: branch {target.name!r} is {found.branch!r} with reference energies fitted to {found.structures} "
         "structures",

@@ -139,9 +139,10 @@ class _Layer:
     def __init__(self, layer: nn.Module, lists: Lists) -> None:
         self.layer, self.forward, self.lists = layer, layer.forward, lists
 
-    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor, **ready: Any) -> Tensor | tuple[Tensor, ...]:
+        """ready: what kernels outside of torch have made ahead; compiled code takes none of them."""
         if not self.lists.wanted:
-            return self.forward(*inputs)
+            return self.forward(*inputs, **ready)
         outputs = self.lists(_settings(self.layer), self.layer, list(inputs), self.call)
         return outputs[0] if type(self.layer) in self.lists.of_one else tuple(outputs)
 

@@ -1,5 +1,6 @@
 """Pair potentials from the periodic table: their energies, their fit, and runs that have them."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import multifid
 from multifid.config import dump_config, parse_config
 from multifid.feed.loader import open_sources
 from multifid.graphs.graph import graph_of
+from multifid.graphs.padding import pad
+from multifid.model.compiled import compile_training
 from multifid.model.domain import in_domains, share_of
 from multifid.model.fixed import Fixed, inputs_for, tensors_of
 from multifid.model.model_file import load_model
@@ -202,6 +205,26 @@ def test_domains_and_exported_passes_have_the_energies_of_pairs_too(encoder):
     energies, forces = function(*tensors_of(batch, names))
     torch.testing.assert_close(energies, whole.energies, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(forces, whole.forces, rtol=1e-12, atol=1e-12)
+
+
+def test_pairs_are_not_rounded_by_bf16_and_know_atoms_that_are_alone():
+    model = potential_with({"name": "painn", "layers": 1, "hidden": 8}, "direct", pairs=3, dtype=torch.float32)
+    pairs = model.branches[samples.TASK].pairs
+    graph = graph_of(samples.batch_of(samples.system(5), samples.system(1)).to(dtype=torch.float32))
+    exact = pairs(graph)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pairs(graph), exact) and exact.dtype == torch.float32
+    assert exact[5] == pairs.of_element[graph.numbers[5]], "nothing but the energy of its element"
+
+
+def test_compiled_passes_have_pairs_too():
+    eager = potential_with({"name": "painn", "layers": 1, "hidden": 8}, "direct", pairs=3).train()
+    compiled = copy.deepcopy(eager)
+    compile_training(compiled, True, "aot_eager")
+    batch = pad(samples.batch_of(samples.system(5), samples.system(4, samples.skewed(4.0))), samples.CUTOFF)
+    one, other = (model(batch)[samples.TASK] for model in (eager, compiled))
+    torch.testing.assert_close(other.energy, one.energy, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(other.forces, one.forces, rtol=1e-10, atol=1e-10)
 
 
 def test_pairs_with_conservative_forces_are_refused():

@@ -15,7 +15,12 @@ from safetensors.torch import load_file
 
 import multifid
 from multifid.config import parse_config
+from multifid.graphs.graph import graph_of
+from multifid.model.encoders import ENCODERS as PUBLISHED
+from multifid.model.encoders import build_encoder
 from multifid.model.model_file import export_model
+from multifid.model.potential import ModelConfig
+from multifid.model.suite.samples import CUTOFF, batch_of, system
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
 from multifid.workflows.study import study
@@ -102,3 +107,37 @@ def test_it_is_studied_by_changing_one_key(stores, tmp_path, kind):
     rows = json.loads((root / "evaluation.json").read_text())["rows"]
     assert {r["model"] for r in rows} >= {"GFM-MTL-All", "GFM-Baseline-All", "Model-apple"}
     assert all(np.isfinite(r["energy_mae"]) for r in rows if r["counted_structures"])
+
+
+UNKNOWN_KEY = r"model\.encoder\.nonesuch: unknown key; known here: name, attention, layers"
+REFUSED = [  # encoder, branch, train, message
+    *(({"name": kind, "nonesuch": 1}, {}, {}, UNKNOWN_KEY) for kind in PUBLISHED),
+    ({"name": "gat", "hidden": 10, "heads": 4}, {}, {}, "hidden must be a multiple of heads, got 10 and 4"),
+    ({"name": "gotennet", "hidden": 10, "heads": 4}, {}, {}, "heads must divide hidden"),
+    ({"name": "painn", "hidden": 10, "attention": {"heads": 4}}, {}, {}, "heads must divide the width of the scalars"),
+    ({"name": "schnet", "layers": 1, "attention": {}}, {}, {}, "there is no place between them"),
+    ({"name": "mfc", "max_degree": 10, "degree_step": 4}, {}, {}, "multiple of degree_step, got 10 and 4"),
+    ({"name": "mace", "correlation": 4}, {}, {}, "less than or equal to 3"),
+    ({"name": "angular", "layers": 1}, {"readout": "layers"}, {}, "gives those after the last one only"),
+    ({"name": "dimenet"}, {"forces": "conservative"}, {"precision": "bf16"}, "bf16"),
+]
+
+
+@pytest.mark.parametrize(("encoder", "branch", "train", "message"), REFUSED)
+def test_what_cannot_be_made_is_refused_before_any_data_are_read(tmp_path, encoder, branch, train, message):
+    """There is not even a store."""
+    values = {
+        "run": str(tmp_path / "run"),
+        "tasks": {"apple": {"store": str(tmp_path / "nothing")}},
+        "model": {"encoder": encoder, "branch": branch},
+        "train": {"steps": 3} | train,
+    }
+    with pytest.raises(ValueError, match=message):
+        multifid.train(values, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_graph_without_the_triplets_that_an_encoder_reads_is_refused_by_name():
+    encoder = ModelConfig(encoder={"name": "dimenet", "layers": 1, "hidden": 8}).encoder
+    with pytest.raises(ValueError, match="DimeNet reads triplets, and this graph has none"):
+        build_encoder(encoder, CUTOFF)(graph_of(batch_of(system(3), dtype=torch.float32)))

@@ -20,7 +20,6 @@ from torch.distributed import HashStore, TCPStore
 
 from multifid.config import parse_config
 from multifid.feed.loader import open_sources
-from multifid.model.encoders import ENCODERS
 from multifid.parallel import heartbeat
 from multifid.parallel.gradients import Gradients, ModelPart
 from multifid.parallel.groups import Group, alone
@@ -36,6 +35,7 @@ from multifid.training.optimizer import OPTIMIZERS
 from multifid.training.resolve import needs_trial
 from multifid.training.share import WINDOW, Exchange, Shared
 from parallel_worker import HOST, train_until_killed
+from test_model import KINDS
 from test_train import assert_same_bits
 
 TASKS = ("apple", "berry", "cherry", "damson", "elder")
@@ -250,7 +250,7 @@ def test_stress_periodic_cells_and_tasks_of_one_store_on_ranks_equal_one_process
 
 
 ON_RANKS = [("painn", "conservative"), ("angular", "direct"), ("pna", "conservative")]
-IN_FULL = itertools.product(sorted(set(ENCODERS) - {"egnn", "painn"}), ("direct", "conservative"))
+IN_FULL = itertools.product([kind for kind in KINDS if kind not in ("egnn", "painn")], ("direct", "conservative"))
 
 
 @pytest.mark.parametrize(
@@ -262,13 +262,13 @@ def test_another_encoder_and_ranks_without_any_branch_equal_one_process(pool, fi
 
     def values(placement) -> dict:
         out = values_of(five, 3, forces=forces, placement=placement, max_edges=20)
-        out["model"] |= {"encoder": {"name": encoder, "layers": 1, "hidden": 8}}
+        out["model"] |= {"encoder": KINDS[encoder] | {"layers": 2, "hidden": 8}}
         out["parallel"] |= {"allow_idle": True}
         return out
 
     one = pool.run(1, "five_steps", values("auto"), None, None, 10_000)[0]
     idle = {"apple": [1], "berry": [1, 3], "cherry": [3]}
-    for ranks, placement in ((2, "split"), (4, idle)):
+    for ranks, placement in ((3, "split"), (4, idle)):
         many = pool.run(ranks, "five_steps", values(placement), None, None, 900)
         assert_equal_to_one_process(one, many, tolerance=1e-10)
 

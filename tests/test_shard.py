@@ -10,6 +10,7 @@ from multifid.config import parse_config
 from multifid.model.encoders import build_encoder
 from multifid.parallel.layout import GIB
 from multifid.training.costs import bytes_per_parameter, encoder_bytes, memory
+from test_model import KINDS
 from test_parallel import assert_equal_to_one_process, assert_same_run, random_placement, values_of
 
 EGNN = {"name": "egnn", "layers": 2, "hidden": 7, "vectors": 2}  # rows that no number of ranks divides
@@ -49,6 +50,19 @@ def test_an_encoder_in_pieces_equals_one_process(
     if max_edges is not None and ranks < tasks:
         assert max(rank["micro"] for rank in found) > 1
     assert_equal_to_one_process(pool.run(1, "five_steps", one, no_forces, silent, 10_000)[0], found, tolerance=1e-10)
+
+
+ORDINARY = ["painn with attention", "dimenet"]  # the one has layers of two kinds, the other carries features of edges
+
+
+@pytest.mark.parametrize("forces", ["direct", "conservative"])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in ORDINARY else pytest.mark.full) for k in KINDS])
+def test_any_encoder_in_pieces_equals_one_process(pool, five, kind, forces):
+    encoder = KINDS[kind] | {"layers": 2, "hidden": 8}
+    one = sharded(values_of(five, 3, forces=forces), encoder)
+    three = sharded(values_of(five, 3, placement="split", forces=forces, max_edges=20), encoder)
+    found = pool.run(3, "five_steps", three, None, None, 2_000)
+    assert_equal_to_one_process(pool.run(1, "five_steps", one, None, None, 10_000)[0], found, tolerance=1e-10)
 
 
 def test_pieces_are_gathered_again_for_what_is_recomputed(pool, five):

@@ -42,6 +42,8 @@ from torch import Tensor, nn
 from multifid.graphs.graph import EDGES_ONLY, Graph, GraphNeeds
 from multifid.model.attention import AttentionConfig, BetweenLayers, GlobalAttention
 
+NEEDS = {"reverse": "reverse edges", "triplets": "triplets"}
+
 
 class EncoderConfig(BaseModel):
     """Options of an encoder. A subclass has `name: Literal["..."]` and its own fields, each with a description."""
@@ -123,6 +125,12 @@ class Encoder(nn.Module):
         self.every = config.every
 
     def __call__(self, graph: Graph) -> Features:
+        for need in ("reverse", "triplets"):
+            if getattr(self.needs, need) and getattr(graph, need) is None:
+                raise ValueError(
+                    f"{type(self).__name__} reads {NEEDS[need]}, and this graph has none: make it of "
+                    "completed(batch, encoder.needs)"
+                )
         if not self.blocks:
             return super().__call__(graph)
         if graph.exchange is not None:

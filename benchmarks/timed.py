@@ -123,7 +123,7 @@ def trainer_of(potential: Potential, precision: str, device: torch.device) -> Ti
         schedule=Schedule("constant", 100, 1000),
         average=MovingAverage(parameters, 0.999),
         objective=ObjectiveConfig(),
-        tasks=[Task("task", 1.0, 1.0)],
+        tasks=[Task("task", 1.0, 1.0, 1.0)],
         world=world.group,
         device=device,
         precision=precision,

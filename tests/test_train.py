@@ -20,6 +20,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import multifid
 from conftest import MEASURED
 from multifid.config import load_config, parse_config
 from multifid.feed.loader import collate, open_sources
@@ -370,6 +371,21 @@ def test_the_shared_baseline_has_one_branch_and_one_pooled_scale(stores, tmp_pat
     assert description["branches"] == ["shared"]
     assert len({about["scale"] for about in description["tasks"].values()}) == 1
     assert len({about["references"]["1"] for about in description["tasks"].values()}) == 3
+
+
+def test_one_head_for_all_has_the_objective_of_one_for_each(stores, tmp_path):
+    """Its residuals are divided by each task's own scale, so that baseline and two levels minimise the same sum."""
+    for branches in ("per_task", "shared"):
+        values = config_of(stores, tmp_path / branches, branches=branches, train={"steps": 3, "precision": "fp64"})
+        run = start(values)
+        rows = multifid.evaluate(run, stores, "validation", quiet=True)
+        errors = {row["data"]: row for row in rows if row["model"] != "References"}
+        for row in read_journal(run):
+            if row["split"] == "validation" and row["step"] == 3:
+                of_task = errors[row["task"]]
+                scale = Store(stores[row["task"]]).manifest["tasks"][row["task"]]["scale"]
+                expected = (of_task["energy_mae"] + of_task["forces_mae"]) / scale
+                assert row["loss"] == pytest.approx(expected, rel=1e-6), (branches, row["task"])
 
 
 def test_a_scale_that_is_given_takes_the_place_of_the_stores(stores, tmp_path):

@@ -96,7 +96,7 @@ def build(
     optimizer = OPTIMIZERS[t.optimizer](moving, t.lr, t.weight_decay)
     if factors:
         with_factors(optimizer, moving, factors)
-    scales = task_scales(config, sources)
+    scales, units = task_scales(config, sources), branch_units(config, sources)
     gradients = Gradients(parts)
     trainer = Trainer(
         potential=potential,
@@ -109,7 +109,7 @@ def build(
         ),
         average=None if t.ema is None else MovingAverage(parameters, t.ema),
         objective=config.objective,
-        tasks=[Task(name, config.tasks[name].weight, scales[name]) for name in config.tasks],
+        tasks=[Task(name, config.tasks[name].weight, scales[name], units[name]) for name in config.tasks],
         world=world.group,
         device=world.device,
         precision=t.precision,
@@ -153,10 +153,10 @@ def started(config: Config, sources: list[Source]) -> tuple[dict[str, str | None
     if config.finetune is None:
         return {}, {}, set()
     branch_of = config.branch_of()
-    scales = task_scales(config, sources)
+    units = branch_units(config, sources)
     elements = {z for source in sources for task in source.tasks for z in source.elements(task)}
     begun = {branch_of[task]: branch for task, branch in config.finetune.branches.items() if task in branch_of}
-    return begun, {branch_of[task]: scale for task, scale in scales.items()}, elements
+    return begun, {branch_of[task]: unit for task, unit in units.items()}, elements
 
 
 def _pull(config: Config, moving: Named, factors: Mapping[str, float]) -> Pull | None:
@@ -187,12 +187,18 @@ def holders(branch_of: Mapping[str, str], placement: Mapping[str, Sequence[int]]
 
 
 def task_scales(config: Config, sources: list[Source]) -> dict[str, float]:
-    """What divides the residuals of each task; one pooled scale where all tasks share a branch."""
+    """What divides the residuals of each task, eV/angstrom."""
     about = {task: source.about(task) for source in sources for task in source.tasks}
     in_units = config.objective.scale == "task"
-    own = {t: config.tasks[t].scale or (float(a["scale"]) if in_units else 1.0) for t, a in about.items()}
+    return {t: config.tasks[t].scale or (float(a["scale"]) if in_units else 1.0) for t, a in about.items()}
+
+
+def branch_units(config: Config, sources: list[Source]) -> dict[str, float]:
+    """What each task's branch predicts in, eV/angstrom: its scale, or the pooled one where all tasks share a branch."""
+    own = task_scales(config, sources)
     if config.branches == "per_task":
         return own
+    about = {task: source.about(task) for source in sources for task in source.tasks}
     counts = {t: max(a["labels"]["forces"], a["labels"]["energy"]) for t, a in about.items()}
     pooled = math.sqrt(sum(counts[t] * own[t] ** 2 for t in own) / sum(counts.values()))
     return dict.fromkeys(own, pooled)

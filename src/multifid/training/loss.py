@@ -112,14 +112,16 @@ def _as_wide(logits: list[Tensor]) -> list[Tensor]:
     return [torch.nn.functional.pad(x, (0, widest - x.shape[1]), value=NEVER) for x in logits]
 
 
-def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor) -> Tensor:
+def loss_sums(
+    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor, units: Tensor
+) -> Tensor:
     """Sums of the loss over each task's labels in this batch, by column, each in its mean's unit: (tasks, 4) float64.
 
     Divided by the global (S, A, V, P) and weighted, they are the batch's part of the objective.
-    predicted: as by `in_rows`, in scaled units; scales (tasks,) eV/angstrom.
+    predicted: as by `in_rows`, in units (tasks,) of each task's branch; scales (tasks,) of residuals; eV/angstrom.
     """
     out = {name: scales.new_zeros(len(scales), dtype=torch.float64) for name in COLUMNS}
-    for kind, losses in loss_rows(config, predicted, labels, scales).items():
+    for kind, losses in loss_rows(config, predicted, labels, scales, units).items():
         rows, name = labels.rows(kind), column_of(kind)
         if losses is not None and rows is not None:
             out[name] = out[name].index_add(0, rows.owner, getattr(config, name) * losses.to(torch.float64))
@@ -127,7 +129,7 @@ def loss_sums(config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: 
 
 
 def loss_rows(
-    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor
+    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor, units: Tensor
 ) -> dict[str, Tensor | None]:
     """The loss of each row of labels (n,), by kind, before its weight; None where it has none, or is not predicted."""
     out: dict[str, Tensor | None] = {}
@@ -139,7 +141,7 @@ def loss_rows(
         if kind == "class":
             out[kind] = _cross_entropy(predicted[kind], rows.label)
         else:
-            out[kind] = LOSSES[config.loss](_residual(predicted[kind], rows, scales, labels.natoms_of(kind)))
+            out[kind] = LOSSES[config.loss](_residual(predicted[kind], rows, scales, units, labels.natoms_of(kind)))
     return out
 
 
@@ -152,11 +154,12 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return torch.where(labelled, losses, 0.0)
 
 
-def _residual(predicted: Tensor, rows: LabelRows, scales: Tensor, natoms: Tensor | None) -> Tensor:
+def _residual(predicted: Tensor, rows: LabelRows, scales: Tensor, units: Tensor, natoms: Tensor | None) -> Tensor:
     """Residuals of the labelled rows, zero (with zero gradient) elsewhere: (n, components)."""
     labelled = _labelled(rows.label)[:, None]
-    scale = scales.to(predicted.dtype).index_select(0, rows.owner)[:, None]
-    residual = components(predicted) - torch.where(labelled, components(rows.label), 0.0) / scale
+    unit = units.to(predicted.dtype).index_select(0, rows.owner)[:, None]
+    residual = components(predicted) - torch.where(labelled, components(rows.label), 0.0) / unit
+    residual = residual * (units / scales).to(predicted.dtype).index_select(0, rows.owner)[:, None]
     if natoms is not None:
         residual = residual / natoms.clamp(min=1)[:, None]
     return torch.where(labelled, residual, 0.0)

@@ -18,7 +18,7 @@ from multifid.model.layers import sum_over
 from multifid.model.pairs import PairEnergies
 from multifid.model.saved import load_description
 from multifid.structures.elements import MAX_Z
-from multifid.training.build import Pairs, started, task_scales
+from multifid.training.build import Pairs, branch_units, started
 
 MOST = 20_000  # structures of a split
 AT_ONCE = 64  # structures
@@ -36,7 +36,7 @@ def fitted_pairs(config: Config, sources: list[Source]) -> tuple[dict[str, Pairs
     On one process. A branch of several tasks is fitted to the first of them that has energies.
     """
     out, lines, branch_of = {}, [], config.branch_of()
-    begun, scales = started(config, sources)[0], task_scales(config, sources)
+    begun, units = started(config, sources)[0], branch_units(config, sources)
     there = [] if config.init is None else load_description(Path(config.init))["branches"]
     for name in sorted({branch for branch in branch_of.values() if begun.get(branch, branch) not in there}):
         functions = config.model.shape(name).pairs
@@ -45,7 +45,7 @@ def fitted_pairs(config: Config, sources: list[Source]) -> tuple[dict[str, Pairs
         if not functions or name in config.model.properties or not found:
             continue
         source, task = found[0]
-        out[name], said = _fit(PairEnergies(functions, config.model.cutoff).double(), source, task, scales[task])
+        out[name], said = _fit(PairEnergies(functions, config.model.cutoff).double(), source, task, units[task])
         lines.append(said)
     return out, lines
 

@@ -427,5 +427,5 @@ def describe_run(run: Run) -> dict[str, Any]:
         "seed": config.seed,
         "best": finite(position.best),
     }
-    tasks = about_tasks(run.feed.sources, {t.name: t.scale for t in run.trainer.tasks})
+    tasks = about_tasks(run.feed.sources, {t.name: t.unit for t in run.trainer.tasks})
     return describe(config.model, config.branch_of(), tasks, trained)

@@ -60,6 +60,7 @@ class Task:
     name: str
     weight: float
     scale: float  # eV/angstrom, divides every residual
+    unit: float  # eV/angstrom, of what its branch predicts
 
 
 class Totals:
@@ -165,8 +166,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.number = {task.name: k for k, task in enumerate(self.tasks)}
-        constants = torch.tensor([[t.scale for t in self.tasks], [t.weight for t in self.tasks]], dtype=torch.float64)
-        self.scales, self.weights = constants.to(self.device)
+        constants = [[t.scale for t in self.tasks], [t.unit for t in self.tasks], [t.weight for t in self.tasks]]
+        self.scales, self.units, self.weights = torch.tensor(constants, dtype=torch.float64).to(self.device)
         # Positions, whose gradient gave forces, are leaves too, but nobody asks for the gradient of the loss there. The
         # leaves of an encoder in pieces are FSDP's own.
         moving = [p for p in self.parameters.values() if p.requires_grad]
@@ -286,7 +287,7 @@ class Trainer:
         batch, predicted = self.predicted(batch)
         labels = batch.labels
         assert labels is not None
-        sums = loss_sums(self.objective, predicted, labels, self.scales)
+        sums = loss_sums(self.objective, predicted, labels, self.scales, self.units)
         errors = error_sums(self._physical(predicted, labels), labels, len(self.tasks))
         totals.add(sums, self.labels_of(labels), errors)
         return sums
@@ -391,13 +392,13 @@ class Trainer:
             yield EMPTY_BATCH if batch is None else batch
 
     def _physical(self, predicted: dict[str, Tensor], labels: BatchLabels) -> dict[str, Tensor]:
-        """Predictions in physical units: times the scale of each row's task."""
+        """Predictions in physical units: times the unit of each row's branch."""
         out = {}
         for kind, values in predicted.items():
             rows = labels.rows(kind)
             assert rows is not None
-            scale = self.scales.index_select(0, rows.owner)
-            out[kind] = values.detach() * scale.reshape(-1, *[1] * (values.dim() - 1))
+            unit = self.units.index_select(0, rows.owner)
+            out[kind] = values.detach() * unit.reshape(-1, *[1] * (values.dim() - 1))
         return out
 
     @property

@@ -50,7 +50,7 @@ def reference(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def _kind(annotation: Any) -> str:
     """The type as a user would say it."""
     if get_origin(annotation) is Literal:
-        return ", ".join(_plain(a) for a in get_args(annotation))
+        return ", ".join(str(_plain(a)) for a in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_kind(a) for a in get_args(annotation))
     if get_origin(annotation) is list:

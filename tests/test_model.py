@@ -37,6 +37,7 @@ FORCES = ("direct", "conservative")
 KINDS = {name: {"name": name} for name in [*ENCODERS, "angular"]} | {
     "egnn with tensors": {"name": "egnn", "tensors": 3, "sized": 2, "elements": "periodic"},
     "painn with attention": {"name": "painn", "attention": {"heads": 2}, "sized": 2, "elements": "periodic"},
+    "gin with attention": {"name": "gin", "attention": {"heads": 2, "walks": 3}},
 }
 # `make test` holds these to everything and the others to what is likeliest to break; the full product holds all to all.
 THOROUGH = ("egnn with tensors", "painn")

@@ -12,10 +12,13 @@ its square. It acts on scalars alone, so every symmetry of the encoder stays, an
 It is a mean over a structure, so energies are *not* extensive with it: n identical far copies, and supercells, have n
 times the energy, but two different molecules far apart change each other's energies, and so do an adsorbate and a slab
 at any distance. A system cannot be cut into domains. Use it where long range matters more than that.
+
+With `walks` the scalars learn before the first attention how often random walks come back (`walks.py`).
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -32,6 +35,9 @@ class AttentionConfig(BaseModel):
 
     heads: int = Field(default=4, ge=1, description="Heads of global attention; must divide the width of the scalars.")
     every: int = Field(default=1, ge=1, description="Layers between one global attention and the next.")
+    walks: Literal[0, 2, 3] = Field(
+        default=0, description="Steps of random walks whose probabilities to come back encode an atom's place; 0: none."
+    )
 
 
 class GlobalAttention(nn.Module):
@@ -62,14 +68,18 @@ class GlobalAttention(nn.Module):
 class BetweenLayers:
     """`Graph.exchange` of a whole graph: the scalars of atoms attend, every so many layers."""
 
-    def __init__(self, graph: Graph, blocks: Sequence[nn.Module], every: int, recompute: bool):
-        self.graph, self.blocks, self.every, self.recompute = graph, blocks, every, recompute
+    def __init__(
+        self, graph: Graph, blocks: Sequence[nn.Module], every: int, recompute: bool, walks: nn.Module | None = None
+    ):
+        self.graph, self.blocks, self.every, self.recompute, self.walks = graph, blocks, every, recompute, walks
         self.passed = 0
 
     def __call__(self, h: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         self.passed += 1
         block, rest = divmod(self.passed, self.every)
         if rest == 0 and block <= len(self.blocks):
+            if block == 1 and self.walks is not None:
+                h = call(self.walks, self.recompute, h, self.graph)
             h = call(self.blocks[block - 1], self.recompute, h, self.graph.structure, self.graph.charge)  # type: ignore[assignment]
         return h, *others
 

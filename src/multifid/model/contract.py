@@ -33,7 +33,7 @@ their own tests.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from multifid.graphs.graph import EDGES_ONLY, Graph, GraphNeeds
 from multifid.model.attention import AttentionConfig, BetweenLayers, GlobalAttention
+from multifid.model.walks import Walks
 
 NEEDS = {"reverse": "reverse edges", "triplets": "triplets"}
 
@@ -98,7 +99,7 @@ class Encoder(nn.Module):
     """Base of all encoders; see the head of this file."""
 
     Config: ClassVar[type[EncoderConfig]]
-    needs: ClassVar[GraphNeeds] = EDGES_ONLY
+    needs: GraphNeeds = EDGES_ONLY
     degrees: dict[int, int]  # degree -> channels; scalars (0) always
     slopes_need_float32: ClassVar[bool] = False  # conservative forces with bf16 or TF32 products would be off by 10 %
     edges_in_library: ClassVar[bool] = False  # `kernels/native` computes its edges, where there is a compiler
@@ -111,7 +112,7 @@ class Encoder(nn.Module):
         """Those of global attention, none without."""
         return list(self._modules.get("attention") or [])  # type: ignore[arg-type]
 
-    def add_attention(self, config: AttentionConfig) -> None:
+    def add_attention(self, config: AttentionConfig, cutoff: float) -> None:
         """Let scalars attend to their whole structure between the layers. Raises ValueError where that cannot be."""
         hidden, places = self.degrees[0], (self.depth - 1) // config.every
         if hidden % config.heads:
@@ -123,6 +124,9 @@ class Encoder(nn.Module):
             )
         self.attention = nn.ModuleList(GlobalAttention(hidden, config.heads) for _ in range(places))
         self.every = config.every
+        if config.walks:
+            self.walks = Walks(hidden, config.walks, cutoff)
+            self.needs = replace(self.needs, triplets=self.needs.triplets or config.walks > 2)
 
     def __call__(self, graph: Graph) -> Features:
         for need in ("reverse", "triplets"):
@@ -135,7 +139,7 @@ class Encoder(nn.Module):
             return super().__call__(graph)
         if graph.exchange is not None:
             raise Indivisible("with global attention every atom sees the whole system")
-        between = BetweenLayers(graph, self.blocks, self.every, self.recompute)
+        between = BetweenLayers(graph, self.blocks, self.every, self.recompute, self._modules.get("walks"))
         features = super().__call__(between.within())
         if between.passed < len(self.blocks) * self.every:
             raise ValueError(f"{type(self).__name__} has no attention: it does not pass through `graph.exchanged`")

@@ -89,7 +89,7 @@ def build_encoder(config: EncoderConfig, cutoff: float) -> Encoder:
     """The encoder that a config describes, its weights not yet drawn. cutoff: angstrom."""
     encoder = all_encoders()[config.name](config, cutoff)  # type: ignore[call-arg]
     if config.attention is not None:
-        encoder.add_attention(config.attention)
+        encoder.add_attention(config.attention, cutoff)
     return encoder
 
 

@@ -7,6 +7,7 @@ Means over seeds, with the standard deviation where there are several.
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -110,23 +111,59 @@ def figure(known: Known, names: list[str], steps: str, seconds: str, path: Path)
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plot, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for ax, budget in zip(axes, (steps, seconds), strict=True):
+    plot, axes = plt.subplots(1, 2, figsize=(11, 4.6), dpi=120, layout="constrained")
+    places: list[dict[str, tuple[float, float, float]]] = [{}, {}]  # speed, objective, its spread over seeds
+    for ax, budget, place in zip(axes, (steps, seconds), places, strict=True):
         for name in names:
-            values = of_runs(known, name, budget, "objective")
-            if not values:
-                continue
-            x = known[name]["costs"]["predicted_in_a_second"]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            ax.errorbar(x, mean(values), yerr=spread, fmt="o", capsize=2, markersize=5)
-            ax.annotate(name, (x, mean(values)), xytext=(5, 4), textcoords="offset points", fontsize=7.5)
+            if values := of_runs(known, name, budget, "objective"):
+                speed = known[name]["costs"]["predicted_in_a_second"]
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                ax.errorbar(speed, mean(values), yerr=spread, fmt="o", capsize=2, markersize=5, elinewidth=1)
+                place[name] = speed, mean(values), spread
         ax.set_xscale("log")
         ax.margins(x=0.15)
         ax.set_xlabel("structures predicted in a second of one core")
         ax.set_title(f"after {steps} of 10 structures" if budget == steps else f"after {seconds} of one core")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("validation objective (less is better)")
-    plot.savefig(path, dpi=120)
+    plot.draw_without_rendering()  # so that it is known where points lie
+    for ax, place in zip(axes, places, strict=True):
+        write_names(ax, place)
+    plot.savefig(path)
+
+
+def write_names(ax: Any, place: dict[str, tuple[float, float, float]]) -> None:
+    """Each name at the nearest place around its point where it covers no point and no other name, joined by a line."""
+    from matplotlib.transforms import Bbox
+
+    unit = ax.figure.dpi / 72  # pixels in a point
+    taken = []
+    for x, y, spread in place.values():
+        (left, low), (right, high) = ax.transData.transform([(x, y - spread), (x, y + spread)])
+        taken.append(Bbox([[left - 4 * unit, low - 4 * unit], [right + 4 * unit, high + 4 * unit]]))
+    around = [(distance, 2 * math.pi * k / 16) for distance in range(6, 100, 4) for k in range(16)]
+    for name, (x, y, _) in place.items():
+        text = ax.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=7.5)
+        size, (left, low) = text.get_window_extent(), ax.transData.transform((x, y))
+        text.remove()
+        for distance, angle in around:
+            side = 0.5 - 0.5 * round(math.cos(angle))  # of the name: its left end, middle or right end is at the point
+            dx, dy = unit * distance * math.cos(angle), unit * distance * math.sin(angle)
+            corner = left + dx - side * size.width, low + dy - size.height / 2
+            box = Bbox.from_bounds(*corner, size.width, size.height)
+            inside = ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 and ax.bbox.y0 < box.y0 and box.y1 < ax.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        ax.annotate(
+            name,
+            (x, y),
+            xytext=((corner[0] - left) / unit, dy / unit),
+            textcoords="offset points",
+            fontsize=7.5,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "relpos": (side, 0.5), "shrinkB": 3},
+        )
 
 
 if __name__ == "__main__":

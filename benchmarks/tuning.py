@@ -50,6 +50,7 @@ def killed(command: list[str], folder: Path, after: int) -> None:
             under_way = [p for p in folder.glob("trials/*/metrics.jsonl") if f"trials/{p.parent.name}" not in trials]
             if len(trials) >= after and any(p.stat().st_size for p in under_way):
                 process.kill()
+                process.wait()
                 print(f"killed after {len(trials)} trials, in the middle of {under_way[-1].parent}", flush=True)
 
 

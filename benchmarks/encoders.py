@@ -42,6 +42,7 @@ MORE: dict[str, dict[str, Any]] = {
     "egnn with tensors": {"name": "egnn", "tensors": 8},
     "gotennet of degree 1": {"name": "gotennet", "degrees": 1},
     "painn with attention": {"name": "painn", "attention": {"heads": 4}},
+    "painn with walks": {"name": "painn", "attention": {"heads": 4, "walks": 3}},
 }
 PASSES = 7  # of which the best tells the rate of prediction
 

@@ -47,7 +47,7 @@ def whole_gradients(values: dict) -> np.ndarray:
     counts, _ = trainer.counts([batch]).wait()
     batch, predicted = trainer.predicted(batch)
     objectives = trainer.weights * task_objectives(
-        loss_sums(trainer.objective, predicted, batch.labels, trainer.scales, trainer.units), counts
+        loss_sums(trainer.objective, predicted, batch.labels, trainer.terms), counts
     )
     encoder = list(trainer.potential.encoder.parameters())
     rows = []

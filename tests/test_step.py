@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +15,7 @@ from multifid.feed.loader import open_sources
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
 from multifid.training.build import build
+from multifid.training.loss import loss_sums
 from multifid.training.step import Totals
 from test_train import config_of, feed_of
 
@@ -72,6 +74,41 @@ def test_hearing_of_a_skipped_update_one_step_late_changes_no_bit(stores, tmp_pa
         for kind in ("exp_avg", "exp_avg_sq", "step"):
             one, other = now.optimizer.state[parameter][kind], later.optimizer.state[later.parameters[name]][kind]
             assert torch.equal(one, other), (name, kind)
+
+
+FORMULAS = {  # of residuals (n, components), written once more
+    "l1": lambda x: np.abs(x).mean(1),
+    "mse": lambda x: (x**2).mean(1),
+    "huber": lambda x: np.where(np.abs(x) < 1, x**2 / 2, np.abs(x) - 0.5).mean(1),
+    "l2norm": lambda x: np.sqrt((x**2).sum(1)),
+}
+
+
+@pytest.mark.parametrize("branches", ["per_task", "shared"])
+@pytest.mark.parametrize("losses", [("l1", "mse", "huber"), ("l2norm", None, "mse"), (None, None, None)])
+def test_each_task_has_its_own_loss_of_its_own_scale(stores, tmp_path, branches, losses):
+    values = config_of(stores, tmp_path / "run", branches=branches, train={"precision": "fp64"})
+    values["objective"] = {"loss": "huber", "energy": 0.7, "forces": 2.0}
+    for task, loss in zip(values["tasks"], losses, strict=True):
+        values["tasks"][task]["loss"] = loss
+    config = parse_config(values, "test")
+    sources = open_sources(config.tasks)
+    trainer = build(config, sources, place(list(config.tasks), "auto", 1), 10, alone())
+    (batch,) = feed_of(config, sources).step(0).batches
+    batch, predicted = trainer.predicted(trainer.ready(batch))
+    sums = loss_sums(trainer.objective, predicted, batch.labels, trainer.terms)
+    for number, (task, loss) in enumerate(zip(values["tasks"], losses, strict=True)):
+        scale = next(s.about(task)["scale"] for s in sources if task in s.tasks)
+        unit = trainer.tasks[number].unit
+        assert (unit == scale) == (branches == "per_task")
+        for column, kind in enumerate(("energy", "forces")):
+            rows = batch.labels.rows(kind)
+            mine = (rows.owner == number).numpy()
+            physical = (predicted[kind].detach().numpy() * unit - rows.label.numpy()).reshape(len(mine), -1)[mine]
+            if kind == "energy":
+                physical = physical / batch.labels.natoms_of(kind).numpy()[mine, None]
+            expected = getattr(trainer.objective, kind) * FORMULAS[loss or "huber"](physical / scale).sum()
+            assert mine.sum() and sums[number, column].item() == pytest.approx(expected, rel=1e-12), (task, kind)
 
 
 AGAIN = """

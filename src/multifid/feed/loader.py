@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from multifid.structures.reproducible import cube_root, determinant
 from multifid.structures.structure import Packed, PackedLabels
 
 T = TypeVar("T")
+LossName = Literal["l1", "mse", "huber", "l2norm"]
 Lists = Callable[[Packed, float], tuple[torch.Tensor, torch.Tensor]]  # cutoff -> edges (2, E), shifts (E, 3)
 
 AT_ONCE = 1 << 20  # structures whose charges are looked at together
@@ -45,6 +46,7 @@ class TaskConfig(BaseModel):
         description="eV/angstrom, in whose units the task's residuals and predictions are, in place of the RMS of its "
         "training forces, which one structure with large forces can set",
     )
+    loss: LossName | None = Field(None, description="of this task's scaled residuals, in place of objective.loss")
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def build(
         ),
         average=None if t.ema is None else MovingAverage(parameters, t.ema),
         objective=config.objective,
-        tasks=[Task(name, config.tasks[name].weight, scales[name], units[name]) for name in config.tasks],
+        tasks=[Task(name, of.weight, scales[name], units[name], of.loss) for name, of in config.tasks.items()],
         world=world.group,
         device=world.device,
         precision=t.precision,

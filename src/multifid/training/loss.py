@@ -13,13 +13,15 @@ no factor depends on how many parts there are. Terms with a zero count are zero;
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from multifid.feed.loader import LossName
 from multifid.graphs.batch import BatchLabels, LabelRows, components
 from multifid.model.potential import Prediction
 from multifid.structures.properties import KINDS as PROPERTIES
@@ -30,7 +32,7 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    loss: Literal["l1", "mse", "huber", "l2norm"] = Field("l1", description="of the scaled residuals")
+    loss: LossName = Field("l1", description="of the scaled residuals")
     energy: float = Field(1.0, ge=0.0, description="lambda_E, weight of the energy per atom")
     forces: float = Field(1.0, ge=0.0, description="lambda_F, weight of the force components")
     stress: float = Field(0.0, ge=0.0, description="lambda_S, weight of the stress (needs branch.forces: conservative)")
@@ -68,6 +70,31 @@ def l2norm(residual: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"l1": l1, "mse": mse, "huber": huber, "l2norm": l2norm}
+
+
+@dataclass(frozen=True)
+class TaskTerms:
+    """How the residuals of every task become losses, by the task's number."""
+
+    scales: Tensor  # (tasks,) float64, eV/angstrom, divide the residuals
+    units: Tensor  # (tasks,) float64, eV/angstrom, of what the tasks' branches predict
+    by_loss: dict[str, Tensor]  # name of a loss -> (tasks,) bool, whose it is; each task has one
+
+    @classmethod
+    def of(cls, scales: Sequence[float], units: Sequence[float], losses: Sequence[str], device: torch.device) -> Self:
+        by_loss = {name: torch.tensor([x == name for x in losses], device=device) for name in dict.fromkeys(losses)}
+        values = torch.tensor([scales, units], dtype=torch.float64).to(device)
+        return cls(values[0], values[1], by_loss)
+
+    def losses(self, residual: Tensor, owner: Tensor) -> Tensor:
+        """(n,) of residuals (n, components), each row by the loss of its owner."""
+        (first, _), *others = self.by_loss.items()
+        out = LOSSES[first](residual)
+        for name, whose in others:
+            out = torch.where(whose.index_select(0, owner), LOSSES[name](residual), out)
+        return out
+
+
 KINDS = ("energy", "forces", "stress", *PROPERTIES)  # of labels
 COLUMNS = ("energy", "forces", "stress", "property")  # of counts and sums: a task has one kind of property at most
 NEVER = -1e4  # logit of a class that a task does not have
@@ -113,15 +140,15 @@ def _as_wide(logits: list[Tensor]) -> list[Tensor]:
 
 
 def loss_sums(
-    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor, units: Tensor
+    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, terms: TaskTerms
 ) -> Tensor:
     """Sums of the loss over each task's labels in this batch, by column, each in its mean's unit: (tasks, 4) float64.
 
     Divided by the global (S, A, V, P) and weighted, they are the batch's part of the objective.
-    predicted: as by `in_rows`, in units (tasks,) of each task's branch; scales (tasks,) of residuals; eV/angstrom.
+    predicted: as by `in_rows`, in the units of each task's branch.
     """
-    out = {name: scales.new_zeros(len(scales), dtype=torch.float64) for name in COLUMNS}
-    for kind, losses in loss_rows(config, predicted, labels, scales, units).items():
+    out = {name: torch.zeros_like(terms.scales) for name in COLUMNS}
+    for kind, losses in loss_rows(config, predicted, labels, terms).items():
         rows, name = labels.rows(kind), column_of(kind)
         if losses is not None and rows is not None:
             out[name] = out[name].index_add(0, rows.owner, getattr(config, name) * losses.to(torch.float64))
@@ -129,7 +156,7 @@ def loss_sums(
 
 
 def loss_rows(
-    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, scales: Tensor, units: Tensor
+    config: ObjectiveConfig, predicted: Mapping[str, Tensor], labels: BatchLabels, terms: TaskTerms
 ) -> dict[str, Tensor | None]:
     """The loss of each row of labels (n,), by kind, before its weight; None where it has none, or is not predicted."""
     out: dict[str, Tensor | None] = {}
@@ -141,7 +168,7 @@ def loss_rows(
         if kind == "class":
             out[kind] = _cross_entropy(predicted[kind], rows.label)
         else:
-            out[kind] = LOSSES[config.loss](_residual(predicted[kind], rows, scales, units, labels.natoms_of(kind)))
+            out[kind] = terms.losses(_residual(predicted[kind], rows, terms, labels.natoms_of(kind)), rows.owner)
     return out
 
 
@@ -154,12 +181,12 @@ def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return torch.where(labelled, losses, 0.0)
 
 
-def _residual(predicted: Tensor, rows: LabelRows, scales: Tensor, units: Tensor, natoms: Tensor | None) -> Tensor:
+def _residual(predicted: Tensor, rows: LabelRows, terms: TaskTerms, natoms: Tensor | None) -> Tensor:
     """Residuals of the labelled rows, zero (with zero gradient) elsewhere: (n, components)."""
     labelled = _labelled(rows.label)[:, None]
-    unit = units.to(predicted.dtype).index_select(0, rows.owner)[:, None]
+    unit = terms.units.to(predicted.dtype).index_select(0, rows.owner)[:, None]
     residual = components(predicted) - torch.where(labelled, components(rows.label), 0.0) / unit
-    residual = residual * (units / scales).to(predicted.dtype).index_select(0, rows.owner)[:, None]
+    residual = residual * (terms.units / terms.scales).to(predicted.dtype).index_select(0, rows.owner)[:, None]
     if natoms is not None:
         residual = residual / natoms.clamp(min=1)[:, None]
     return torch.where(labelled, residual, 0.0)

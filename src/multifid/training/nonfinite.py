@@ -120,7 +120,7 @@ def _bad(trainer: Trainer, batch: Batch) -> Iterator[Bad]:
     batch, predicted = trainer.predicted(batch)
     labels = batch.labels
     assert labels is not None
-    for kind, loss in loss_rows(trainer.objective, predicted, labels, trainer.scales, trainer.units).items():
+    for kind, loss in loss_rows(trainer.objective, predicted, labels, trainer.terms).items():
         if loss is None:
             continue
         rows_of_kind = labels.rows(kind)
@@ -147,7 +147,7 @@ def _gradients(trainer: Trainer, feed: Feed, pieces: Iterable[Piece]) -> NonFini
     for single in singles:
         batch, predicted = trainer.predicted(trainer.ready(feed.batch(single)))
         assert batch.labels is not None
-        sums = loss_sums(trainer.objective, predicted, batch.labels, trainer.scales, trainer.units)
+        sums = loss_sums(trainer.objective, predicted, batch.labels, trainer.terms)
         for task in batch.slices:
             loss = sums[trainer.number[task]].sum()
             if loss.requires_grad:

@@ -31,6 +31,7 @@ from multifid.training.finetune import Pull
 from multifid.training.loss import (
     COLUMNS,
     ObjectiveConfig,
+    TaskTerms,
     in_rows,
     label_counts,
     loss_sums,
@@ -61,6 +62,7 @@ class Task:
     weight: float
     scale: float  # eV/angstrom, divides every residual
     unit: float  # eV/angstrom, of what its branch predicts
+    loss: str | None = None  # None: that of the objective
 
 
 class Totals:
@@ -166,8 +168,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.number = {task.name: k for k, task in enumerate(self.tasks)}
-        constants = [[t.scale for t in self.tasks], [t.unit for t in self.tasks], [t.weight for t in self.tasks]]
-        self.scales, self.units, self.weights = torch.tensor(constants, dtype=torch.float64).to(self.device)
+        tasks = self.tasks
+        losses = [t.loss or self.objective.loss for t in tasks]
+        self.terms = TaskTerms.of([t.scale for t in tasks], [t.unit for t in tasks], losses, self.device)
+        self.weights = torch.tensor([t.weight for t in tasks], dtype=torch.float64).to(self.device)
         # Positions, whose gradient gave forces, are leaves too, but nobody asks for the gradient of the loss there. The
         # leaves of an encoder in pieces are FSDP's own.
         moving = [p for p in self.parameters.values() if p.requires_grad]
@@ -287,7 +291,7 @@ class Trainer:
         batch, predicted = self.predicted(batch)
         labels = batch.labels
         assert labels is not None
-        sums = loss_sums(self.objective, predicted, labels, self.scales, self.units)
+        sums = loss_sums(self.objective, predicted, labels, self.terms)
         errors = error_sums(self._physical(predicted, labels), labels, len(self.tasks))
         totals.add(sums, self.labels_of(labels), errors)
         return sums
@@ -397,7 +401,7 @@ class Trainer:
         for kind, values in predicted.items():
             rows = labels.rows(kind)
             assert rows is not None
-            unit = self.units.index_select(0, rows.owner)
+            unit = self.terms.units.index_select(0, rows.owner)
             out[kind] = values.detach() * unit.reshape(-1, *[1] * (values.dim() - 1))
         return out
 

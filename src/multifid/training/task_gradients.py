@@ -114,7 +114,7 @@ def objectives_apart(trainer: Trainer, batch: Batch, counts: Tensor) -> Iterator
     """Each task of a batch with its weighted part of the objective, where that depends on weights. One forward pass."""
     batch, predicted = trainer.predicted(batch)
     assert batch.labels is not None
-    sums = loss_sums(trainer.objective, predicted, batch.labels, trainer.scales, trainer.units)
+    sums = loss_sums(trainer.objective, predicted, batch.labels, trainer.terms)
     shares = trainer.weights * task_objectives(sums, counts)
     if shares.requires_grad:
         for task in batch.slices:

@@ -54,7 +54,7 @@ class Played:
         self.trial, self.files, self.config, self.rows = trial, files, config, rows
         self.slot, self.told, self.step, self.used, self.pruned, self.looks = 0, {}, -1, 2.0, False, 0
         self.process = SimpleNamespace(wait=lambda: None)
-        self.tail = SimpleNamespace(rows=[row for some in rows for row in some])
+        self.tail = SimpleNamespace(rows=[])
         files.beside("yaml").write_text(dump_config(config), encoding="utf-8")
 
     def sign(self):
@@ -67,7 +67,10 @@ class Played:
         return self.pruned or self.looks > len(self.rows)
 
     def validations(self):
-        return [] if self.looks > len(self.rows) else [self.rows[self.looks - 1]]
+        """The journal is read here, and nowhere else."""
+        new = [] if self.looks > len(self.rows) else [self.rows[self.looks - 1]]
+        self.tail.rows += [row for some in new for row in some]
+        return new
 
     def ending(self):
         if self.pruned and self.trial.number % 2:
@@ -332,6 +335,15 @@ def test_killed_anywhere_a_real_search_goes_on_and_reports(stores, tmp_path):
     assert again.best == pytest.approx(min(t["values"]["validation"] for t in trials if t["values"]), rel=1e-6)
     page = report(tmp_path / "s", tmp_path / "page.html", QUIET).read_text(encoding="utf-8")
     assert "best.yaml" in page and page.count('class="chart"') >= 3
+
+
+@pytest.mark.full
+def test_a_real_search_of_several_objectives_has_a_front(stores, tmp_path):
+    objectives = ["validation", "structures_per_second", "forces_mae"]
+    found = tune(searched(stores, tmp_path / "s", objectives=objectives, trials=2), console=QUIET)
+    assert [t["state"] for t in found.trials] == ["complete"] * 2 and found.number in found.front
+    assert all(set(t["values"]) == set(objectives) and min(t["values"].values()) > 0 for t in found.trials)
+    assert "Pareto" in report(tmp_path / "s", tmp_path / "page.html", QUIET).read_text(encoding="utf-8")
 
 
 @pytest.mark.full

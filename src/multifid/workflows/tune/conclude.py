@@ -20,7 +20,8 @@ def look(search: Search, job: Job) -> bool:
     if search.stop and not over:
         job.close()
     single = len(search.tune.objectives) == 1
-    for rows in job.validations() if single else []:
+    validations = job.validations()  # in any case: this reads the journal, which tells the values at the end too
+    for rows in validations if single else []:
         units, (value,) = progress(rows[0], job.config, search.tune), values_of(search.tune, rows, job)
         first = max(job.told, default=0) + 1
         for unit in range(first if search.tune.pruner in ALL_UNITS else max(first, units), units + 1):

@@ -75,16 +75,17 @@ constexpr long NARROW = 256; // hidden units
 
 constexpr long DEPTH = 256; // of a product at a time: a panel of so many rows stays in the smallest cache
 
-// c (ROWS, NV vectors) (+)= a (ROWS, depth) b (depth, NV vectors). STEP: from row to row of a; b: a panel.
+// c (ROWS, NV vectors) (+)= a (ROWS, depth) b (depth, NV vectors). STEP: from row to row of a; 0 where rows are columns of
+// another matrix: then `next` is from column to column of a. b: a panel.
 template <class T, int NV, int STEP>
-void rows_times(long depth, const T *a, const T *b, long step_b, T *c, long step_c, bool add) {
+void rows_times(long depth, const T *a, long next, const T *b, long step_b, T *c, long step_c, bool add) {
   constexpr int L = Lanes<T>::N;
   V<T> s[ROWS][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) s[r][v] = add ? load(c + r * step_c + v * L) : V<T>{};
-  for (long k = 0; k < depth; ++k, b += step_b, a += STEP ? 1 : ROWS) {
+  for (long k = 0; k < depth; ++k, b += step_b, a += STEP ? 1 : next) {
     V<T> y[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) y[v] = load(b + v * L);
@@ -101,10 +102,9 @@ void rows_times(long depth, const T *a, const T *b, long step_b, T *c, long step
     for (int v = 0; v < NV; ++v) store(c + r * step_c + v * L, s[r][v]);
 }
 
-template <class T, int NV> using Micro = void (*)(long, const T *, const T *, long, T *, long, bool);
+template <class T, int NV> using Micro = void (*)(long, const T *, long, const T *, long, T *, long, bool);
 template <class T, int NV> Micro<T, NV> micro(long step) {
   switch (step) {
-  case 0: return rows_times<T, NV, 0>;
   case 48: return rows_times<T, NV, 48>;
   case 80: return rows_times<T, NV, 80>;
   case 144: return rows_times<T, NV, 144>;
@@ -131,6 +131,10 @@ public:
       T *panel = to + depth * n0;
       for (long n = there; n < columns; ++n)
         for (long k = 0; k < depth; ++k) panel[k * columns + n] = T(0);
+      if (across == 1) {
+        for (long k = 0; k < depth; ++k) std::memcpy(panel + k * columns, from + k * down + n0, there * sizeof(T));
+        continue;
+      }
       for (long k0 = 0; k0 < depth; k0 += 16) // blocks, so that lines of the cache are read once
         for (long n = 0; n < there; ++n)
           for (long k = k0; k < std::min(k0 + 16, depth); ++k)
@@ -153,7 +157,7 @@ template <class T> void multiply(long rows, const T *a, long step_a, const Panel
     for (long n = 0; n < b.width; n += 2 * b.L) {
       const long columns = b.panel(n);
       for (long r = 0; r < rows; r += ROWS)
-        (columns > b.L ? two : one)(depth, a + r * step_a + k, b.at(n) + k * columns, columns, c + r * step_c + n,
+        (columns > b.L ? two : one)(depth, a + r * step_a + k, 1, b.at(n) + k * columns, columns, c + r * step_c + n,
                                     step_c, add || k);
     }
   }
@@ -170,14 +174,23 @@ template <class T> void turn(long rows, long width, const T *a, long step, T *to
   }
 }
 
-// c (width of g up to a multiple of ROWS, width of x up to whole vectors) += g^T x; g as by `turn`.
-template <class T> void accumulate(long rows, const T *g, long width_g, const T *x, long step_x, long width, T *c, long step_c) {
+// c (width of g up to a multiple of ROWS, width of x up to whole vectors) (+)= g^T x. Where rows of g have room behind
+// them, what stands there goes to rows of c that nobody reads. Of wide matrices a column is spread over too many pages.
+// upper: of a symmetric product, no more than what is not left of the diagonal.
+template <class T>
+void transposed_times(Room<T> &room, long rows, const T *g, long step_g, long width_g, const T *x, long step_x, long width,
+                      T *c, long step_c, bool add, bool upper = false) {
   constexpr long L = Lanes<T>::N;
-  const auto two = micro<T, 2>(0);
-  const auto one = micro<T, 1>(0);
+  const bool turned = width_g > NARROW;
+  if (turned) {
+    T *panels = room.of(rows * up(width_g, ROWS));
+    turn(rows, width_g, g, step_g, panels);
+    g = panels, step_g = ROWS;
+  }
   for (long n = 0; n < width; n += 2 * L)
-    for (long r = 0; r < width_g; r += ROWS)
-      (width - n > L ? two : one)(rows, g + r * rows, x + n, step_x, c + r * step_c + n, step_c, true);
+    for (long r = 0; r < (upper ? std::min(width_g, n + 2 * L) : width_g); r += ROWS)
+      (width - n > L ? rows_times<T, 2, 0> : rows_times<T, 1, 0>)(rows, g + (turned ? r * rows : r), step_g, x + n, step_x,
+                                                                  c + r * step_c + n, step_c, add);
 }
 
 // The large products of an encoder, of hidden units with hidden units: in which type, and how.
@@ -206,9 +219,7 @@ template <class T> struct Full {
   }
   // c (width of g up to a multiple of ROWS, width of x) += g^T x
   static void gradient(Work &work, long rows, const T *g, long width_g, const T *x, long width_x, long step, T *c, long step_c) {
-    T *turned = work.g.of(rows * up(width_g, ROWS));
-    turn(rows, width_g, g, step, turned);
-    accumulate(rows, turned, width_g, x, step, width_x, c, step_c);
+    transposed_times(work.g, rows, g, step, width_g, x, step, width_x, c, step_c, true);
   }
   static void put(T *p, V<T> x) { store(p, x); }
 };

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from multifid.config import parse_config
+from multifid.model.kernels.native.build import library
 from multifid.model.potential import Potential
-from multifid.training import soap
+from multifid.training import soap, soap_native
 from multifid.training.costs import encoder_bytes, kept_beside
 from multifid.training.optimizer import adamw, moments, set_moments, updates_of
 from multifid.training.soap import DAMPING, EPSILON, EVERY, FIRST, FLOOR, SOAP, first_basis, is_rotated
 from test_train import assert_same_bits, config_of, start
 
 torch.set_num_threads(1)
+usable = soap_native.usable
 
 
 def made(seed: int, *shapes: tuple[int, ...]) -> dict[str, nn.Parameter]:
@@ -45,9 +47,12 @@ def orthogonal(n: int, seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
 
 
+@pytest.mark.parametrize("in_torch", [False, True])
 @pytest.mark.parametrize("steps", [1, 2 * EVERY + 3])
-def test_a_matrix_moves_as_the_paper_says(steps: int) -> None:
+def test_a_matrix_moves_as_the_paper_says(steps: int, in_torch: bool, monkeypatch) -> None:
     """One matrix, written out, its bases by an iteration on explicit columns from their first places."""
+    if in_torch:
+        monkeypatch.setattr(soap_native, "usable", lambda *_: False)
     parameters = made(0, (4, 6))
     (weight,) = parameters.values()
     w, lr, decay, b = weight.detach().clone(), 0.01, 0.1, 0.95
@@ -68,6 +73,30 @@ def test_a_matrix_moves_as_the_paper_says(steps: int) -> None:
         if t % EVERY == 0:
             q_l, q_r = rotated(left, q_l), rotated(right, q_r)
     torch.testing.assert_close(weight.detach(), w, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler here, or MULTIFID_NATIVE=0")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_library_moves_weights_as_torch_does(dtype, tolerance, threads, monkeypatch) -> None:
+    """Shapes around the widths of vectors and of blocks of rows, vectors, gradients that are divided."""
+    shapes, ends = [(64, 64), (64, 64), (64, 17), (15, 29), (7, 5), (136, 64), (2, 3), (33,), (1, 64), (1,)], []
+    torch.set_num_threads(threads)
+    try:
+        for in_torch in (False, True):
+            monkeypatch.setattr(soap_native, "usable", usable if not in_torch else lambda *_: False)
+            parameters = made(0, *shapes)
+            path = gradients(1, parameters, 2 * EVERY + 2)
+            for p in parameters.values():
+                p.data = p.data.to(dtype)
+            optimizer = SOAP(parameters, 0.01, 0.1)
+            optimizer.grad_scale = torch.tensor(1.7)
+            walk(optimizer, parameters, [{name: g.to(dtype) for name, g in grads.items()} for grads in path])
+            ends.append([x for p in parameters.values() for x in (p.detach(), *moments(optimizer, p).values())])
+    finally:
+        torch.set_num_threads(1)
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=tolerance * float(y.abs().max()))
 
 
 def rotated(factor: Tensor, basis: Tensor) -> Tensor:

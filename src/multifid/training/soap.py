@@ -23,7 +23,7 @@ Columns are never sorted: the iteration puts large eigenvalues first by itself, 
 
 Vectors, and matrices that are no maps between hidden units (embeddings, rows for single outputs), take plain AdamW. An
 update costs some products of matrices as large as W for each, whatever the batch. Matrices of equal shape are rotated
-together, since for small models calls cost more than arithmetic.
+together, since for small models calls cost more than arithmetic; on CPUs narrow ones in C++ (`soap_native.py`).
 
 An update of a matrix depends on nothing but that matrix and its gradients: any placement of branches gives the same.
 """
@@ -36,6 +36,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from multifid.training import soap_native
 
 EVERY = 5  # updates between two iterations of the bases
 FIRST = 10  # iterations in the first update
@@ -109,9 +111,13 @@ class SOAP(torch.optim.Optimizer):
         for run in self._together:
             run.count += 1
             run.updates += 1
-            move = self._rotated if run.group["rotated"] else self._plain
             with exact_products():
-                moved = move(run, self._gradients(run.members), *run.group["betas"])
+                gradients = self._gradients(run.members)
+                if gradients and soap_native.usable(run.members, gradients):
+                    self._in_library(run, gradients)
+                    continue
+                move = self._rotated if run.group["rotated"] else self._plain
+                moved = move(run, gradients, *run.group["betas"])
             weights = [p.detach() for p in run.members]
             if run.group["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - run.group["lr"] * run.group["weight_decay"])
@@ -148,6 +154,24 @@ class SOAP(torch.optim.Optimizer):
         grads = [p.grad for p in members if p.grad is not None]
         assert len(grads) == len(members), "every parameter has a gradient in every step"
         return grads
+
+    def _in_library(self, run: Together, gradients: list[Tensor]) -> None:
+        b1, b2 = run.group["betas"]
+        numbers = {
+            "before": FIRST if run.updates == 1 else 0,
+            "after": int(run.updates % EVERY == 0),
+            "lr": run.group["lr"],
+            "decay": run.group["weight_decay"],
+            "b1": b1,
+            "b2": b2,
+            "c1": 1 - b1**run.updates,
+            "c2": 1 - b2**run.updates,
+            "scale": 1.0 if self.grad_scale is None else float(self.grad_scale),
+            "damping": DAMPING,
+            "floor": FLOOR,
+            "epsilon": EPSILON,
+        }
+        soap_native.update(run.members, gradients, run.kept, run.group["rotated"], numbers)
 
     def _scaled(self, g: Tensor) -> Tensor:
         return g if self.grad_scale is None else g.div_(self.grad_scale.to(g.device))

@@ -6,6 +6,7 @@
 #include "painn.h"
 #include "painn_atoms.h"
 #include "pairs.h"
+#include "soap.h"
 
 using namespace multifid;
 
@@ -42,6 +43,7 @@ long multifid_maps() { return MAPS; }
 void multifid_egnn(const EGNNCall *calls, int what, int many) { run<EGNN>(calls, what, many); }
 void multifid_mlp(const MLPCall *calls, int what, int many) { run<MLP>(calls, what, many); }
 void multifid_painn_atoms(const PaiNNAtomsCall *calls, int what, int many) { run<PaiNNAtoms>(calls, what, many); }
+void multifid_soap(const SOAPCall *call) { call->type == 1 ? SOAP<double>(*call).update() : SOAP<float>(*call).update(); }
 void multifid_twins(long edges, long atoms, const int64_t *i, const int64_t *j, const void *r, int64_t *twin, long type) {
   if (type == 1) find_twins(edges, atoms, i, j, static_cast<const double *>(r), twin);
   else find_twins(edges, atoms, i, j, static_cast<const float *>(r), twin);

@@ -286,6 +286,27 @@ def test_any_number_of_ranks_equals_one_process(pool, run, data, tmp_path, ranks
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(("ranks", "placement"), [(2, "split"), (3, "replicated"), (3, "split")])
+def test_fine_tuning_to_properties_on_any_number_of_ranks_equals_one_process(
+    pool, run, data, tmp_path, ranks, placement
+):
+    """New properties of two kinds with low-rank additions to the encoder, beside an old one that is replayed."""
+    keys = (*SHORT, "finetune.moves=lora", "finetune.pull=0.5", "train.precision=fp64", "train.ema=0.9")
+    options = {"properties": ["z=meanz:intensive", "push=v:atom_vector"]}
+    how = {"replay": [f"q={data / 'store'}"], "options": options, "cache": tmp_path / "cache", "quiet": True}
+    one = multifid.finetune(run, data / "planted.xyz", tmp_path / "one", keys, **how).run
+    values = load_config(one).model_dump(mode="json")
+    assert set(values["tasks"]) == {"z", "push", "q"}
+    values |= {"run": str(tmp_path / "more"), "parallel": {"placement": placement}}
+    assert pool.run(ranks, "whole_run", values) == [0] * ranks
+    a, b = (load_file(folder / "last.safetensors") for folder in (one, tmp_path / "more"))
+    start = load_file(run / "model.safetensors")
+    assert set(a) == set(b) and any(not torch.equal(a[n], start[n].to(a[n].dtype)) for n in a if n in start)
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=1e-10, atol=1e-10), name
+
+
+@pytest.mark.full
 def test_a_run_that_goes_on_ends_with_the_same_bits(run, tmp_path):
     values = load_config(run).model_dump(mode="json")
     values["train"] |= {"steps": 12, "epoch_steps": 4, "checkpoint_every": 1}

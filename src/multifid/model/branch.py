@@ -107,16 +107,18 @@ class Branch(nn.Module):
     @torch.no_grad()
     def rescale(self, ratio: float) -> None:
         """Multiply all that the branch predicts by a number: the same predictions in another scale."""
-        last: list[nn.Module] = [self.energy.linears()[-1], *self.readouts]
-        if isinstance(self.forces, MLP):
-            last.append(self.forces.linears()[-1])
-        elif isinstance(self.forces, EdgeForces):
-            last.append(self.forces.rest.linears()[-1])
-        for linear in last:
-            for parameter in linear.parameters():
-                parameter.mul_(ratio)
+        last = [p for linear in (self.energy.linears()[-1], *self.readouts) for p in linear.parameters()]
+        for parameter in (*last, *self.last_of_forces()):
+            parameter.mul_(ratio)
         if self.pairs is not None:
             self.pairs.multiply(ratio)
+
+    def last_of_forces(self) -> list[nn.Parameter]:
+        """The parameters that direct forces are linear in; none of conservative ones."""
+        if not isinstance(self.forces, MLP | EdgeForces):
+            return []
+        head = self.forces if isinstance(self.forces, MLP) else self.forces.rest
+        return list(head.linears()[-1].parameters())
 
     def last_features(self, features: Features) -> Tensor:
         """(N, D): what the energies of atoms are linear in, the constant one of their biases in the last column."""

@@ -19,7 +19,15 @@ from multifid.model.disagreement import Disagreement
 from multifid.model.electrons import as_trained
 from multifid.model.output import Answer, Doubts, Output, doubts_of_each
 from multifid.model.pieces import EDGES, batch_of, between, cut_structures, refuse_coincident
-from multifid.model.undetermined import StaleBranch, UndeterminedEnergy, stale, undetermined, warning
+from multifid.model.undetermined import (
+    NoForces,
+    StaleBranch,
+    UndeterminedEnergy,
+    stale,
+    undetermined,
+    warning,
+    without_forces,
+)
 from multifid.structures.atoms import pack_atoms
 from multifid.structures.elements import MAX_Z, SYMBOLS
 from multifid.structures.properties import OF_ATOMS, Property, shape_of
@@ -98,6 +106,8 @@ class TaskModel(ABC):
             raise ValueError(f"this model has no task {name!r}; it has {listed}")
         if (said := stale(name, self.description["tasks"][name])) is not None:
             warnings.warn(said, StaleBranch, stacklevel=3)
+        if (said := without_forces(name, self.description["tasks"][name])) is not None:
+            warnings.warn(said, NoForces, stacklevel=3)
         return name
 
     def predict(

@@ -23,6 +23,10 @@ class StaleBranch(UserWarning):
     """The encoder was fine-tuned without the data of this branch."""
 
 
+class NoForces(UserWarning):
+    """The forces of this branch are zero everywhere."""
+
+
 def stale(task: str, about: Mapping[str, object]) -> str | None:
     """What to say of a task whose branch is stale, `about` the task in the model's description; None of others."""
     if not about.get("stale"):
@@ -30,6 +34,16 @@ def stale(task: str, about: Mapping[str, object]) -> str | None:
     return (
         f"the branch of task {task!r} is stale: the encoder was fine-tuned without its data, and its errors are larger "
         "than they were; take the model that it came from, or fine-tune with --replay or --distil"
+    )
+
+
+def without_forces(task: str, about: Mapping[str, object]) -> str | None:
+    """What to say of a task whose direct forces `train.shrink` has made zero; None of others."""
+    if about.get("forces_factor") != 0.0:
+        return None
+    return (
+        f"the forces of task {task!r} are zero everywhere: what its branch had learnt of forces was no better on "
+        "validation structures; its energies are not concerned"
     )
 
 

@@ -53,6 +53,7 @@ from multifid.training.pairs import fitted_pairs
 from multifid.training.record import Moment, Recorder, finite, peak_device_memory, peak_memory, rows
 from multifid.training.resolve import needs_trial, open_run, placement_of, with_properties, write_config
 from multifid.training.share import Exchange
+from multifid.training.shrink import keep_factors, shrink_forces
 from multifid.training.signals import stop_on_signals
 from multifid.training.state import Position, go_on, part_of_branch, restore, state_of, tensors_of
 from multifid.training.step import ENCODER, Norms, Totals, Trainer
@@ -354,6 +355,8 @@ def keep_beginning(run: Run) -> None:
 def write_model(run: Run, checkpoint: Path, name: str, description: dict[str, Any]) -> None:
     """The weights of a checkpoint, with the branches that a fine-tuned run keeps, and RUN/model.json."""
     whole = described(run.folder, description)
+    if name == "last.safetensors":  # model.safetensors stays, and so does what is known of it
+        keep_factors(run.folder, whole)
     consolidate(checkpoint, run.folder / name, kept_places(run.folder, whole))
     save_description(run.folder / "model.json", whole)
 
@@ -380,6 +383,9 @@ def write_last(run: Run) -> None:
     """Write the last model beside the best one and say where both are. On rank 0."""
     position = run.position
     write_model(run, folder_of(run.folder, position.step), "last.safetensors", describe_run(run))
+    if run.config.train.shrink and (run.folder / "model.safetensors").exists():
+        for line in shrink_forces(run.folder, run.feed.sources):
+            run.log.print(escape(line))
     why = "stopped early" if position.ended else "complete"
     run.log.print(
         escape(

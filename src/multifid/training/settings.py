@@ -50,6 +50,11 @@ class TrainConfig(BaseModel):
         description="what models are compared by on validation: the objective, or the weighted geometric mean of the "
         "tasks' parts of it, in which a per cent of every task counts alike",
     )
+    shrink: bool = Field(
+        False,
+        description="at the end, multiply each branch's direct forces by the smallest factor from 0 to 1 whose errors "
+        "on validation are not certainly above the least: for few data, whose forces may be worse than zero forces",
+    )
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = Field(
         "fp32",
         description="tf32: matrix products in TF32, on accelerators that have it; bf16: in bfloat16, by autocast. "

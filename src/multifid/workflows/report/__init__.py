@@ -22,7 +22,7 @@ from multifid.evaluation.rows import OLD_TASKS, read_rows
 from multifid.feed.loader import open_sources
 from multifid.model.predictor import Predictor, load
 from multifid.model.saved import Description, load_description
-from multifid.model.undetermined import stale
+from multifid.model.undetermined import stale, without_forces
 from multifid.store.store import Store
 from multifid.training.diagnosis import NAME
 from multifid.training.journal import read_journal
@@ -163,7 +163,7 @@ def _warnings(journal: Sequence[dict[str, Any]], about: Description, errors: dic
     skipped = sum(row.get("skipped") or 0 for row in {r["step"]: r for r in validated}.values())
     if skipped:
         found.append(f"{skipped} updates were skipped, because a loss or gradient was not finite.")
-    told = [stale(task, one) for task, one in about["tasks"].items()]
+    told = [say(task, one) for say in (stale, without_forces) for task, one in about["tasks"].items()]
     found += [text[0].upper() + text[1:] for text in told if text is not None]
     for task, one in errors.items():
         if one.unseen:

@@ -1,6 +1,7 @@
 """Direct forces made smaller at the end of a run: what validation bears out, in values; energies stay."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_the_factor_is_that_of_planted_noise():
 
 @pytest.mark.parametrize("encoder, lr", [("egnn", 0.05), ("schnet", 0.5)], ids=["vectors", "edges"])
 def test_forces_are_no_worse_than_zero_and_nothing_else_changes(stores, tmp_path, encoder, lr):
-    def run(name: str, **train) -> object:
+    def run(name: str, **train) -> tuple[dict, Path]:
         values = config_of(stores, tmp_path / name, train={"steps": 4, "precision": "fp64", "lr": lr, **train})
         values["model"]["encoder"] = {"name": encoder, "layers": 1, "hidden": 8}
         return values, start(values)

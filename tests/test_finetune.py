@@ -18,14 +18,17 @@ from multifid.evaluation.nearest import agreement, ranking
 from multifid.evaluation.rows import OLD_TASKS, read_rows
 from multifid.evaluation.spread import farthest
 from multifid.model.model_file import export_model
+from multifid.model.potential import ModelConfig, Potential
 from multifid.model.undetermined import StaleBranch
 from multifid.preparation.prepare import prepare
 from multifid.store.store import Store
 from multifid.structures.elements import NUMBERS, chemical_neighbours
+from multifid.training.finetune import FinetuneConfig, moves_of_encoder
 from multifid.workflows.derive import subset
 from multifid.workflows.export import export
 from multifid.workflows.finetune import refit_references
 from multifid.workflows.finetune.curve import learning_curve
+from multifid.workflows.finetune.presets import preset
 from multifid.workflows.finetune.robustness import of_scan
 from multifid.workflows.finetune.subsets import sizes_of
 from multifid.workflows.report import gather
@@ -113,6 +116,20 @@ def test_what_moves_is_what_was_said(parent, fig, tmp_path, moves):
         warnings.simplefilter("always")
         model.task("apple")
     assert bool(said) == (moves != "branch") and all(w.category is StaleBranch for w in said)
+
+
+def test_what_is_chosen_goes_by_what_moves_and_gives_way_to_what_is_said(parent, fig, tmp_path):
+    """Thin matrices learn faster than the maps that they are added to, and move far fewer numbers."""
+    keys = ("finetune.moves=lora", "finetune.layer_decay=0.5")
+    chosen, said = preset(50, moves="lora"), load_config(tuned(parent, fig, tmp_path / "run", *keys).run)
+    assert said.finetune.encoder_lr == chosen["finetune"]["encoder_lr"] > 1.0
+    assert said.finetune.rank == chosen["finetune"]["rank"]
+    assert (said.finetune.moves, said.finetune.layer_decay) == ("lora", 0.5)
+    egnn = {"name": "egnn", "layers": 3, "hidden": 64, "vectors": 8}
+    encoder = Potential(ModelConfig(cutoff=4.5, encoder=egnn), ["a"], {"a": "a"}, seed=0).encoder
+    whole = sum(p.numel() for p in encoder.parameters())
+    moves_of_encoder(encoder, FinetuneConfig(**chosen["finetune"]), seed=0)
+    assert sum(p.numel() for p in encoder.parameters() if p.requires_grad) <= whole / 10
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def begun(
         apply_override(given, override)
     sharded = (given.get("parallel") or {}).get("shard_encoder", False)
     asked_train = given.get("train") or {}
-    chosen = preset(min(train_sizes), asked_train.get("optimizer") or ("adamw" if sharded else None))
+    optimizer = asked_train.get("optimizer") or ("adamw" if sharded else None)
+    chosen = preset(min(train_sizes), optimizer, (given.get("finetune") or {}).get("moves", "all"))
     energies = [target for target in asked if target.property is None]
     origin = {target.name: nearest(model, target, start, console) for target in energies}
     tasks: dict[str, Any] = {t.name: {"store": str(t.store.path), "labels": t.label_set} for t in asked}

@@ -7,27 +7,28 @@ from typing import Any
 
 FEW, SOME, MANY = 100, 1_000, 10_000  # structures of the train split
 LR = {"soap": 5e-3, "adamw": 2e-3}
+LORA = {"rank": 3, "encoder_lr": 10.0}  # thin matrices want larger rates than the maps that they are added to
 
 
-def preset(structures: int, optimizer: str | None = None) -> dict[str, Any]:
+def preset(structures: int, optimizer: str | None = None, moves: str = "all") -> dict[str, Any]:
     """The sections `finetune`, `train` for so many structures of the smallest new task.
 
-    optimizer: the one that was asked for, which decides over the learning rate too.
+    optimizer, moves: what was asked for, which decides over rates too.
     """
     chosen = optimizer or ("soap" if structures < SOME else "adamw")
     lr = LR.get(chosen, 1e-3) * (1.0 if structures < SOME else 0.5)
-    if structures < FEW:  # rates fall towards the first layers, and weights are held near their beginning
-        moves, steps, batch = {"layer_decay": 0.8, "pull": 0.1}, 400, 8
+    if structures < FEW:  # weights are held near their beginning
+        held, steps, batch = {"pull": 1.0}, 800, 8
     elif structures < SOME:
-        moves, steps, batch = {"layer_decay": 0.9, "pull": 0.01}, 800, 8
+        held, steps, batch = {"pull": 0.1}, 800, 8
     elif structures < MANY:
-        moves, steps, batch = {}, 4_000, 16
+        held, steps, batch = {}, 4_000, 16
     else:
-        moves, steps, batch = {}, 10 * structures // 32, 32
+        held, steps, batch = {}, 10 * structures // 32, 32
     batch = max(1, min(batch, structures))
     epoch = max(20, steps // 20)
     return {
-        "finetune": {"moves": "all", **moves},
+        "finetune": {"moves": moves, **(LORA if moves == "lora" else held)},
         "train": {
             "lr": lr,
             "weight_decay": 0.0,
@@ -38,7 +39,7 @@ def preset(structures: int, optimizer: str | None = None) -> dict[str, Any]:
             "batch": float(batch),
             "steps": steps,
             "epoch_steps": epoch,
-            "patience": 8,
+            "patience": None if structures < SOME else 8,  # a few structures of validation say little before the end
             "log_every": epoch,
         },
     }

@@ -184,6 +184,16 @@ def test_the_front_is_what_nothing_dominates(stores, tmp_path, played):
     assert set(found.front) == front and found.number == min(front, key=lambda n: at[n][0])
 
 
+def test_parallel_coordinates_show_choices_that_no_trial_ended_with():
+    pytest.importorskip("plotly")
+    from optuna.distributions import CategoricalDistribution
+
+    from multifid.workflows.tune.charts import _axis_of
+
+    axis = _axis_of([32, 16], "model.encoder.hidden", CategoricalDistribution([16, 32, 64]))
+    assert axis["range"] == [0, 2] and axis["values"] == [1, 0] and axis["ticktext"] == ["16", "32", "64"]
+
+
 def test_asha_stops_trials_that_fall_behind(stores, tmp_path, played):
     played(lambda c: [1 + c.train.lr] * 4)
     found = tune(searched(stores, tmp_path / "s", trials=12, pruner="asha", sampler="random"), console=QUIET)

@@ -111,7 +111,9 @@ def _axis_of(values: list[Any], name: str, distribution: Any) -> dict[str, Any]:
         choices = list(distribution.choices)
         names = [str(c)[:LABEL] for c in choices]
         places = list(range(len(choices)))
-        return {"label": short, "values": [choices.index(v) for v in values], "tickvals": places, "ticktext": names}
+        whole = [0, max(len(choices) - 1, 1)]  # also where no trial has the last one
+        found = [choices.index(v) for v in values]
+        return {"label": short, "values": found, "range": whole, "tickvals": places, "ticktext": names}
     numbers = [float(v) for v in values]
     if not distribution.log:
         ticks = sorted(set(numbers)) if isinstance(distribution, optuna.distributions.IntDistribution) else None

@@ -59,13 +59,15 @@ def _page(folder: Path, config: Config, tune: TuneConfig) -> str:
     trials = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
     charted = Charted()
     several = len(tune.objectives) > 1
+    complete = sum(t["state"] == "complete" for t in trials)
     figures: list[tuple[str, str | None, bool]] = []  # title, figure, whether it takes the whole width
     if several:
         figures.append(("Pareto front: no other trial is better in all objectives", charts.front(study, tune), True))
     for k, objective in enumerate(tune.objectives):
         name = SHOWN[objective]
         figures.append((f"History of the {name}", charts.history(study, k, objective), False))
-        figures.append((f"Importance of keys for the {name} (PED-ANOVA)", charts.importance(study, k), False))
+        title = f"Importance of keys for the {name} (PED-ANOVA of {complete} trials)"
+        figures.append((title, charts.importance(study, k), False))
     if not several:
         figures.append(("Validation values on the way; pruned trials end early", charts.curves(study), False))
     figures += [

@@ -388,6 +388,22 @@ def test_one_head_for_all_has_the_objective_of_one_for_each(stores, tmp_path):
                 assert row["loss"] == pytest.approx(expected, rel=1e-6), (branches, row["task"])
 
 
+def test_the_best_model_may_be_that_of_the_geometric_mean(stores, tmp_path):
+    values = config_of(stores, tmp_path / "run", train={"steps": 12, "epoch_steps": 3, "best_by": "geometric"})
+    weights = dict(zip(values["tasks"], (1.0, 0.5, 3.0), strict=True))
+    for task, weight in weights.items():
+        values["tasks"][task]["weight"] = weight
+    ending = train(parse_config(values, "test"), Console(quiet=True))
+    means: dict[int, float] = {}
+    for row in read_journal(ending.run):
+        if row["split"] == "validation":
+            means[row["step"]] = means.get(row["step"], 1.0) * row["loss"] ** (weights[row["task"]] / 4.5)
+    best = min(means, key=means.__getitem__)
+    assert (ending.best_step, ending.best) == (best, pytest.approx(means[best]))
+    said = (ending.run / "train.log").read_text().split(f"validation at step {best}, ")[1].splitlines()[0]
+    assert f"geometric mean {means[best]:.4g} (best so far)" in said
+
+
 def test_a_scale_that_is_given_takes_the_place_of_the_stores(stores, tmp_path):
     def run(name, scale):
         values = config_of(stores, tmp_path / name, train={"steps": 3})

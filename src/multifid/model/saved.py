@@ -35,6 +35,17 @@ def describe(
     }
 
 
+def forces_said(description: Description) -> str:
+    """Which forces the tasks have: one word, or, where they differ, each kind with its tasks."""
+    config, kinds = ModelConfig.model_validate(description["architecture"]), dict[str, list[str]]()
+    for task, about in description["tasks"].items():
+        if "property" not in about:
+            kinds.setdefault(config.shape(about["branch"]).forces, []).append(task)
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return ", ".join(f"{kind} ({', '.join(tasks)})" for kind, tasks in kinds.items()) or "none"
+
+
 def save_description(path: Path, description: Description) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")

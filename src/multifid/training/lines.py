@@ -11,7 +11,7 @@ all of them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from multifid.training.log import Log, duration
 from multifid.training.record import Row
@@ -29,11 +29,21 @@ _NAME = 24  # longer names of tasks have a line of their own
 class Lines:
     """Prints rows as lines into a log. stress: whether there is anything to say about it.
 
-    properties: how many of the tasks have one in place of energies.
+    properties: how many of the tasks have one in place of energies. value: by which models are compared where that is
+    not the objective, of the tasks' losses by name.
     """
 
-    def __init__(self, log: Log, tasks: Sequence[str], stress: bool, accelerator: bool, properties: int = 0) -> None:
+    def __init__(
+        self,
+        log: Log,
+        tasks: Sequence[str],
+        stress: bool,
+        accelerator: bool,
+        properties: int = 0,
+        value: Callable[[Mapping[str, float]], float] | None = None,
+    ) -> None:
         self.log = log
+        self.value = value
         self.quantities: Sequence[str] = QUANTITIES[:3] if stress else QUANTITIES[:2]
         if properties:
             self.quantities = QUANTITIES[3:] if properties == len(tasks) else (*self.quantities, *QUANTITIES[3:])
@@ -82,7 +92,11 @@ class Lines:
     def table(self, rows: list[Row]) -> list[str]:
         """All rows of a validation: a line for the run, a line for each task."""
         first = rows[0]
-        loss = number(first["objective"]) + (" (best so far)" if first["best"] == first["objective"] else "")
+        value, loss = first["objective"], number(first["objective"])
+        if self.value is not None:
+            value = self.value({row["task"]: row["loss"] for row in rows})
+            loss += f", geometric mean {number(value)}"
+        loss += " (best so far)" if first["best"] == value else ""
         left = duration(first["seconds_left"])
         about = [f"lr {first['lr']:.1e}", f"|grad| {number(first['grad_norm'])}"]
         if first["structures_per_second"] is not None:

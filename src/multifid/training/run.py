@@ -222,9 +222,11 @@ def open_recorders(config: Config, folder: Path, step: int, log: Log, device: to
     """Who writes down what the run says, where it goes on at a step. On rank 0."""
     t, branch_of = config.train, config.branch_of()
     properties = sum(branch_of[task] in config.model.properties for task in config.tasks)
+    weights = {name: task.weight for name, task in config.tasks.items()}
+    value = partial(validation_value, weights, best_by=t.best_by) if t.best_by != "objective" else None
     return [
         Journal(folder, step),
-        Lines(log, list(config.tasks), config.objective.stress > 0, device.type != "cpu", properties),
+        Lines(log, list(config.tasks), config.objective.stress > 0, device.type != "cpu", properties, value),
         *open_boards(folder, step, t.tensorboard, t.wandb, config.model_dump(mode="json")),
     ]
 

@@ -12,7 +12,7 @@ from multifid.model.aot import export_package
 from multifid.model.model_file import export_model, load_model, with_tasks
 from multifid.model.predictor import Predictor
 from multifid.model.rigidity_file import load_rigidity, packed
-from multifid.model.saved import Description, load_description
+from multifid.model.saved import Description, forces_said, load_description
 from multifid.model.task_model import PRECISIONS
 from multifid.readers.published import PUBLISHED
 from multifid.structures.elements import SYMBOLS
@@ -96,7 +96,7 @@ def _export_code(run: Path, out: Path, weights: str, code: Compilation) -> str:
 
 def model_card(run: Path, description: Description, name: str) -> str:
     """What the model is, in Markdown: architecture, data and levels of theory, errors, how to use it."""
-    trained, architecture = description["trained"], description["architecture"]
+    trained, architecture = description.get("trained"), description["architecture"]
     encoder = ", ".join(f"{k} {v}" for k, v in architecture["encoder"].items() if k != "name")
     task = next(iter(description["tasks"]))
     lines = [
@@ -106,9 +106,11 @@ def model_card(run: Path, description: Description, name: str) -> str:
         f"multifid {description['multifid']}.",
         "",
         f"* Encoder: {architecture['encoder']['name']} ({encoder}); cutoff {description['cutoff']} angstrom",
-        f"* Forces: {architecture['branch']['forces']}",
-        f"* Trained: {trained['steps']} steps, {trained['epochs']:.3g} epochs, seed {trained['seed']}, best validation "
-        f"value {trained['best']}",
+        f"* Forces: {forces_said(description)}",
+        "* Trained: not by multifid"
+        if trained is None
+        else f"* Trained: {trained['steps']} steps, {trained['epochs']:.3g} epochs, seed {trained['seed']}, best "
+        f"validation value {trained['best']}",
         "",
         "| task | level of theory | training structures | labels | elements |",
         "|---|---|---:|---|---|",
@@ -131,6 +133,8 @@ def _task(task: str, about: dict[str, Any]) -> str:
     labels = ", ".join(f"{kind} {count}" for kind, count in about["labels"].items() if count)
     symbols = " ".join(SYMBOLS[z] for z in about["elements"])
     task = f"{task} (stale)" if about.get("stale") else task
+    if (factor := about.get("forces_factor")) is not None:
+        task += f" (forces times {factor:.2g} after training)" if factor else " (no forces)"
     return f"| {task} | {about['level_of_theory'] or 'not stated'} | {about['structures']} | {labels} | {symbols} |"
 
 

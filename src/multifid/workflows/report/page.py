@@ -7,6 +7,7 @@ import numpy as np
 
 from multifid.evaluation.matrix import Estimate, matrix, quantities
 from multifid.evaluation.pulls import gaps, pulls
+from multifid.model.saved import forces_said
 from multifid.structures.elements import SYMBOLS
 from multifid.structures.structure import SPLITS
 from multifid.workflows.report import PageContent, reproduce, version
@@ -149,7 +150,7 @@ def _facts(content: PageContent) -> list[tuple[str, str]]:
     best = trained["best"]
     return [
         ("encoder", f"{about['encoder']['name']} ({encoder}), cutoff {about['cutoff']} Å"),
-        ("branches", f"{len(content.description['branches'])}, {about['branch']['forces']} forces"),
+        ("branches", f"{len(content.description['branches'])}; forces: {forces_said(content.description)}"),
         ("trained", f"{trained['steps']:,} steps, {trained['epochs']:.3g} epochs, seed {trained['seed']}"),
         ("best validation value", "none" if best is None else f"{best:.4g}"),
         ("made by", f"multifid {content.description['multifid']}"),

@@ -634,13 +634,14 @@ private:
     const T *G = in(p.G_m) + p.i[e] * K, *N = in(p.N_m) + p.i[e] * K, *gate = in(p.gate);
     const T u = in(p.u)[e], du = p.d_u ? in(p.d_u)[e] : T(0), open = in(p.gates)[e], slope = open * (1 - open);
     const Kept *second = kept(p.second) + e * K, *d_second = kept(p.d_second) + e * K, *back_m = kept(p.back_m) + e * K;
-    T *row = x.b1 + n * step, *ys = t.row.of(2 * K), *dys = ys + K;
+    T *row = x.b1 + n * step, *ys = t.row.of(4 * K), *dys = ys + K, *slopes = dys + K, *bends = slopes + K;
     V<T> dot = {}, at_gate = {}, d_at_gate = {}, at_u = {}, d_at_u = {};
     for (long k = 0; k < K; k += L) {
       const SiLU<V<T>> silu(load(second + k));
-      const V<T> dy = silu.slope * load(d_second + k), of_m = load(back_m + k), of_sum = load(G + k);
+      const V<T> d = load(d_second + k), dy = silu.slope * d, of_m = load(back_m + k), of_sum = load(G + k);
       const V<T> d_of_m = load(row + k) + du * of_sum + u * load(N + k);
       store(row + k, d_of_m), store(ys + k, silu.y), store(dys + k, dy);
+      store(slopes + k, silu.slope), store(bends + k, silu.bend * d);
       dot += dy * load(gate + k);
       at_gate += of_m * silu.y;
       d_at_gate += d_of_m * silu.y + of_m * dy;
@@ -650,11 +651,10 @@ private:
     const T d_open = slope * sum<T>(dot), plain = sum<T>(at_gate), of_gate = plain * slope;
     const T d_of_gate = sum<T>(d_at_gate) * slope + plain * d_open * (1 - 2 * open);
     for (long k = 0; k < K; k += L) {
-      const SiLU<V<T>> silu(load(second + k));
       const V<T> w = load(gate + k), of_m = load(back_m + k), y = load(ys + k), dy = load(dys + k);
       const V<T> of_n = of_m * open + of_gate * w, d_of_n = load(row + k) * open + of_m * d_open + d_of_gate * w;
-      const V<T> change = d_of_n * silu.slope + of_n * silu.bend * load(d_second + k);
-      Type::put(x.second + n * step + k, of_n * silu.slope);
+      const V<T> slope_of_y = load(slopes + k), change = d_of_n * slope_of_y + of_n * load(bends + k);
+      Type::put(x.second + n * step + k, of_n * slope_of_y);
       Type::put(x.d_second + n * step + k, change);
       if (!weights) continue;
       Type::put(x.m + n * step + k, y * open);

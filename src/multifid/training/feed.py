@@ -115,13 +115,21 @@ class Feed:
         for k in range(parts):
             bounds = [(k * n // parts, (k + 1) * n // parts) for n in sizes]
             chosen = [s.store.pick(split, slice(*b)) for s, b in zip(self.sources, bounds, strict=True)]
-            for source, index in zip(self.sources, self._mine(self._divided(chosen))[0], strict=True):
-                if not len(index):
-                    continue
-                costs = edge_costs(source, index, self.config.model.cutoff)
-                batch = max(1.0, float(self.config.train.batch or 1))
-                most = self.config.train.max_edges or max(float(costs.mean()) * batch, 1.0)
-                yield from pieces([(source, index)], self.config.model.cutoff, int(most))
+            mine = self._mine(self._divided(chosen))[0]
+            most = self.config.train.max_edges or self._edges_of_step(mine)
+            for source, index in zip(self.sources, mine, strict=True):
+                if len(index):
+                    yield from pieces([(source, index)], self.config.model.cutoff, most)
+
+    def _edges_of_step(self, chosen: Sequence[np.ndarray]) -> int:
+        """About how many edges of such structures of the sources a rank has in a step; at least those of one task."""
+        batch, together, largest = max(1.0, float(self.config.train.batch or 1)), 1.0, 1.0
+        for source, draw, index in zip(self.sources, self.draws, chosen, strict=True):
+            if len(index):
+                mean = float(edge_costs(source, index, self.config.model.cutoff).mean())
+                together += mean * float(draw.rate) / len(self.placement[draw.name])
+                largest = max(largest, mean * batch)
+        return int(max(together, largest))
 
     def batch(self, piece: Piece) -> Batch:
         return collate(piece, self.config.model.cutoff, self.lists)

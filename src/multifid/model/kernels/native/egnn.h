@@ -102,6 +102,7 @@ private:
     Type message, move;  // (K, K), for the direction of the pass
     Room<T> pair;        // (P, K)
     Panels<T> pair_back; // (K, P)
+    Panels<T> last;      // (K, O)
   } own;
   Laid &laid;
 
@@ -115,19 +116,20 @@ private:
     T *to = laid.pair.of(P * K);
     for (long k = 0; k < K; ++k)
       for (long n = 0; n < P; ++n) to[n * K + k] = in(p.pair)[k * P + n];
+    if (forwards) laid.last.pack(in(p.weight), K, O, 1, K);
     if (!forwards && vectors) laid.pair_back.pack(in(p.pair), K, P, P, 1);
   }
 
   // What a thread has for its tiles, and its gradients of what is shared.
   struct Tile {
     typename Type::Work work;
-    Room<T> f, df, looks, moved, b1, b2, b3, s1, s2, row;
+    Room<T> f, df, looks, moved, b1, b2, b3, s1, s2, row, turned;
     Room<T> y, slope_1, slope_2, slope_3; // of many at once: silu(second), and the slopes of the three
     Room<Operand> o1, o2, o3, o4, o5, o6;
     Room<T> room_weights, room_c, room_v;
     bool began = false;
     T *g_c = nullptr, *g_v = nullptr;
-    T *pair, *message, *message_bias, *gate, *gate_bias, *move, *move_bias, *weight, *weight_bias; // pair: (P, K)
+    T *pair, *message, *message_bias, *gate, *gate_bias, *move, *move_bias, *weight, *weight_bias; // pair: (K, P) in whole vectors
   };
   Tiles<Tile> tiles;
 
@@ -346,22 +348,9 @@ private:
     });
   }
 
-  // to (O) = y weight^T, of one row
-  void last_map(const T *y, T *to) const {
-    for (long o = 0; o < O; o += GROUP) {
-      V<T> s[GROUP] = {};
-      for (long k = 0; k < K; k += L) {
-        const V<T> x = load(y + k);
-#pragma GCC unroll 8
-        for (int l = 0; l < GROUP; ++l) s[l] += x * load(in(p.weight) + (o + l) * K + k);
-      }
-      for (int l = 0; l < GROUP; ++l) to[o + l] = sum<T>(s[l]);
-    }
-  }
-
   void forward_tile(Tile &t, long e, long rows) {
     const long room = rows_of_room();
-    T *f = t.f.of(room * step_p), *b = t.b1.of(room * step), *row = t.row.of(2 * K), *phi = t.s1.of(room * step_p);
+    T *f = t.f.of(room * step_p), *b = t.b1.of(room * step), *phis = t.s1.of(room * step_p);
     auto *looks = looks_of<Plain>(t, room);
     Operand *o = t.o1.of(room * step);
     Kept *first = keep(p.first), *second = keep(p.second), *third = keep(p.third);
@@ -406,9 +395,12 @@ private:
       for (long k = 0; k < K; k += L) {
         const V<T> x = load(b + n * step + k) + load(bias + k);
         if (third) store(third + (e + n) * K + k, x);
-        store(row + k, x * sigmoid(x));
+        store(b + n * step + k, x * sigmoid(x));
       }
-      last_map(row, phi);
+    }
+    multiply(rows, b, step, laid.last, phis, step_p, false);
+    for (long n = 0; n < rows; ++n) {
+      T *phi = phis + n * step_p;
       for (long k = 0; k < O; ++k) phi[k] += in(p.weight_bias)[k];
       if (p.phi) std::memcpy(out(p.phi) + (e + n) * O, phi, O * sizeof(T));
       move_receiver<Plain>(looks + n * groups, e + n, phi, nullptr, out(p.sum_v), out(p.sum_t));
@@ -418,6 +410,7 @@ private:
   void tangent_tile(Tile &t, long e, long rows) {
     const long room = rows_of_room();
     T *f = t.f.of(room * step_p), *df = t.df.of(room * step_p), *b = t.b1.of(room * step), *row = t.row.of(2 * K);
+    T *phis = t.s1.of(room * step_p);
     auto *looks = looks_of<Changing>(t, room);
     Operand *o = t.o1.of(room * step);
     const long groups = C / GROUP;
@@ -453,10 +446,13 @@ private:
       for (long k = 0; k < K; k += L) {
         const V<T> dx = load(b + n * step + k);
         store(keep(p.d_third) + (e + n) * K + k, dx);
-        store(row + k, SiLU<V<T>>(load(kept(p.third) + (e + n) * K + k)).slope * dx);
+        store(b + n * step + k, SiLU<V<T>>(load(kept(p.third) + (e + n) * K + k)).slope * dx);
       }
+    }
+    multiply(rows, b, step, laid.last, phis, step_p, false);
+    for (long n = 0; n < rows; ++n) {
       T *d_phi = out(p.d_phi) + (e + n) * O;
-      last_map(row, d_phi);
+      std::memcpy(d_phi, phis + n * step_p, O * sizeof(T));
       move_receiver<Changing>(looks + n * groups, e + n, in(p.phi) + (e + n) * O, d_phi, out(p.d_sum_v), out(p.d_sum_t));
     }
   }
@@ -480,7 +476,7 @@ private:
     receive(t, 0, first);
     if (!weights) return;
     const long square = up(K, ROWS) * K;
-    const long sizes[] = {P * K, square, K, K, 16, square, K, O * K, O};
+    const long sizes[] = {up(K, ROWS) * up(P, L), square, K, K, 16, square, K, O * K, O};
     T **parts[] = {&t.pair, &t.message, &t.message_bias, &t.gate, &t.gate_bias, &t.move, &t.move_bias, &t.weight, &t.weight_bias};
     long all = 0;
     for (long size : sizes) all += size;
@@ -505,8 +501,7 @@ private:
       const Tile &t = *tiles[k];
       if (k) add_atoms(t);
       if (!weights) continue;
-      for (long n = 0; n < P; ++n)
-        for (long m = 0; m < K; ++m) out(p.g_pair)[m * P + n] += t.pair[n * K + m];
+      for (long m = 0; m < K; ++m) sum_up(out(p.g_pair) + m * P, t.pair + m * up(P, L), P);
       sum_up(out(p.g_message), t.message, K * K), sum_up(out(p.g_move), t.move, K * K);
       sum_up(out(p.g_message_bias), t.message_bias, K), sum_up(out(p.g_move_bias), t.move_bias, K);
       sum_up(out(p.g_gate), t.gate, K), sum_up(out(p.g_gate_bias), t.gate_bias, 1);
@@ -670,8 +665,6 @@ private:
   template <bool AGAIN, bool MANY> void back_first(const Back &x, Tile &t) const {
     by_rows(x.rows, [&](long n, auto four) {
       constexpr int Q = decltype(four)::value;
-      const T *f[Q], *df[Q];
-      for (int q = 0; q < Q; ++q) f[q] = x.f + (n + q) * step_p, df[q] = x.df + (n + q) * step_p;
       for (long k = 0; k < K; k += L) {
         V<T> g[Q], plain[Q];
         for (int q = 0; q < Q; ++q) {
@@ -690,21 +683,21 @@ private:
             const V<T> d = load(kept(p.d_first) + at), before = load(kept(p.back_y) + at);
             g[q] += before * silu.bend * d;
             plain[q] = before * silu.slope;
-            if (vectors) store(x.b3 + to, plain[q]);
+            store(x.b3 + to, plain[q]);
             if (weights) Type::put(x.dm + to, silu.slope * d);
           } else if (p.back_y) {
             store(keep(p.back_y) + at, of_y);
           }
-          if (vectors) store(x.b1 + to, g[q]);
+          store(x.b1 + to, g[q]);
           if (weights) Type::put(x.m + to, silu.y);
           increase(out(p.g_a) + p.i[e] * K + k, g[q]);
           increase(t.g_c + p.j[e] * K + k, g[q]);
         }
-        if (MANY || !weights) continue;
-        outer<Q>(t.pair, P, f, g, k);
-        if (AGAIN) outer<Q>(t.pair, P, df, plain, k);
       }
     });
+    if (MANY || !weights) return;
+    transposed_times(t.turned, x.rows, x.b1, step, K, x.f, step_p, P, t.pair, up(P, L), true);
+    if (AGAIN) transposed_times(t.turned, x.rows, x.b3, step, K, x.df, step_p, P, t.pair, up(P, L), true);
   }
 
   // The gradient of a matrix of weights: g (dg) of its products, x (dx) what it was multiplied with.

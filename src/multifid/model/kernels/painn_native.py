@@ -87,15 +87,6 @@ class Edges(twice.Layer):
         assert phi is not None
         return [phi.new_zeros(phi.shape[0], 4, phi.shape[2])]
 
-    def kept(self, tensors: Tensors) -> dict[str, Tensor]:
-        return {}
-
-    def back(self, known: Tensors) -> dict[str, Tensor]:
-        return {}
-
-    def changes(self, kept: Tensors) -> dict[str, Tensor]:
-        return {}
-
     def plain(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         assert self.in_torch is not None
         phi, v, r, b, u, weight, bias = inputs

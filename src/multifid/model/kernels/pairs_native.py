@@ -71,14 +71,5 @@ class _Pairs(twice.Layer):
         widths = {"n": 3, "b": sum(of.counts), "u": 1}
         return [r.new_empty(edges, widths[name]) for name in self.outputs]
 
-    def kept(self, tensors: Tensors) -> dict[str, Tensor]:
-        return {}
-
-    def back(self, known: Tensors) -> dict[str, Tensor]:
-        return {}
-
-    def changes(self, kept: Tensors) -> dict[str, Tensor]:
-        return {}
-
     def plain(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.in_torch(*inputs)

@@ -80,17 +80,17 @@ class Layer(ABC):
     def sums(self, tensors: Tensors) -> list[Tensor]:
         """Arrays of zeros for the outputs."""
 
-    @abstractmethod
     def kept(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Arrays for what is kept for the backward pass."""
+        """Arrays for what is kept for the backward pass; none, unless a layer says so."""
+        return {}
 
-    @abstractmethod
     def back(self, known: Tensors) -> dict[str, Tensor]:
-        """Arrays for what the backward pass keeps for the second one; known: inputs, and what is kept."""
+        """Arrays for what the backward pass keeps for the second one, or none; known: inputs, and what is kept."""
+        return {}
 
-    @abstractmethod
     def changes(self, kept: Tensors) -> dict[str, Tensor]:
         """Arrays for the changes of what is kept, under the names that C has for them."""
+        return {}
 
     @abstractmethod
     def plain(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -27,9 +27,9 @@ def shares(costs: Mapping[str, np.ndarray], placement: Mapping[str, Sequence[int
     in common, the cost of one structure. ValueError for costs that are no costs, and for a draw without ranks.
     """
     whole = _whole(costs, placement)
-    ranks = {rank for draw in costs for rank in placement[draw]}
-    if len(ranks) == 1:
-        return {draw: np.full(len(values), *ranks) for draw, values in whole.items()}
+    holders = {rank for draw in costs for rank in placement[draw]}
+    if len(holders) == 1:
+        return {draw: np.full(len(values), *holders) for draw, values in whole.items()}
     pools: dict[tuple[int, ...], list[str]] = {}  # draws on the same ranks are one pool: all their structures compete
     for draw in sorted(whole):
         if len(whole[draw]):

@@ -29,7 +29,7 @@ def shares(costs: Mapping[str, np.ndarray], placement: Mapping[str, Sequence[int
     whole = _whole(costs, placement)
     holders = {rank for draw in costs for rank in placement[draw]}
     if len(holders) == 1:
-        return {draw: np.full(len(values), *holders) for draw, values in whole.items()}
+        return {draw: np.full(len(values), min(holders), np.int64) for draw, values in whole.items()}
     pools: dict[tuple[int, ...], list[str]] = {}  # draws on the same ranks are one pool: all their structures compete
     for draw in sorted(whole):
         if len(whole[draw]):

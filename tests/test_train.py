@@ -32,6 +32,7 @@ from multifid.training.build import build
 from multifid.training.checkpoint import load_checkpoint
 from multifid.training.feed import Feed, make_draws
 from multifid.training.journal import read_journal
+from multifid.training.lines import number
 from multifid.training.loss import validation_value
 from multifid.training.optimizer import Schedule
 from multifid.training.run import train
@@ -401,7 +402,7 @@ def test_the_best_model_may_be_that_of_the_geometric_mean(stores, tmp_path):
     best = min(means, key=means.__getitem__)
     assert (ending.best_step, ending.best) == (best, pytest.approx(means[best]))
     said = (ending.run / "train.log").read_text().split(f"validation at step {best}, ")[1].splitlines()[0]
-    assert f"geometric mean {means[best]:.4g} (best so far)" in said
+    assert f"geometric mean {number(means[best])} (best so far)" in said
 
 
 def test_a_scale_that_is_given_takes_the_place_of_the_stores(stores, tmp_path):

@@ -386,7 +386,7 @@ def write_last(run: Run) -> None:
     position = run.position
     write_model(run, folder_of(run.folder, position.step), "last.safetensors", describe_run(run))
     if run.config.train.shrink and (run.folder / "model.safetensors").exists():
-        for line in shrink_forces(run.folder, run.feed.sources):
+        for line in shrink_forces(run.folder, run.feed.sources, run.world.device):
             run.log.print(escape(line))
     why = "stopped early" if position.ended else "complete"
     run.log.print(

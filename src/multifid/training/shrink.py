@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 
 from multifid.feed.loader import Source, collate
@@ -28,13 +29,13 @@ KEY = "forces_factor"  # in the description of a task
 BEST, LAST = "model.safetensors", "last.safetensors"
 
 
-def shrink_forces(run: Path, sources: list[Source]) -> list[str]:
+def shrink_forces(run: Path, sources: list[Source], device: torch.device) -> list[str]:
     """Shrink the direct forces of a run's model and last model, and say so, in lines and in RUN/model.json.
 
     On one process, after the last model was written. A branch of the model that has been shrunk is left as it is.
     """
     potential, description = load_potential(run)
-    model, factors, lines = Predictor(potential, description), {}, []
+    model, factors, lines = Predictor(potential, description, device), {}, []
     trained = {description["tasks"][task]["branch"] for source in sources for task in source.tasks}
     own = {task: source for source in sources for task in source.tasks if KEY not in description["tasks"][task]}
     for name in sorted({description["tasks"][task]["branch"] for task in own}):

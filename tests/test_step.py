@@ -1,5 +1,6 @@
 """A step on an accelerator: nothing waits for the device, and what the host hears late changes nothing."""
 
+import gc
 import math
 import platform
 import subprocess
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from multifid.config import parse_config
 from multifid.feed.loader import open_sources
+from multifid.model.encoders import DEFAULT, ENCODERS
 from multifid.parallel.groups import alone
 from multifid.parallel.layout import place
 from multifid.training.build import build
@@ -74,6 +76,31 @@ def test_hearing_of_a_skipped_update_one_step_late_changes_no_bit(stores, tmp_pa
         for kind in ("exp_avg", "exp_avg_sq", "step"):
             one, other = now.optimizer.state[parameter][kind], later.optimizer.state[later.parameters[name]][kind]
             assert torch.equal(one, other), (name, kind)
+
+
+QUICK = ("egnn", "painn", "pairs")
+
+
+@pytest.mark.parametrize("forces", [pytest.param("direct", marks=pytest.mark.full), "conservative"])
+@pytest.mark.parametrize(
+    "encoder", [x if x in QUICK else pytest.param(x, marks=pytest.mark.full) for x in [*ENCODERS, "pairs"]]
+)
+def test_a_step_leaves_nothing_behind(stores, tmp_path, encoder, forces):
+    """A graph of autograd that holds itself is never freed: Python's collector does not see through its nodes."""
+    values = config_of(stores, tmp_path / "run", train={"clip": None})
+    values["model"]["encoder"] = {"name": DEFAULT if encoder == "pairs" else encoder, "layers": 2, "hidden": 16}
+    values["model"]["branch"]["forces"] = forces
+    if encoder == "pairs":
+        values["model"]["branches"] = {"apple": {"forces": "direct", "pairs": 3}}
+    config = parse_config(values, "test")
+    sources = open_sources(config.tasks)
+    trainer = build(config, sources, place(list(config.tasks), "auto", 1), 10, alone())
+    feed, alive = feed_of(config, sources), []
+    for step in range(4):
+        trainer.step(list(feed.step(step)[0]), Totals(list(config.tasks), trainer.device))
+        gc.collect()
+        alive.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
+    assert alive[1] == alive[2] == alive[3], alive
 
 
 FORMULAS = {  # of residuals (n, components), written once more

@@ -236,10 +236,13 @@ class _Gradients(torch.autograd.Function):
         arrays = {**tensors, **kept, **direction}
         layer.call(TANGENT, {**arrays, **layer.of_outputs("d_sum_", sums)})
         back = dict(zip(ctx.back, saved[ends[1] :], strict=True))
+        given = [x.detach() for x in given]  # what waits must not hold the graph that holds it
         left = {**direction, **layer.of_outputs("G_", given), **back}
         none: list[Tensor | None] = [None] * len(inputs)
         task = torch._C._current_graph_task_id()
-        if not (layer.left and layer.left_in == task):
+        if not goes_on_with(ctx.next_functions[0][0]):  # `values` is not asked: only gradients behind it are
+            pass
+        elif not (layer.left and layer.left_in == task):
             layer.left, layer.left_in = left, task
         else:  # two gradients of the same values: only one of them can wait
             g, zeros = layer.gradients(tensors, layer.names), [torch.zeros_like(x) for x in sums]

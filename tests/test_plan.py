@@ -36,7 +36,7 @@ from multifid.parallel.layout import place
 from multifid.parallel.shares import shares
 from multifid.store.fields import FIELDS, HEADER
 from multifid.store.store import Store
-from multifid.training import costs
+from multifid.training import costs, soap_native
 from multifid.training.build import build
 from multifid.training.feed import Feed, make_draws
 from multifid.training.optimizer import OPTIMIZERS, update
@@ -342,6 +342,7 @@ WIDE = {"encoder": {"layers": 1, "hidden": 96}, "branch": {"hidden": [96, 96]}}
 def test_an_update_is_counted_as_it_is_made(optimizer, monkeypatch):
     """Products against torch's own counter of operations, state against that of real updates, moved bytes by bounds."""
     monkeypatch.setattr(counting, "LAPACK", 0.0)  # torch counts products only
+    monkeypatch.setattr(soap_native, "usable", lambda *_: False)  # and none of those in C++
     shapes = named_of(ModelConfig.model_validate(WIDE))
     count_update.cache_clear()
     told = count_update(optimizer, tuple(shapes.items()), torch.float32)

@@ -100,7 +100,7 @@ def test_a_step_leaves_nothing_behind(stores, tmp_path, encoder, forces):
         trainer.step(list(feed.step(step)[0]), Totals(list(config.tasks), trainer.device))
         gc.collect()
         alive.append(sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects()))
-    assert alive[1] == alive[2] == alive[3], alive
+    assert alive[1] >= alive[2] >= alive[3], alive  # of tests before it some may still go
 
 
 FORMULAS = {  # of residuals (n, components), written once more

@@ -31,6 +31,8 @@ def test_the_factor_is_that_of_planted_noise():
     strong_labels = [x * (500.0 if k == 7 else 1.0) for k, x in enumerate(labels)]
     assert factor_of(errors_of(one_strong, strong_labels)) == 0.0, "a single structure is no evidence"
     assert factor_of(np.zeros((0, len(FACTORS)))) == 1.0
+    at_rest = [np.zeros(30)] * 5
+    assert factor_of(errors_of([labels[0], *at_rest], [labels[0], *at_rest])) == 1.0, "only one composition has forces"
 
 
 @pytest.mark.parametrize("encoder, lr", [("egnn", 0.05), ("schnet", 0.5)], ids=["vectors", "edges"])

@@ -177,7 +177,7 @@ class RadialBasis(nn.Module):
     def __init__(self, size: int, cutoff: float):
         super().__init__()
         self.cutoff = cutoff
-        self.register_buffer("waves", torch.arange(1, size + 1) * math.pi, persistent=False)
+        self.register_buffer("waves", here(torch.arange(1, size + 1, device="cpu") * math.pi), persistent=False)
 
     def forward(self, distance: Tensor) -> Tensor:
         """(E,) angstrom -> (E, size)."""
@@ -262,6 +262,11 @@ def call(layer: Callable[..., Any], recompute: bool, *inputs: Any) -> Any:
 def sum_over(values: Tensor, index: Tensor, size: int) -> Tensor:
     """out[k] = sum of values[e] where index[e] == k: (E, ...) -> (size, ...)."""
     return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
+
+
+def here(values: Tensor) -> Tensor:
+    """Values made on the CPU, put where modules are built: on "meta" `arange` imports torch's compiler, a second."""
+    return values.to(torch.get_default_device())
 
 
 class Constant(nn.Module):

@@ -23,7 +23,16 @@ from torch.nn.functional import silu
 from multifid.model.contract import EncoderConfig
 from multifid.model.encoders.sage import filtered
 from multifid.model.encoders.scalar import ScalarEncoder, sum_over_neighbours
-from multifid.model.layers import BASIS_GAIN, SILU_GAIN, TYPICAL_NEIGHBORS, LayerNorm, Linear, RadialBasis, sum_over
+from multifid.model.layers import (
+    BASIS_GAIN,
+    SILU_GAIN,
+    TYPICAL_NEIGHBORS,
+    LayerNorm,
+    Linear,
+    RadialBasis,
+    here,
+    sum_over,
+)
 
 
 class MFC(ScalarEncoder):
@@ -72,7 +81,7 @@ class MFCLayer(nn.Module):
         self.own = Linear(hidden, sets * hidden, bias=False)
         self.others = Linear(hidden, sets * hidden)
         self.mix = Linear(hidden, hidden, gain=SILU_GAIN)
-        self.register_buffer("degrees", torch.arange(sets) * 1.0, persistent=False)
+        self.register_buffer("degrees", here(torch.arange(sets, device="cpu") * 1.0), persistent=False)
 
     def forward(self, h: Tensor, i: Tensor, j: Tensor, b: Tensor, u: Tensor) -> Tensor:
         """h (N, H), receivers i and senders j (E,), basis b (E, R), envelope u (E, 1)."""

@@ -22,7 +22,7 @@ from torch.nn.functional import linear, softplus
 
 from multifid.model.contract import EncoderConfig
 from multifid.model.encoders.scalar import ScalarEncoder, sum_over_neighbours
-from multifid.model.layers import SILU_GAIN, TYPICAL_NEIGHBORS, LayerNorm, Linear
+from multifid.model.layers import SILU_GAIN, TYPICAL_NEIGHBORS, LayerNorm, Linear, here
 
 
 class SchNet(ScalarEncoder):
@@ -46,7 +46,7 @@ class Gaussians(nn.Module):
     def __init__(self, size: int, cutoff: float):
         super().__init__()
         self.per_length = (size - 1) / cutoff
-        self.register_buffer("places", torch.arange(size) * 1.0, persistent=False)
+        self.register_buffer("places", here(torch.arange(size, device="cpu") * 1.0), persistent=False)
 
     def forward(self, distance: Tensor) -> Tensor:
         """(E,) angstrom -> (E, size)."""

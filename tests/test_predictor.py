@@ -209,6 +209,24 @@ def test_the_package_is_imported_without_torch_and_offers_its_names():
     assert "multifid.apply.model" in done.stdout and "'Store'" in done.stdout
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+def test_training_and_evaluating_import_neither_the_compiler_of_torch_nor_large_parts_of_scipy(
+    optimizer, stores, tmp_path
+):
+    """Each is a third of a second to a second and a half of every start, of a command that takes two."""
+    config = config_of(stores, tmp_path / "run")
+    config["train"] |= {"steps": 2, "epoch_steps": 2, "optimizer": optimizer}
+    code = (
+        "import json, sys, multifid; config = json.loads(sys.argv[1]); multifid.train(config, quiet=True); "
+        "task = next(iter(config['tasks'])); store = config['tasks'][task]['store']; "
+        "multifid.evaluate(config['run'], {task: store}, quiet=True); print(sorted({'torch._dynamo', "
+        "'torch._inductor', 'sympy', 'scipy.optimize', 'scipy.stats', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(config)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_damaged_and_foreign_model_files_are_errors_that_say_what_to_do(run, tmp_path):
     path = tmp_path / "m.mfid"
     export_model(run, path)

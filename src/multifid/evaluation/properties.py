@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.markup import escape
-from scipy.stats import rankdata
 
 from multifid.evaluation.fitted import FittedTable
 from multifid.evaluation.matrix import Row
@@ -99,6 +98,8 @@ def roc_auc(probabilities: np.ndarray, label: np.ndarray) -> float | None:
     It is the part of pairs of one structure inside and one outside the class that are in the right order, ties count
     half (Mann and Whitney 1947). None where only one class occurs.
     """
+    from scipy.stats import rankdata  # half a second to import
+
     classes = np.unique(label)
     if len(classes) < 2:
         return None

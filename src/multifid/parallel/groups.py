@@ -291,7 +291,8 @@ def in_one_order(wanted: bool) -> None:
     """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # to be told so makes torch import its compiler
+        torch.use_deterministic_algorithms(wanted)
 
 
 @contextmanager

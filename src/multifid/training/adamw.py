@@ -6,12 +6,16 @@ by itself: for a narrow model that takes as long as the kernel. Here every param
 updates share a count. Numbers and the state of a parameter (`step`, `exp_avg`, `exp_avg_sq`) are torch's.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Without the decorator of torch, which imports its compiler, a second, to say that this is not to be compiled.
+ADD_PARAM_GROUP = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Together:
 
 class AdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019); `grad_scale` and `found_inf` are read as by torch's fused form."""
+
+    add_param_group = ADD_PARAM_GROUP
 
     def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
         super().__init__(groups, lr=lr, fused=True)

@@ -38,7 +38,7 @@ def settings_of_torch_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(order)
+        in_one_order(order)
         use_kernels(kernels)
         torch.set_rng_state(state)
 

@@ -18,7 +18,6 @@ import random
 from collections.abc import Callable
 
 import numpy as np
-from scipy.optimize import minimize
 
 CAGRAD_RADIUS = 0.4  # c of the paper, in its experiments with images
 RANK = 1e-12  # eigenvalues below this part of the largest are zero
@@ -111,6 +110,7 @@ def lowest_on_simplex(linear: np.ndarray, g: np.ndarray, reach: float) -> np.nda
 
     All ranks, and all placements, must come to the same: a solver alone is exact to the root of its tolerance.
     """
+    from scipy.optimize import minimize  # a third of a second, for this alone
 
     def value(w: np.ndarray) -> tuple[float, np.ndarray]:
         length = np.sqrt(max(w @ g @ w, 1e-300))

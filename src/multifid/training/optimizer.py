@@ -58,7 +58,7 @@ def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[s
     if not held and isinstance(optimizer, SOAP):
         held = optimizer.first_state(parameter)
     elif not held:
-        held = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        held = {name: parameter.new_zeros(parameter.shape) for name in ("exp_avg", "exp_avg_sq")}
     return {name: tensor for name, tensor in held.items() if name != "step"}
 
 

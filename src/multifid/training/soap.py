@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from multifid.training import soap_native
+from multifid.training.adamw import ADD_PARAM_GROUP
 
 EVERY = 5  # updates between two iterations of the bases
 FIRST = 10  # iterations in the first update
@@ -76,6 +77,7 @@ class SOAP(torch.optim.Optimizer):
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    add_param_group = ADD_PARAM_GROUP
 
     def __init__(self, parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> None:
         rotated = {name: p for name, p in parameters.items() if is_rotated(name, p)}
@@ -90,7 +92,9 @@ class SOAP(torch.optim.Optimizer):
 
     def first_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What is kept of a parameter before its first update."""
-        state = {"step": torch.tensor(0.0)} | {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        state = {"step": torch.tensor(0.0)} | {
+            key: parameter.new_zeros(parameter.shape) for key in ("exp_avg", "exp_avg_sq")
+        }
         if any(parameter is p for group in self.param_groups if group["rotated"] for p in group["params"]):
             for side, n in zip(("left", "right"), parameter.shape, strict=True):
                 state[side] = parameter.new_zeros(n, n)

@@ -13,8 +13,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
-from scipy.special import spherical_jn
 from torch import Tensor, nn
 
 
@@ -57,6 +55,9 @@ def legendre(x: Tensor, size: int) -> Tensor:
 
 def roots(degrees: int, radial: int) -> np.ndarray:
     """The first positive roots of the spherical Bessel functions, (degrees, radial): those of l lie between l - 1's."""
+    from scipy.optimize import brentq  # a third of a second, for this alone
+    from scipy.special import spherical_jn
+
     found = np.arange(1, radial + degrees) * math.pi
     rows = [found[:radial]]
     for degree in range(1, degrees):
@@ -67,6 +68,8 @@ def roots(degrees: int, radial: int) -> np.ndarray:
 
 def _series(degrees: int, radial: int) -> np.ndarray:
     """Chebyshev coefficients of every radial part over 0 < x < 1: (terms, degrees * radial), exact to 1e-13."""
+    from scipy.special import spherical_jn
+
     z = roots(degrees, radial)
     terms = int(z.max() / 2) + 32
     x = 0.5 + 0.5 * np.cos((np.arange(2 * terms) + 0.5) * math.pi / (2 * terms))

@@ -226,6 +226,13 @@ def test_written_tables_hold_the_numbers(tmp_path):
     assert "Model-a on c 7 of 12" in text and "2.5000 ± 0.7071 †" in text and "a 10, b 11, c 12" in text
 
 
+def test_splits_of_other_sizes_are_counted_as_ranges_and_a_ratio_of_nothing_is_no_row():
+    other = [{**row, "structures": row["structures"] + 2 * (row["data"] == "c")} for row in _rows((1.5,), unseen=3)]
+    text = table.markdown([{**row, "stress_mae": None} for row in [*_rows(unseen=7), *other]])
+    assert "structures: a 10, b 11, c 12 to 14." in text and "Model-a on c 3 to 7 of 12 to 14." in text
+    assert "| forces |" in text and "| stress |" not in text
+
+
 def test_a_model_whose_errors_are_not_finite_is_never_the_best_and_json_stays_json():
     rows = [{**r, "energy_mae": math.nan} if r["model"] == "Model-a" and r["data"] == "a" else r for r in _rows()]
     assert matrices.matrix(rows, "energy").best("a") == {"GFM-MTL-All", "GFM-Baseline-All"}

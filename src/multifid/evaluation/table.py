@@ -164,7 +164,8 @@ def _markdown_ratios(compared: dict[str, dict[str, dict[str, Estimate | None]]],
     lines = [_line(["ratio", "of", *columns]), _line(["---", "---", *["---:"] * len(columns)])]
     for name, of_quantities in compared.items():
         for quantity, values in of_quantities.items():
-            lines.append(_line([name, quantity, *(_text(values.get(c), 2) for c in columns)]))
+            if any(values.get(c) is not None for c in columns):
+                lines.append(_line([name, quantity, *(_text(values.get(c), 2) for c in columns)]))
     return "\n".join(lines)
 
 
@@ -203,9 +204,7 @@ def _decimals(m: Matrix, factor: float = 1.0) -> int:
 def _footnotes(rows: Sequence[Row]) -> list[str]:
     """Of the tables in files: what the errors are over, and which structures a model did not know or answer."""
     unseen = _counted(rows, "unseen_structures")
-    listed = ", ".join(
-        f"{model} on {data} {n} of {_counts(rows, data)['structures']}" for (model, data), n in unseen.items()
-    )
+    listed = ", ".join(f"{model} on {data} {n} of {_structures(rows, data)}" for (model, data), n in unseen.items())
     told = f"{UNSEEN} {_how(rows)} structures that hold an element the model has not seen in training: {listed}."
     return [*_over(rows), *([told] if unseen else []), *_nonfinite(rows)]
 
@@ -214,7 +213,7 @@ def _over(rows: Sequence[Row]) -> list[str]:
     """What the errors are over."""
     datasets = _datasets(rows)
     seeds = max((sum(r["model"] == row["model"] and r["data"] == row["data"] for r in rows) for row in rows), default=0)
-    counted = ", ".join(f"{d} {_counts(rows, d)['structures']}" for d in datasets)
+    counted = ", ".join(f"{d} {_structures(rows, d)}" for d in datasets)
     notes = [f"Split {', '.join(sorted({str(r['split']) for r in rows}))}; structures: {counted}."]
     return [*notes, f"Mean ± sample standard deviation over up to {seeds} seeds."] if seeds > 1 else notes
 
@@ -231,7 +230,7 @@ def _how_many(rows: Sequence[Row]) -> str:
     if len(unseen) != 1:
         return ""
     ((_, data), n), *_ = unseen.items()
-    return f": {n} of {_counts(rows, data)['structures']}"
+    return f": {n} of {_structures(rows, data)}"
 
 
 def _nonfinite(rows: Sequence[Row]) -> list[str]:
@@ -239,7 +238,7 @@ def _nonfinite(rows: Sequence[Row]) -> list[str]:
     nonfinite = _counted(rows, "nonfinite_structures")
     first = {(row["model"], row["data"]): row["nonfinite"] for row in rows if row.get("nonfinite")}
     listed = "; ".join(
-        f"{model} on {data} {n} of {_counts(rows, data)['structures']}, first {_named(first.get((model, data)))}"
+        f"{model} on {data} {n} of {_structures(rows, data)}, first {_named(first.get((model, data)))}"
         for (model, data), n in nonfinite.items()
     )
     return [f"{NONFINITE} Without structures whose prediction is not finite: {listed}."] if nonfinite else []
@@ -259,9 +258,21 @@ def _counts(rows: Sequence[Row], data: str) -> dict[str, int]:
     return {"structures": row["structures"], "atoms": row["atoms"]}
 
 
-def _counted(rows: Sequence[Row], key: str) -> dict[tuple[str, str], int]:
-    """Model and data of rows that count something, with how many."""
-    return {(row["model"], row["data"]): n for row in rows if (n := row.get(key) or 0)}
+def _structures(rows: Sequence[Row], data: str) -> str:
+    """How many structures of a dataset there are; seeds may have other splits."""
+    return _range([row["structures"] for row in rows if row["data"] == data])
+
+
+def _counted(rows: Sequence[Row], key: str) -> dict[tuple[str, str], str]:
+    """Model and data of rows that count something, with how many, which may differ between seeds."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["data"]), []).append(row.get(key) or 0)
+    return {place: _range(counts) for place, counts in found.items() if any(counts)}
+
+
+def _range(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _signs(all_rows: Sequence[Row], quantity: str) -> dict[tuple[str, str], str]:

@@ -67,7 +67,7 @@ def _kind(annotation: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
+    return {"None": "null", "True": "true", "False": "false", "": "''"}.get(str(value), value)
 
 
 def page() -> str:

@@ -20,7 +20,10 @@ FORMATS: dict[str, Format] = {
     "mptrj": Format("multifid.readers.mptrj", "MPtrj, MPtrj_2022.9_full.json"),
     "alexandria": Format("multifid.readers.alexandria", "Alexandria entries and trajectories, *.json.bz2"),
     "extxyz": Format("multifid.readers.extxyz", "extended XYZ, as ASE, MACE and others write it"),
-    "aselmdb": Format("multifid.readers.aselmdb", "ASE databases in LMDB: OMat24, sAlex, OMol25, OPoly26, OC25, OC20"),
+    "aselmdb": Format(
+        "multifid.readers.aselmdb",
+        "ASE databases in LMDB: OMat24, sAlex, OMol25, OPoly26, OMC25, OC25, ODAC25, newer OC20",
+    ),
     "pyg_lmdb": Format("multifid.readers.pyg_lmdb", "pickled graphs in LMDB: OC20, OC22, ODAC23 as first published"),
     "optimade": Format("multifid.readers.optimade", "responses and exports of OPTIMADE, with a provider's energies"),
     "qm9": Format("multifid.readers.qm9", "QM9, dsgdb9nsd.xyz.tar.bz2 or the files in it"),
@@ -34,6 +37,7 @@ FORMATS: dict[str, Format] = {
         "multifid.readers.deepmd", "systems of DeePMD-kit: directories with type.raw and set.000/coord.npy"
     ),
     "table": Format(
-        "multifid.readers.table", "any parquet, CSV or JSON by a MAPPING.yaml that says what is in its columns"
+        "multifid.readers.table",
+        "any parquet, CSV, JSON, TFRecord, HDF5 or zarr by a MAPPING.yaml that says what is where",
     ),
 }

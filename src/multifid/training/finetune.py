@@ -41,7 +41,9 @@ class FinetuneConfig(BaseModel):
     layers: int = Field(1, gt=0, description="moves last: so many layers of the encoder move")
     rank: int = Field(8, gt=0, description="moves lora: of the matrix that is added to each map")
     maps: str = Field("", description="moves lora: part of the names of the maps that get one; empty: all of them")
-    encoder_lr: float = Field(1.0, gt=0.0, description="learning rate of the encoder's last layer, parts of train.lr")
+    encoder_lr: float = Field(
+        1.0, gt=0.0, description="learning rate of the encoder's last layer, in parts of train.lr"
+    )
     layer_decay: float = Field(
         1.0, gt=0.0, le=1.0, description="each layer's learning rate, in parts of that of the layer above it"
     )

@@ -32,7 +32,11 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    loss: LossName = Field("l1", description="of the scaled residuals")
+    loss: LossName = Field(
+        "l1",
+        description="of the scaled residuals: l1, mse and huber (quadratic below 1) by component, l2norm by the length "
+        "of each force",
+    )
     energy: float = Field(1.0, ge=0.0, description="lambda_E, weight of the energy per atom")
     forces: float = Field(1.0, ge=0.0, description="lambda_F, weight of the force components")
     stress: float = Field(0.0, ge=0.0, description="lambda_S, weight of the stress (needs branch.forces: conservative)")

@@ -1,4 +1,4 @@
-"""`multifid report RUN|STUDY --out report.html`: what was trained, on what, and how good it is, as one page.
+"""`multifid report RUN|STUDY|SEARCH --out report.html`: what was trained, on what, and how good it is, as one page.
 
 The page needs no network: the plotting library is inside. It is written for people who decide whether to use a model.
 """

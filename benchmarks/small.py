@@ -1,7 +1,7 @@
 """What a source with few labels gains from larger ones, and what sampling by size costs each of them.
 
-    OMP_NUM_THREADS=1 python benchmarks/small.py CONFIG.yaml [--targets TASK ...] [--sizes 20 100 500]
-        [--exponents 0 0.5] [--seeds 0 1 2] [--steps 900] [--repeat TASK=N ...] [--out runs/small] [key=value ...]
+    OMP_NUM_THREADS=1 python benchmarks/small.py CONFIG.yaml [key=value ...] [--targets TASK ...] [--sizes 20 100 500]
+        [--exponents 0 0.5] [--seeds 0 1 2] [--steps 900] [--repeat TASK=N ...] [--out runs/small]
 
 Of each target task the train split is cut to some structures (validation and test stay), and it is trained alone and
 with all other tasks of CONFIG, which keep theirs. `sampling.exponent` says how the structures of a step are shared

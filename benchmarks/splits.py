@@ -1,7 +1,7 @@
 """A study on several splits of the same data, as one table: mean and spread over splits and weights.
 
-    OMP_NUM_THREADS=1 python benchmarks/splits.py CONFIG.yaml --stores runs/split-{seed} [--seeds 0 1 2 3 4]
-        [--out runs/splits] [key=value ...]
+    OMP_NUM_THREADS=1 python benchmarks/splits.py CONFIG.yaml [key=value ...] --stores runs/split-{seed}
+        [--seeds 0 1 2 3 4] [--out runs/splits]
 
 Each seed is one `multifid study` of CONFIG, whose tasks read the stores --stores/TASK with the seed in place of
 {seed} (prepared with `--seed`, so that each has another split), and whose weights and order of data are drawn from that

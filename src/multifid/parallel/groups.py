@@ -1,4 +1,5 @@
-"""Who I am among the ranks, and sums over groups of them. The environment is read here and in `launch` only.
+"""Who I am among the ranks, and sums over groups of them. What a launch puts into the environment is read here and
+in `launch` only.
 
     world      0 1 2 3 4                 encoder gradients, counts, norms: everybody
     ani1x      0 1                       gradients of a branch: the ranks that hold it. Groups may overlap,

@@ -143,8 +143,12 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(stores, tmp_path
     seconds = read_journal(whole)[-1]["seconds"]
     (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config_of(stores, tmp_path / "killed", train=length)))
     children = get_context("forkserver")
-    children.set_forkserver_preload(["torch._dynamo", "multifid.training.run", "test_train"])  # for the optimizer
-    generator, kills, steps = random.Random(0), 0, set()
+    children.set_forkserver_preload(["multifid.training.run", "test_train"])
+    generator, kills, steps, wanted = random.Random(0), 0, set(), max(1, times // 6) + 1
+
+    def newest() -> str:
+        return max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step-*")), default="")
+
     while True:
         running = children.Event()
         arguments = (str(tmp_path / "killed.yaml"), torch.get_num_threads(), running)
@@ -152,17 +156,19 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(stores, tmp_path
         child.start()
         running.wait()
         child.join(timeout=generator.uniform(0.0, 0.2 + seconds / 4) if kills < times else None)
+        while child.is_alive() and newest() in steps and len(steps) < wanted:  # a busy machine is not there yet
+            child.join(timeout=0.01)
         if child.is_alive():
             child.kill()
             child.join()
             kills += 1
-            steps.add(max((p.name for p in (tmp_path / "killed" / "checkpoints").glob("step-*")), default=""))
+            steps.add(newest())
             continue
         assert child.exitcode == 0
         if kills == times:
             break
         shutil.rmtree(tmp_path / "killed")  # it came through before the last kill: from the beginning
-    assert len(steps) > max(1, times // 6), "the kills hit different places"
+    assert len(steps) >= wanted, "the kills hit different places"
     assert_same_bits(whole, tmp_path / "killed")
 
 

@@ -13,7 +13,7 @@ import multifid
 from multifid.config import parse_config
 from multifid.parallel import devices
 from multifid.parallel.devices import find_device
-from multifid.parallel.groups import alone
+from multifid.parallel.groups import alone, in_one_order
 from multifid.training import checkpoint, outcome, run
 from multifid.workflows import study
 from test_train import assert_same_bits, config_of, start
@@ -143,6 +143,17 @@ def test_a_deterministic_run_asks_torch_for_one_order_and_has_the_same_bits_here
         runs.append(start(config_of(stores, tmp_path / str(wanted), train=train)))
     assert asked == [(True, ":4096:8")] * 4 + [(False, None)] * 4
     assert_same_bits(*runs)
+
+
+def test_one_order_is_asked_for_where_torch_only_warned(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        in_one_order(True)
+        assert torch.get_deterministic_debug_mode() == 2
+    finally:
+        in_one_order(False)
+    assert torch.get_deterministic_debug_mode() == 0
 
 
 class Number:

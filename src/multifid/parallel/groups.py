@@ -292,7 +292,7 @@ def in_one_order(wanted: bool) -> None:
     """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if wanted != torch.are_deterministic_algorithms_enabled():  # to be told so makes torch import its compiler
+    if torch.get_deterministic_debug_mode() != (2 if wanted else 0):  # 1 warns only; to be told imports the compiler
         torch.use_deterministic_algorithms(wanted)
 
 
